@@ -1,0 +1,79 @@
+"""Between pixels and latents. An autoencoder owns its statistics: what it returns is ready to train on."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fitv2.errors import UserError
+
+
+class Autoencoder(Protocol):
+    """Pixels (B, 3, H, W) in [−1, 1] to latents (B, channels, H/downsample, W/downsample), and back."""
+
+    name: str  # what `load_autoencoder` rebuilds it from
+    channels: int
+    downsample: int
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents with about zero mean and unit variance, deterministic."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels, not clipped."""
+
+
+class Pixels:
+    """The identity: an image is its own latent."""
+
+    name = "pixels"
+    channels = 3
+    downsample = 1
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The pixels themselves."""
+        return pixels
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The latents themselves."""
+        return latents
+
+
+class KLAutoencoder:
+    """Any diffusers `AutoencoderKL`. Encodes to the mean of its posterior."""
+
+    def __init__(self, model: torch.nn.Module, name: str) -> None:
+        self.name = name
+        self.model = model.eval().requires_grad_(False)
+        self.channels: int = model.config.latent_channels
+        self.downsample = 2 ** (len(model.config.block_out_channels) - 1)
+        self.scale: float = model.config.scaling_factor
+        self.shift: float = getattr(model.config, "shift_factor", None) or 0.0
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(posterior mean − shift) · scale."""
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        return (self.model.encode(pixels).latent_dist.mode() - self.shift) * self.scale
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The decoder's output for latents / scale + shift."""
+        latents = latents.to(self.model.device, self.model.dtype)
+        return self.model.decode(latents / self.scale + self.shift).sample
+
+
+def load_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencoder:
+    """`"pixels"`, or a diffusers `AutoencoderKL` from a local folder or a hub name.
+
+    Raises UserError when there is none of that name.
+    """
+    if name == Pixels.name:
+        return Pixels()
+    from diffusers import AutoencoderKL
+
+    try:
+        model = AutoencoderKL.from_pretrained(name, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"autoencoder {name!r} cannot be loaded: {reason}") from error
+    return KLAutoencoder(model.to(device), name)

@@ -1,0 +1,177 @@
+"""Models in folders: saving, loading, and the released weights.
+
+A model folder holds what diffusers writes (config.json, diffusion_pytorch_model.safetensors) and
+card.json, which says how to use the weights: labels, autoencoder, token limit.
+"""
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fitv2.config import from_dict, read_json
+from fitv2.errors import UserError, nearest
+from fitv2.files import write_json
+from fitv2.model import FiT
+from fitv2.tokens import Size, layout
+
+SHIPPED = Path(__file__).parent / "models"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CARD = "card.json"
+
+
+@dataclass(frozen=True)
+class Card:
+    """How to use a model's weights."""
+
+    labels: tuple[str, ...]
+    autoencoder: str
+    max_tokens: int  # the longest image it was trained on
+    guidance: float = 1.5
+
+    @property
+    def square(self) -> Size:
+        """The largest square of the training token limit."""
+        return (math.isqrt(self.max_tokens),) * 2
+
+    def label_index(self, text: str) -> int:
+        """The index of a label given as its number, its name, or the unambiguous start of its name.
+
+        Raises UserError naming the nearest labels.
+        """
+        if text in self.labels:
+            return self.labels.index(text)
+        if text.isdecimal() and int(text) < len(self.labels):
+            return int(text)
+        starting = [i for i, label in enumerate(self.labels) if label.startswith(text)]
+        if len(starting) == 1:
+            return starting[0]
+        if text.lstrip("-").isdecimal():
+            raise UserError(f"unknown label {text}: numbers go from 0 to {len(self.labels) - 1}")
+        raise nearest("label", text, [self.labels[i] for i in starting] or self.labels)
+
+
+def save_model(model: FiT, card: Card, folder: Path) -> None:
+    """Write a model folder."""
+    model.save_pretrained(folder)
+    write_json(folder / CARD, asdict(card))
+
+
+def load_model(name: str | Path) -> tuple[FiT, Card]:
+    """A model in float32 and its card, from a model folder, a run folder or a shipped model's name.
+
+    Of a run folder it is the averaged model of the newest checkpoint. Raises UserError.
+    """
+    folder = find_model(name)
+    values = read_json(folder / CARD)
+    card = from_dict(Card, values | {"labels": tuple(values.get("labels", ()))})
+    try:
+        model, report = FiT.from_pretrained(
+            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder} holds no FiT that can be loaded: {reason}") from error
+    wrong = [f"{kind}: {', '.join(map(str, names))}" for kind, names in report.items() if names]
+    if wrong:
+        raise UserError(f"{folder} holds another model's weights ({'; '.join(wrong)[:300]})")
+    return model.eval(), card
+
+
+def find_model(name: str | Path) -> Path:
+    """The model folder that `name` means; UserError naming the shipped models if there is none."""
+    path = Path(name)
+    if (path / "run.json").exists():
+        newest = newest_checkpoint(path)
+        if newest is None:
+            raise UserError(f"run {path} has no checkpoint yet")
+        return newest / "ema"
+    if (path / CARD).exists():
+        return path
+    shipped = sorted(folder.name for folder in SHIPPED.glob("*/"))
+    if str(name) in shipped:
+        return SHIPPED / str(name)
+    raise nearest("model", str(name), shipped)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. Only complete ones carry this name."""
+    return sorted(run.glob("checkpoints/step-*"))
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint to resume from, if there is one."""
+    return next(reversed(checkpoints(run)), None)
+
+
+# Released weights --------------------------------------------------------------------------------
+
+_RENAMED = (
+    (r"^x_embedder\.proj\.", "patch_embed."),
+    (r"^t_embedder\.mlp\.0\.", "time_embed.up."),
+    (r"^t_embedder\.mlp\.2\.", "time_embed.down."),
+    (r"^y_embedder\.embedding_table\.", "label_embed."),
+    (r"^global_adaLN_modulation\.1\.", "modulation."),
+    (r"\.adaLN_modulation\.1\.", ".modulation.down."),
+    (r"\.adaLN_modulation\.2\.", ".modulation.up."),
+    (r"\.attn\.qkv\.", ".attention.qkv."),
+    (r"\.attn\.proj\.", ".attention.out."),
+    (r"\.mlp\.fc2\.", ".mlp.down."),
+    (r"^final_layer\.modulation\.down\.", "head.modulation."),
+    (r"^final_layer\.linear\.", "head.out."),
+)
+
+
+def from_released(config: dict[str, Any], state_dict: dict[str, Tensor]) -> FiT:
+    """A FiTv2 in the released layout as ours. `config`: the released constructor's arguments.
+
+    Raises UserError for a variant that is not FiTv2, RuntimeError for other tensors than its own.
+    """
+    if config.get("adaln_type") != "lora" or config.get("use_swiglu_large"):
+        raise UserError("only released FiTv2 checkpoints (adaln_type 'lora') can be read so far")
+    model = FiT(
+        depth=config["depth"],
+        width=config["hidden_size"],
+        heads=config["num_heads"],
+        patch_size=config["patch_size"],
+        in_channels=config["in_channels"],
+        num_classes=config["num_classes"],
+    )
+    model.load_state_dict(_rename(state_dict), strict=True)
+    return model.eval()
+
+
+def _rename(released: dict[str, Tensor]) -> dict[str, Tensor]:
+    ours: dict[str, Tensor] = {}
+    for name, tensor in released.items():
+        if ".fc1_x." in name:
+            continue  # joins its gate below
+        if ".fc1_g." in name:
+            tensor = torch.cat([tensor, released[name.replace("fc1_g", "fc1_x")]])
+            name = name.replace("fc1_g", "gate_up")
+        for pattern, replacement in _RENAMED:
+            name = re.sub(pattern, replacement, name)
+        ours[name] = tensor
+    return ours
+
+
+@torch.inference_mode()
+def released_forward(
+    model: FiT, x: Tensor, t: Tensor, y: Tensor, grid: Tensor, mask: Tensor, size: Tensor
+) -> Tensor:
+    """`model` on the released padded layout: x (B, N, C), size (B, 1, 2) as (rows, columns).
+
+    `grid` and `mask` are what `size` implies: real tokens come first, row by row.
+    """
+    sizes = [(int(rows), int(columns)) for rows, columns in size[:, 0]]
+    real = mask.bool()
+    packed = layout(sizes).with_tokens(x[real])
+    if not torch.equal(grid.transpose(1, 2)[real].flip(1), packed.pos_T2):
+        raise UserError("the grid is not that of whole images, row by row")
+    out = torch.zeros(*x.shape[:2], model.token_channels)
+    out[real] = model(packed, t, y)
+    return out

@@ -1,0 +1,316 @@
+"""The command `fitv2`. Parses first and imports after, so that help and mistakes answer at once."""
+
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+from tqdm import tqdm
+
+from fitv2 import __version__
+from fitv2.errors import UserError, nearest
+from fitv2.presets import PRESETS, Architecture, Preset, Training, preset
+
+Options = TypeVar("Options")
+Inline = tyro.conf.OmitArgPrefixes
+FINISHED_WITH_SKIPS = 1  # exit status: all done, but pictures were left out
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Turn a folder of pictures into training tokens.
+
+    SOURCE holds folders of images named by their label, or Parquet files named by split. Pictures
+    that cannot be used are listed in OUT/skipped.jsonl; the exit status is then 1.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """Folder of pictures."""
+    out: tyro.conf.Positional[Path]
+    """New folder for the tokens."""
+    autoencoder: str = "pixels"
+    """"pixels", or a diffusers AutoencoderKL: a local folder or a hub name."""
+    max_tokens: tuple[int, ...] = (64,)
+    """Larger pictures are shrunk to this many tokens (the paper: 256). Several, such as 64 36 16:
+    each picture is stored at all of them, and a model learns all."""
+    patch_size: int | None = None
+    """Side of a token in latent pixels [default: so that a token covers 16x16 pixels]."""
+    mirror: bool = True
+    """Also store every picture mirrored."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a preset, or carry on with a run: the same command again resumes."""
+
+    preset: tyro.conf.Positional[str]
+    """One of the presets; their settings are the defaults below."""
+    data: Path
+    """Folder of tokens, made by `fitv2 encode`."""
+    out: Path
+    """Folder of the run."""
+    init: str | None = None
+    """Start from the weights of this model: a folder, a run, or a shipped model."""
+    model: Inline[Architecture] = field(default_factory=lambda: PRESETS["clipart"].model)
+    training: Inline[Training] = field(default_factory=Training)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Make pictures: every label at every size, NUM of each."""
+
+    model: tyro.conf.Positional[str]
+    """A model folder, a run folder, or the name of a shipped model such as clipart."""
+    label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Name or number of a label; repeat for several [default: all]."""
+    size: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """HEIGHTxWIDTH in pixels; repeat for several [default: the training size, square]."""
+    num: int = 1
+    """Pictures of each label and size, with seeds SEED, SEED+1, …"""
+    seed: int = 0
+    """Seed of the first picture."""
+    out: Path = Path("samples")
+    """Folder for the pictures, LABEL_HEIGHTxWIDTH_SEED.png."""
+    guidance: float | None = None
+    """Strength of classifier-free guidance; 1 is none [default: the model's own]."""
+    solver: Literal["heun", "euler", "dopri5"] = "heun"
+    """How to follow the flow. dopri5 chooses its steps itself."""
+    steps: int = 25
+    """Steps of the solver."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Make pictures at six sizes with the shipped model, then train it for another minute."""
+
+    out: Path = Path("demo")
+    """Folder for all that the demo makes."""
+    data: Path = Path("data/clipart")
+    """The clip-art set."""
+    minutes: float = 1.0
+    """How long to train."""
+
+
+def encode(options: Encode) -> int:
+    """Run `fitv2 encode`."""
+    from fitv2.encode import encode
+
+    positive(max_tokens=min(options.max_tokens, default=0), patch_size=options.patch_size or 1)
+    report = encode(
+        options.source, options.out, autoencoder=options.autoencoder, patch_size=options.patch_size,
+        max_tokens=options.max_tokens, mirror=options.mirror,
+        progress=lambda pictures, total: tqdm(pictures, "encode", total, unit="image"),
+    )  # fmt: skip
+    counts = ", ".join(f"{count} {split}" for split, count in report.encoded.items())
+    print(f"{options.out}: {counts} pictures")
+    if not report.skipped:
+        return 0
+    print(f"{report.skipped} pictures left out: see {options.out}/skipped.jsonl", file=sys.stderr)
+    return FINISHED_WITH_SKIPS
+
+
+def train(options: Train) -> int:
+    """Run `fitv2 train`."""
+    from fitv2.train import train
+
+    training = options.training
+    positive(steps=training.steps, batch_size=training.batch_size)
+    chosen = Preset(preset(options.preset).about, options.model, training)
+    with training_bar(training) as report:
+        newest = train(chosen, options.data, options.out, init=options.init, report=report)
+    print(f"checkpoint {newest}, log {options.out}/log.jsonl, curve {options.out}/loss.png")
+    return 0
+
+
+def sample(options: Sample) -> int:
+    """Run `fitv2 sample`."""
+    from fitv2.checkpoint import load_model
+    from fitv2.files import whole_file
+    from fitv2.images import parse_size
+    from fitv2.runtime import default_device
+    from fitv2.sample import Request, file_name, generate, load_codec
+
+    positive(num=options.num, steps=options.steps)
+    if options.seed < 0:
+        raise UserError(f"--seed is {options.seed}; it must not be negative")
+    model, card = load_model(options.model)
+    codec, unit = load_codec(model, card)
+    labels = [card.label_index(text) for text in options.label] or range(len(card.labels))
+    sizes = [parse_size(text, unit) for text in options.size] or [card.square]
+    requests = [
+        Request(label, size, options.seed + i)
+        for label in labels for size in sizes for i in range(options.num)
+    ]  # fmt: skip
+    model.to(default_device())
+    guidance = card.guidance if options.guidance is None else options.guidance
+    with share_bar("sample", len(requests), "image") as progress:
+        made = generate(
+            model, codec, requests, guidance=guidance, solver=options.solver, steps=options.steps,
+            progress=progress,
+        )  # fmt: skip
+        for request, image in made:
+            name = file_name(card.labels[request.label], request.size, unit, request.seed)
+            with whole_file(options.out / name) as path:
+                image.save(path)
+    print(f"{len(requests)} pictures in {options.out}")
+    return 0
+
+
+@contextlib.contextmanager
+def share_bar(title: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
+    """A progress bar that is told the share done, 0 to 1."""
+    with tqdm(desc=title, total=total, unit=unit, bar_format=_SHARE_BAR) as bar:
+
+        def progress(share: float) -> None:
+            bar.update(share * total - bar.n)
+
+        yield progress
+
+
+_SHARE_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
+
+
+@contextlib.contextmanager
+def training_bar(training: Training) -> Iterator[Callable[..., None]]:
+    """A bar over the steps, or over the seconds when the run is limited by time."""
+    if training.minutes is None:
+        bar = tqdm(desc="train", total=training.steps, unit="step")
+    else:
+        bar = tqdm(desc="train", total=round(60 * training.minutes), unit="s", bar_format=_TIME_BAR)
+    with bar:
+
+        def report(progress: Any) -> None:
+            rate = f"{progress.images_per_second:.0f}"
+            bar.set_postfix({"step": progress.step, "loss": f"{progress.loss:.4f}", "image/s": rate})
+            now = progress.step if training.minutes is None else bar.format_dict["elapsed"]
+            if bar.n == 0 and training.minutes is None:
+                bar.initial = progress.step - 1
+            bar.update(now - bar.n)
+
+        yield report
+
+
+_TIME_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{remaining} left{postfix}]"
+
+
+def demo(options: Demo) -> int:
+    """Run `fitv2 demo`."""
+    from fitv2.demo import demo
+
+    demo(options.out, options.data, options.minutes, share_bar, training_bar)
+    return 0
+
+
+def positive(**values: float) -> None:
+    """UserError unless every value is at least 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
+    "encode": (Encode, encode),
+    "train": (Train, train),
+    "sample": (Sample, sample),
+    "demo": (Demo, demo),
+}
+
+
+def parse(kind: type[Options], arguments: list[str], default: Options | None) -> Options:
+    """The options of a command. Every mistake becomes a UserError of one line."""
+    known = list(option_names(kind))
+    for argument in arguments:
+        name = argument.split("=")[0]
+        if name.startswith("--") and name not in known:
+            raise nearest("option", name, known)
+    message = io.StringIO()
+    program = f"fitv2 {kind.__name__.lower()}"
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(kind, args=arguments, default=default, prog=program)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(f"{first_part(message.getvalue())} (see {program} --help)") from None
+
+
+def option_names(kind: type) -> Iterator[str]:
+    """All options of a command, as they are typed."""
+    yield "--help"
+    for option in dataclasses.fields(kind):
+        inner = getattr(option.type, "__origin__", option.type)
+        if dataclasses.is_dataclass(inner):
+            yield from option_names(inner)  # type: ignore[arg-type]
+        else:
+            name = option.name.replace("_", "-")
+            yield f"--{name}"
+            if option.type is bool:
+                yield f"--no-{name}"
+
+
+def first_part(box: str) -> str:
+    """What a boxed error message says before its first rule, in one line."""
+    lines = [line.strip("│╭╮╰╯ \n") for line in box.splitlines()]
+    said: list[str] = []
+    for line in lines[1:]:
+        if not line.strip("─"):
+            break
+        said.append(line)
+    return " ".join(said) or box.strip()
+
+
+def overview() -> str:
+    """What `fitv2 --help` prints."""
+    lines = [
+        f"fitv2 {__version__}: pictures of any size and shape",
+        "",
+        "usage: fitv2 COMMAND [OPTIONS]",
+        "",
+    ]
+    for name, (kind, _) in COMMANDS.items():
+        lines.append(f"  {name:8} {(kind.__doc__ or '').splitlines()[0]}")
+    lines += ["", "`fitv2 COMMAND --help` lists a command's options.", "", "presets:"]
+    lines += [f"  {name:9} {value.about}" for name, value in PRESETS.items()]
+    return "\n".join(lines)
+
+
+def run(arguments: list[str]) -> int:
+    """Parse and run one command; its exit status."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        raise nearest("command", name, COMMANDS)
+    kind, command = COMMANDS[name]
+    default = None
+    if kind is Train:
+        named = next((word for word in rest if not word.startswith("-")), "clipart")
+        chosen = preset(rest[0] if rest and not rest[0].startswith("-") else named)
+        default = Train(tyro.MISSING, tyro.MISSING, tyro.MISSING, None, chosen.model, chosen.training)
+    return command(parse(kind, rest, default))
+
+
+def main() -> None:
+    """The entry point: mistakes are one line and exit status 2."""
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except UserError as error:
+        message = str(error)
+    except FloatingPointError as error:
+        message = str(error)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        message = f"cannot read or write{where}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"fitv2: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,141 @@
+"""Token datasets: Arrow IPC shards with a json card, read through `datasets` by memory map.
+
+A row is one variant of one picture: `tokens` (length × C float16, row by row), `rows`, `columns`,
+`label`, `source`. A picture's variants (as it is, mirrored) are neighbouring rows.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fitv2.config import from_dict, read_json
+from fitv2.errors import UserError
+from fitv2.files import write_json
+from fitv2.tokens import PackedTokens, layout
+
+CARD = "dataset.json"
+SHARD_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """What the tokens of a dataset are."""
+
+    labels: tuple[str, ...]
+    autoencoder: str
+    patch_size: int
+    in_channels: int
+    max_tokens: int
+    variants: int  # rows a picture
+    pictures: dict[str, int]  # of each split
+
+
+class ShardWriter:
+    """Collects rows of one split and writes them as shards of about `SHARD_BYTES`."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder, self.split = folder, split
+        self.shards = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.tokens: list[np.ndarray] = []
+        self.columns: dict[str, list[Any]] = {k: [] for k in ("rows", "columns", "label", "source")}
+
+    def add(self, tokens: Tensor, label: int, source: str) -> None:
+        """One variant of a picture, tokens (rows, columns, C)."""
+        self.tokens.append(tokens.flatten(0, 1).half().cpu().numpy())
+        row = (tokens.shape[0], tokens.shape[1], label, source)
+        for column, value in zip(self.columns.values(), row, strict=True):
+            column.append(value)
+        if sum(array.nbytes for array in self.tokens) >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was collected."""
+        if not self.tokens:
+            return
+        import pyarrow as pa
+
+        channels = self.tokens[0].shape[1]
+        numbers = pa.array(np.concatenate(self.tokens).ravel())
+        ends = np.cumsum([0, *(len(array) for array in self.tokens)], dtype=np.int32)
+        tokens = pa.ListArray.from_arrays(ends, pa.FixedSizeListArray.from_arrays(numbers, channels))
+        table = pa.table({"tokens": tokens, **self.columns})
+        path = self.folder / f"{self.split}-{self.shards:05d}.arrow"
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+        self.shards += 1
+        self._clear()
+
+
+def write_card(folder: Path, card: DatasetCard) -> None:
+    """Write the card, last: a folder without one is no dataset."""
+    write_json(folder / CARD, asdict(card))
+
+
+class TokenDataset:
+    """One split of a token dataset. Raises UserError when the folder holds none."""
+
+    def __init__(self, folder: Path, split: str = "train") -> None:
+        from datasets import Dataset, concatenate_datasets
+
+        values = read_json(folder / CARD)
+        self.card = from_dict(DatasetCard, values | {"labels": tuple(values.get("labels", ()))})
+        shards = sorted(folder.glob(f"{split}-*.arrow"))
+        try:
+            parts = [Dataset.from_file(str(shard)) for shard in shards]
+        except (OSError, ValueError) as error:
+            raise UserError(f"a shard of {folder} is damaged: {error}") from error
+        if not parts:
+            raise UserError(f"{folder} has no {split} pictures")
+        self.rows = concatenate_datasets(parts).with_format("arrow")
+        self.pictures = self.card.pictures[split]
+        if len(self.rows) != self.pictures * self.card.variants:
+            raise UserError(f"{folder} is incomplete: {len(self.rows)} rows of {split}")
+        size = [self.rows.data.column(name).to_numpy() for name in ("rows", "columns")]
+        self.sizes = np.stack(size, axis=1)  # (rows, 2)
+        self.labels = self.rows.data.column("label").to_numpy()
+
+    @property
+    def token_channels(self) -> int:
+        """Numbers a token."""
+        return self.card.patch_size**2 * self.card.in_channels
+
+    def batch(self, rows: np.ndarray) -> tuple[PackedTokens, Tensor]:
+        """These rows as one pack in the given order, float32, and their labels (B,)."""
+        tokens = self.rows[rows]["tokens"].combine_chunks().flatten().flatten().to_numpy()
+        content = torch.from_numpy(tokens.astype(np.float32).reshape(-1, self.token_channels))
+        packed = layout([tuple(size) for size in self.sizes[rows].tolist()])
+        return packed.with_tokens(content), torch.from_numpy(self.labels[rows])
+
+    def by_length(self, rows: Iterable[int]) -> np.ndarray:
+        """The order of `rows` (positions in it) by image length: the fastest to compute with."""
+        return np.argsort(self.sizes[np.fromiter(rows, int)].prod(axis=1), kind="stable")
+
+
+class EndlessOrder:
+    """Every picture once an epoch, in an order that depends on (seed, epoch) alone.
+
+    The training stream is one endless sequence of positions; what is at a position never depends
+    on the batch size, the number of processes or where a run was resumed.
+    """
+
+    def __init__(self, pictures: int, variants: int, seed: int) -> None:
+        self.pictures, self.variants, self.seed = pictures, variants, seed
+        self._epoch = lru_cache(maxsize=2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, epoch))
+        variant = rng.integers(self.variants, size=self.pictures)
+        return rng.permutation(self.pictures) * self.variants + variant
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Dataset rows at positions start…stop−1."""
+        return np.array([self._epoch(p // self.pictures)[p % self.pictures] for p in range(start, stop)])

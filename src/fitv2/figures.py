@@ -1,0 +1,66 @@
+"""Pictures to look at: sheets of samples and curves."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from fitv2.files import whole_file
+
+Captioned = tuple[str, Image.Image]
+
+
+def contact_sheet(rows: Sequence[Sequence[Captioned]], title: str = "", zoom: int = 1) -> Image.Image:
+    """Rows of captioned pictures on white, each row as high as its highest picture."""
+    font, small, gap = ImageFont.load_default(20), ImageFont.load_default(13), 14
+    widest = max(
+        sum(max(im.width * zoom, int(small.getlength(text))) + gap for text, im in row) for row in rows
+    )
+    top = gap + (36 if title else 0)
+    height = top + sum(max(im.height for _, im in row) * zoom + 20 + gap for row in rows)
+    sheet = Image.new("RGB", (max(widest, int(font.getlength(title)) + gap) + gap, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, gap), title, "black", font)
+    for row in rows:
+        left = gap
+        for text, image in row:
+            big = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC)
+            sheet.paste(big, (left, top))
+            outline = (left - 1, top - 1, left + big.width, top + big.height)
+            draw.rectangle(outline, outline="#dddddd")
+            draw.text((left, top + big.height + 3), text, "#555555", small)
+            left += max(big.width, int(small.getlength(text))) + gap
+        top += max(image.height for _, image in row) * zoom + 20 + gap
+    return sheet
+
+
+def loss_curve(log: Path, out: Path, title: str) -> None:
+    """Plot `loss` and `validation` of a jsonl log against `step`."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training, each line of the log")
+        window = max(1, len(losses) // 40)
+        means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+        axes.plot(steps, means, color="#08519c", label=f"training, mean of the last {window}")
+    held_out = [(line["step"], line["validation"]) for line in lines if "validation" in line]
+    if held_out:
+        axes.plot(
+            *zip(*held_out, strict=True),
+            "o-",
+            color="#d95f0e",
+            markersize=3,
+            label="held-out pictures",
+        )
+    axes.set(title=title, xlabel="step", ylabel="velocity error (mean square)", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    if train or held_out:
+        axes.legend()
+    with whole_file(out) as partial:
+        figure.savefig(partial, dpi=120)

@@ -1,0 +1,200 @@
+"""The FiTv2 transformer (arXiv 2410.13925, section 3), on packed tokens.
+
+Shape suffixes: B images, T tokens in all, D width, H heads, K numbers a head, C numbers a token.
+"""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, silu
+
+from fitv2.attention import attention
+from fitv2.presets import preset
+from fitv2.rope import rotate, rotation
+from fitv2.tokens import PackedTokens
+
+EPS = 1e-6
+
+
+class TimeEmbedding(nn.Module):
+    """A sinusoid of t in [0, 1], not scaled, then a two-layer MLP."""
+
+    frequencies = 256
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(self.frequencies, width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        """Times (B,), float32 → (B, D)."""
+        half = torch.arange(self.frequencies // 2, device=t_B.device) / (self.frequencies // 2)
+        angles = t_B.float()[:, None] * 10000.0**-half
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=1)
+        return self.down(silu(self.up(sinusoid.to(self.up.weight.dtype))))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202), both halves in one product."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) → (T, D)."""
+        gate, up = self.gate_up(x_TD).chunk(2, dim=-1)
+        return self.down(silu(gate) * up)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with QK-norm and 2-D RoPE."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_TD: Tensor, packed: PackedTokens, rotation_T1P: Tensor) -> Tensor:
+        """(T, D) → (T, D)."""
+        q, k, v = self.qkv(x_TD).unflatten(1, (3, self.heads, -1)).unbind(1)
+        q, k = (rotate(layer_norm(x, x.shape[-1:], eps=EPS), rotation_T1P) for x in (q, k))
+        return self.out(attention(q, k, v, packed).flatten(1))
+
+
+class LoRAModulation(nn.Module):
+    """What a block adds to the modulation shared by all: W2·W1·SiLU(c). The paper's Eq. 11 has no SiLU."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank)
+        self.up = nn.Linear(rank, 6 * width)
+
+    def forward(self, silu_c_BD: Tensor) -> Tensor:
+        """(B, D) → (B, 6D)."""
+        return self.up(self.down(silu_c_BD))
+
+
+def modulated(x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, packed: PackedTokens) -> Tensor:
+    """LayerNorm without affine, then x·(1 + scale) + shift with each image's own."""
+    normed = layer_norm(x_TD, x_TD.shape[-1:], eps=EPS)
+    return packed.per_image(_scale_shift, [normed], [1 + scale_BD, shift_BD])
+
+
+def gated_sum(x_TD: Tensor, branch_TD: Tensor, gate_BD: Tensor, packed: PackedTokens) -> Tensor:
+    """x + gate·branch with each image's own gate."""
+    return packed.per_image(torch.addcmul, [x_TD, branch_TD], [gate_BD])
+
+
+def _scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.addcmul(shift, x, scale)
+
+
+class Block(nn.Module):
+    """Attention, then SwiGLU, each behind adaLN-Zero."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads)
+        self.mlp = SwiGLU(width, int(2 * 4 * width / 3))
+        self.modulation = LoRAModulation(width, width // 4)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        packed: PackedTokens,
+        shared_B6D: Tensor,
+        silu_c_BD: Tensor,
+        rotation_T1P: Tensor,
+    ) -> Tensor:
+        """(T, D) → (T, D)."""
+        modulation_B6D = shared_B6D + self.modulation(silu_c_BD)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation_B6D.chunk(6, dim=1)
+        branch = self.attention(modulated(x_TD, shift1, scale1, packed), packed, rotation_T1P)
+        x_TD = gated_sum(x_TD, branch, gate1, packed)
+        branch = self.mlp(modulated(x_TD, shift2, scale2, packed))
+        return gated_sum(x_TD, branch, gate2, packed)
+
+
+class Head(nn.Module):
+    """LayerNorm with shift and scale from c, then a linear map to the patch."""
+
+    def __init__(self, width: int, token_channels: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, token_channels)
+
+    def forward(self, x_TD: Tensor, packed: PackedTokens, silu_c_BD: Tensor) -> Tensor:
+        """(T, D) → (T, C)."""
+        shift, scale = self.modulation(silu_c_BD).chunk(2, dim=1)
+        return self.out(modulated(x_TD, shift, scale, packed))
+
+
+class FiT(ModelMixin, ConfigMixin):
+    """FiTv2. What its output means is `config.prediction`, read by `fitv2.flow`, not here.
+
+    Arguments are those of `fitv2.presets.Architecture`. The null label of classifier-free guidance
+    is `num_classes`. Raises ValueError when width/heads is not a multiple of 4.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        depth: int = 15,
+        width: int = 768,
+        heads: int = 12,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        prediction: str = "velocity",
+    ) -> None:
+        super().__init__()
+        if width % (4 * heads):
+            raise ValueError(f"width {width} over {heads} heads is not a multiple of 4 numbers each")
+        self.token_channels = patch_size**2 * in_channels
+        self.patch_embed = nn.Linear(self.token_channels, width)
+        self.time_embed = TimeEmbedding(width)
+        self.label_embed = nn.Embedding(num_classes + 1, width)
+        self.modulation = nn.Linear(width, 6 * width)  # shared by all blocks
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
+        self.head = Head(width, self.token_channels)
+        self.reset_parameters()
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> "FiT":
+        """The architecture of a preset, with fields of `fitv2.presets.Architecture` changed."""
+        return cls(**asdict(replace(preset(name).model, **changes)))
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform products, N(0, 0.02) embeddings; zero modulations and output (adaLN-Zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.label_embed.weight, std=0.02)
+        nn.init.normal_(self.time_embed.up.weight, std=0.02)
+        nn.init.normal_(self.time_embed.down.weight, std=0.02)
+        last = [block.modulation.up for block in self.blocks]
+        for linear in (*last, self.modulation, self.head.modulation, self.head.out):
+            nn.init.zeros_(linear.weight)
+
+    @property
+    def null_label(self) -> int:
+        """The label that means none."""
+        return self.config.num_classes
+
+    def forward(self, packed: PackedTokens, t_B: Tensor, label_B: Tensor) -> Tensor:
+        """Tokens at times `t_B` in [0, 1] (float32) with labels (int64) → prediction (T, C)."""
+        silu_c_BD = silu(self.time_embed(t_B) + self.label_embed(label_B))
+        shared_B6D = self.modulation(silu_c_BD)
+        rotation_T1P = rotation(packed.pos_T2, self.config.width // self.config.heads)
+        x_TD = self.patch_embed(packed.x_TC.to(self.dtype))
+        for block in self.blocks:
+            x_TD = block(x_TD, packed, shared_B6D, silu_c_BD, rotation_T1P)
+        return self.head(x_TD, packed, silu_c_BD)

@@ -1,0 +1,19 @@
+"""The machine a run is on, and the randomness that does not depend on it."""
+
+import numpy as np
+import torch
+
+
+def default_device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def derive_seed(*key: int) -> int:
+    """One 63-bit seed from a tuple of non-negative integers such as (seed, step, image)."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator for `key`. Noise is always drawn on the CPU: a seed means the same everywhere."""
+    return torch.Generator().manual_seed(derive_seed(*key))

@@ -1,0 +1,123 @@
+"""From sizes, labels and seeds to pictures."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fitv2 import solvers
+from fitv2.autoencoder import Autoencoder, load_autoencoder
+from fitv2.checkpoint import Card
+from fitv2.flow import noise
+from fitv2.guidance import velocity_of
+from fitv2.model import FiT
+from fitv2.runtime import default_device
+from fitv2.tokens import Size, layout, unpack, unpatchify
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make. The same request gives the same picture, whatever is made beside it."""
+
+    label: int
+    size: Size  # (rows, columns) of tokens
+    seed: int
+
+
+def load_codec(model: FiT, card: Card) -> tuple[Autoencoder, int]:
+    """The model's autoencoder, and the side of a token in pixels."""
+    codec = load_autoencoder(card.autoencoder, default_device())
+    return codec, codec.downsample * model.config.patch_size
+
+
+def file_name(label: str, size: Size, unit: int, seed: int) -> str:
+    """LABEL_HEIGHTxWIDTH_SEED.png, with what a file name cannot hold replaced."""
+    plain = re.sub(r"[^\w.-]+", "-", label)
+    return f"{plain}_{size[0] * unit}x{size[1] * unit}_{seed}.png"
+
+
+@torch.inference_mode()
+def generate(
+    model: FiT,
+    autoencoder: Autoencoder,
+    requests: Sequence[Request],
+    *,
+    guidance: float = 1.5,
+    solver: str = "heun",
+    steps: int = 25,
+    tokens_a_pack: int = 16_384,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Iterator[tuple[Request, Image.Image]]:
+    """Make the pictures pack by pack, in order. `progress` gets the share done, 0 to 1.
+
+    `dopri5` chooses its steps itself and ignores `steps`.
+    """
+    batches = list(packs_of(requests, tokens_a_pack))
+    for i, batch in enumerate(batches):
+
+        def report(part: float, before: int = i) -> None:
+            progress((before + part) / len(batches))
+
+        images = _generate_pack(model, autoencoder, batch, guidance, solver, steps, report)
+        yield from zip(batch, images, strict=True)
+
+
+def packs_of(requests: Sequence[Request], tokens: int) -> Iterator[list[Request]]:
+    """Cut requests into packs of at most `tokens` tokens, of at least one picture each."""
+    batch: list[Request] = []
+    filled = 0
+    for request in requests:
+        length = request.size[0] * request.size[1]
+        if batch and filled + length > tokens:
+            yield batch
+            batch, filled = [], 0
+        batch.append(request)
+        filled += length
+    if batch:
+        yield batch
+
+
+def _generate_pack(
+    model: FiT,
+    autoencoder: Autoencoder,
+    requests: Sequence[Request],
+    guidance: float,
+    solver: str,
+    steps: int,
+    progress: Callable[[float], None],
+) -> list[Image.Image]:
+    # Sorted by length, images of equal length are neighbours and are computed together.
+    order = sorted(range(len(requests)), key=lambda i: requests[i].size[0] * requests[i].size[1])
+    chosen = [requests[i] for i in order]
+    packed = layout([request.size for request in chosen])
+    start = noise(packed.lengths, model.token_channels, [(request.seed,) for request in chosen])
+    packed = packed.to(model.device)
+    labels = torch.tensor([request.label for request in chosen], device=model.device)
+    velocity = velocity_of(model, packed, labels, guidance)
+    times = torch.linspace(0, 1, steps + 1, device=model.device)
+    x_TC = start.to(model.device)
+    if solver == "dopri5":
+        x_TC = solvers.dopri5(
+            velocity, x_TC, times, progress,
+            spread=lambda value_B: packed.spread(value_B)[:, None],
+            mean=lambda value_TC: packed.mean_per_image(value_TC.mean(1)),
+        )  # fmt: skip
+    else:
+        x_TC = {"euler": solvers.euler, "heun": solvers.heun}[solver](velocity, x_TC, times, progress)
+    images = decode(unpack(packed.with_tokens(x_TC)), autoencoder, model.config.patch_size)
+    return [image for _, image in sorted(zip(order, images, strict=True), key=lambda pair: pair[0])]
+
+
+def decode(tokens: Sequence[Tensor], autoencoder: Autoencoder, patch: int) -> list[Image.Image]:
+    """Images of tokens (rows, columns, C) as pictures; neighbours of equal size are decoded together."""
+    pictures = []
+    for _, same in groupby(tokens, key=lambda image: image.shape):
+        pixels = autoencoder.decode(unpatchify(torch.stack(list(same)), patch)).float()
+        # Rounded to the nearest of 256 levels: truncation would darken by half a level.
+        levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        pictures.extend(Image.fromarray(image) for image in levels)
+    return pictures

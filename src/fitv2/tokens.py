@@ -1,0 +1,147 @@
+"""Images of any sizes as one flat sequence of tokens: the type every stage speaks.
+
+Shape suffixes, here and everywhere: B images, T tokens in all images together, C numbers a token,
+D model width, H heads, K numbers a head. Only this module flattens images or makes positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]  # (rows, columns) of tokens
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTokens:
+    """B images as one sequence of T tokens, without padding. Token r·columns + c of an image is (r, c).
+
+    Immutable. Neighbouring images of equal length are computed together on the CPU, so a pack
+    sorted by length is fastest; any order is right.
+    """
+
+    x_TC: Tensor
+    pos_T2: Tensor  # (row, column) within the image, int64
+    image_T: Tensor  # the image a token belongs to, int64
+    cu_seqlens: Tensor  # (B+1,) int32: the first token of each image, then T
+    sizes: tuple[Size, ...]  # on the host, so that no length is ever read back from a device
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each image, on the host."""
+        return tuple(rows * columns for rows, columns in self.sizes)
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Neighbouring images of equal length, as (images, tokens of each)."""
+        return [(len(list(same)), length) for length, same in groupby(self.lengths)]
+
+    def with_tokens(self, x_TC: Tensor) -> PackedTokens:
+        """The same images with other content."""
+        return replace(self, x_TC=x_TC)
+
+    def to(self, device: torch.device | str) -> PackedTokens:
+        """The pack on another device."""
+        move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
+        return PackedTokens(*map(move, (self.x_TC, self.pos_T2, self.image_T, self.cu_seqlens)), self.sizes)
+
+    def spread(self, value_B: Tensor) -> Tensor:
+        """Repeat each image's value for all of its tokens: (B, …) → (T, …)."""
+        return value_B.index_select(0, self.image_T)
+
+    def mean_per_image(self, value_T: Tensor) -> Tensor:
+        """Average each image's tokens: (T, …) → (B, …)."""
+        pieces = value_T.split([images * length for images, length in self.runs])
+        return torch.cat(
+            [piece.unflatten(0, run).mean(1) for piece, run in zip(pieces, self.runs, strict=True)]
+        )
+
+    def per_image(
+        self,
+        function: Callable[..., Tensor],
+        tokens_TD: Sequence[Tensor],
+        values_BD: Sequence[Tensor],
+    ) -> Tensor:
+        """`function(*tokens, *values)` elementwise, each image's values broadcast over its tokens.
+
+        Reads every token once and never stores a spread copy of the values: on an accelerator a
+        compiler fuses the gather into `function`; on the CPU runs of equal length broadcast.
+        """
+        if tokens_TD[0].device.type != "cpu":
+            return function(*tokens_TD, *(self.spread(value) for value in values_BD))
+        runs = self.runs
+        token_pieces = [x.split([images * length for images, length in runs]) for x in tokens_TD]
+        value_pieces = [value.split([images for images, _ in runs]) for value in values_BD]
+        pieces = []
+        for i, run in enumerate(runs):
+            tokens = [piece[i].unflatten(0, run) for piece in token_pieces]
+            values = [piece[i][:, None] for piece in value_pieces]
+            pieces.append(function(*tokens, *values).flatten(0, 1))
+        return torch.cat(pieces)
+
+
+def layout(sizes: Sequence[Size], channels: int = 0) -> PackedTokens:
+    """A pack of images of these sizes with all-zero content. Raises ValueError for an empty image."""
+    if not sizes or min(min(size) for size in sizes) < 1:
+        raise ValueError(f"a pack needs at least one image, each of at least one token: {sizes}")
+    lengths = torch.tensor([rows * columns for rows, columns in sizes])
+    cu_seqlens = torch.zeros(len(sizes) + 1, dtype=torch.int32)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
+    positions = [torch.cartesian_prod(torch.arange(r), torch.arange(c)) for r, c in sizes]
+    return PackedTokens(
+        x_TC=torch.zeros(int(cu_seqlens[-1]), channels),
+        pos_T2=torch.cat(positions),
+        image_T=torch.repeat_interleave(torch.arange(len(sizes)), lengths),
+        cu_seqlens=cu_seqlens,
+        sizes=tuple((int(rows), int(columns)) for rows, columns in sizes),
+    )
+
+
+def pack(images: Sequence[Tensor]) -> PackedTokens:
+    """Images of tokens, each (rows, columns, C), as one pack."""
+    empty = layout([(image.shape[0], image.shape[1]) for image in images])
+    return empty.with_tokens(torch.cat([image.flatten(0, 1) for image in images]))
+
+
+def unpack(packed: PackedTokens) -> list[Tensor]:
+    """The images of a pack, each (rows, columns, C)."""
+    pieces = packed.x_TC.split(packed.lengths)
+    return [piece.unflatten(0, size) for piece, size in zip(pieces, packed.sizes, strict=True)]
+
+
+def concatenate(packs: Sequence[PackedTokens]) -> PackedTokens:
+    """One pack of all images of several packs on one device, in order."""
+    images = [0, *(len(p.sizes) for p in packs)]
+    tokens = [0, *(p.x_TC.shape[0] for p in packs)]
+    first_image = [sum(images[: i + 1]) for i in range(len(packs))]
+    first_token = [sum(tokens[: i + 1]) for i in range(len(packs))]
+    starts = [p.cu_seqlens[:-1] + first for p, first in zip(packs, first_token, strict=True)]
+    return PackedTokens(
+        x_TC=torch.cat([p.x_TC for p in packs]),
+        pos_T2=torch.cat([p.pos_T2 for p in packs]),
+        image_T=torch.cat([p.image_T + n for p, n in zip(packs, first_image, strict=True)]),
+        cu_seqlens=torch.cat([*starts, packs[-1].cu_seqlens[-1:] + first_token[-1]]),
+        sizes=tuple(size for p in packs for size in p.sizes),
+    )
+
+
+def patchify(image_BCHW: Tensor, patch: int) -> Tensor:
+    """Cut images (B, C, H, W) into tokens (B, rows, columns, C·patch²), ordered (channel, row, column).
+
+    Raises ValueError when a side is not a multiple of `patch`.
+    """
+    height, width = image_BCHW.shape[-2:]
+    if height % patch or width % patch:
+        raise ValueError(f"{height}x{width} is not a multiple of the patch size {patch}")
+    cut = image_BCHW.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B C rows p columns p
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3)
+
+
+def unpatchify(tokens_BRCN: Tensor, patch: int) -> Tensor:
+    """The inverse of `patchify`: (B, rows, columns, C·patch²) → (B, C, H, W)."""
+    cut = tokens_BRCN.unflatten(3, (-1, patch, patch))  # B rows columns C p p
+    return cut.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)

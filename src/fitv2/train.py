@@ -1,0 +1,356 @@
+"""The training loop. A run is a folder; the same command run again carries on from its checkpoint."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fitv2.autoencoder import load_autoencoder
+from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint, save_model
+from fitv2.config import from_dict, read_json
+from fitv2.data import EndlessOrder, TokenDataset
+from fitv2.errors import UserError
+from fitv2.figures import contact_sheet, loss_curve
+from fitv2.files import whole_file, whole_folder, write_json
+from fitv2.flow import PathSample, logit_normal_times, loss_per_image, path_sample, prediction_named
+from fitv2.model import FiT
+from fitv2.presets import Architecture, Preset, Training
+from fitv2.runtime import default_device, derive_seed, generator
+from fitv2.sample import Request, generate
+from fitv2.tokens import PackedTokens
+
+# First numbers of the keys that randomness is derived from: (seed, purpose, …).
+WEIGHTS, ORDER, CORRUPTION, VALIDATION = range(4)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the loop reports after every step."""
+
+    step: int
+    loss: float
+    images_per_second: float
+
+
+def train(
+    preset: Preset,
+    data: Path,
+    run: Path,
+    *,
+    init: str | None = None,
+    report: Callable[[Progress], None] = lambda _: None,
+) -> Path:
+    """Train `preset` on the token dataset `data` in the folder `run`, or carry on there.
+
+    `init` starts from another model's weights. Ctrl-C and SIGTERM save and leave. Returns the
+    newest checkpoint. Raises UserError for input that does not fit, and FloatingPointError when
+    the loss is not finite; the last checkpoint stays.
+    """
+    dataset = TokenDataset(data)
+    trainer = Trainer(preset, dataset, data, run, init)
+    deadline = time.monotonic() + 60 * (preset.training.minutes or math.inf)
+    with interrupted() as stop:
+        while trainer.step < preset.training.steps and time.monotonic() < deadline and not stop():
+            trainer.advance(report)
+    trainer.save()
+    loss_curve(run / "log.jsonl", run / "loss.png", f"{run.name}: {preset.about}")
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    return newest
+
+
+class Trainer:
+    """The state of a run, and what a step does to it."""
+
+    def __init__(
+        self, preset: Preset, dataset: TokenDataset, data: Path, run: Path, init: str | None
+    ) -> None:
+        self.config, self.dataset, self.run = preset.training, dataset, run
+        self.device = default_device()
+        self.card = Card(dataset.card.labels, dataset.card.autoencoder, dataset.card.max_tokens)
+        architecture = fitted(preset.model, dataset)
+        settle(run, Preset(preset.about, architecture, preset.training), data, init)
+
+        torch.manual_seed(derive_seed(self.config.seed, WEIGHTS))
+        self.master = FiT(**asdict(architecture))  # float32: what the optimizer changes
+        if init:
+            self._start_from(init)
+        self.master.to(self.device)
+        self.ema = deepcopy(self.master).eval().requires_grad_(False)
+        dtype = getattr(torch, self.config.precision)
+        self.model = self.master if dtype == torch.float32 else deepcopy(self.master).to(dtype)
+        self.optimizer = torch.optim.AdamW(
+            self.master.parameters(), lr=0.0, betas=(0.9, self.config.beta2),
+            weight_decay=self.config.weight_decay, fused=True,
+        )  # fmt: skip
+        seed = derive_seed(self.config.seed, ORDER)
+        self.order = EndlessOrder(dataset.pictures, dataset.card.variants, seed)
+        self.prediction = prediction_named(architecture.prediction)
+        self.step = 0
+        newest = newest_checkpoint(run)
+        if newest:
+            self._load(newest)
+        cut_log(run / "log.jsonl", self.step)
+        self.validation = list(validation_batches(data, self.config.batch_size))
+
+    def advance(self, report: Callable[[Progress], None]) -> None:
+        """One step, and what is due after it."""
+        config, started = self.config, time.monotonic()
+        sample, labels = self.batch(self.step * config.batch_size, config.batch_size)
+        output = self.model(sample.noisy, sample.t_B, labels)
+        loss = loss_per_image(output, sample, self.prediction).mean()
+        loss.backward()
+        norm = self.update()
+        self.step += 1
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value} at step {self.step}; the last checkpoint is kept")
+        rate = config.batch_size / (time.monotonic() - started)
+        report(Progress(self.step, value, rate))
+        if self.step % config.log_every == 0:
+            line = {"loss": value, "gradient_norm": norm, "images_per_second": round(rate, 1)}
+            self.log(line | {"learning_rate": learning_rate(config, self.step - 1)})
+        if self.step % config.validate_every == 0 and self.validation:
+            self.log({"validation": self.validate()})
+        if self.step % config.sample_every == 0:
+            self.draw()
+        if self.step % config.save_every == 0:
+            self.save()
+
+    def batch(self, start: int, count: int) -> tuple[PathSample, Tensor]:
+        """The pictures at positions start… of the endless order, corrupted."""
+        rows = self.order.rows(start, start + count)
+        order = self.dataset.by_length(rows)
+        packed, labels = self.dataset.batch(rows[order])
+        keys = [(self.config.seed, CORRUPTION, start + int(i)) for i in order]
+        sample, dropped = corrupted(packed, keys, self.config)
+        labels = torch.where(dropped, self.master.null_label, labels)
+        return to_device(sample, self.device), labels.to(self.device)
+
+    def update(self) -> float:
+        """Clip, step, average, and hand the new weights to the model that computes."""
+        weights, averages = list(self.master.parameters()), list(self.ema.parameters())
+        if self.model is not self.master:
+            for weight, computed in zip(weights, self.model.parameters(), strict=True):
+                assert computed.grad is not None
+                weight.grad, computed.grad = computed.grad.float(), None
+        norm = torch.nn.utils.clip_grad_norm_(weights, self.config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            # An average over at most a tenth of the steps so far: early weights do not linger.
+            decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+            if self.model is not self.master:
+                torch._foreach_copy_(list(self.model.parameters()), weights)
+        return float(norm)
+
+    @torch.inference_mode()
+    def validate(self) -> float:
+        """The averaged model's loss on held-out pictures, with fixed noise and evenly spread times."""
+        losses = []
+        for packed, labels in self.validation:
+            sample = fixed_corruption(packed)
+            sample = to_device(sample, self.device)
+            output = self.ema(sample.noisy, sample.t_B, labels.to(self.device))
+            losses.append(loss_per_image(output, sample, self.prediction))
+        return float(torch.cat(losses).mean())
+
+    def draw(self) -> None:
+        """A sheet of samples at several sizes from fixed seeds."""
+        side = max(2, math.isqrt(self.card.max_tokens))
+        sizes = [
+            (side, side),
+            (max(1, side * 5 // 8), side * 5 // 4),
+            (max(1, side // 2), side * 3 // 2),
+        ]
+        labels = np.linspace(0, len(self.card.labels) - 1, min(8, len(self.card.labels))).astype(int)
+        requests = [Request(int(label), size, 0) for size in sizes for label in labels]
+        codec = load_autoencoder(self.card.autoencoder, self.device)
+        made = [
+            (self.card.labels[request.label], image)
+            for request, image in generate(self.ema, codec, requests, steps=20)
+        ]
+        rows = [made[i : i + len(labels)] for i in range(0, len(made), len(labels))]
+        with whole_file(self.run / "samples" / f"step-{self.step:07d}.png") as partial:
+            contact_sheet(rows, f"step {self.step}").save(partial)
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Append a line to log.jsonl."""
+        with (self.run / "log.jsonl").open("a") as file:
+            file.write(json.dumps({"step": self.step} | values) + "\n")
+
+    def save(self) -> None:
+        """Write a checkpoint, whole or not at all, then remove the oldest ones."""
+        folder = self.run / "checkpoints" / f"step-{self.step:07d}"
+        if folder.exists():
+            return
+        with whole_folder(folder) as partial:
+            save_model(self.ema, self.card, partial / "ema")
+            state = {
+                "step": self.step,
+                "weights": self.master.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+            torch.save(state, partial / "training.pt")
+        for old in checkpoints(self.run)[: -self.config.keep]:
+            for path in sorted(old.rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+            old.rmdir()
+
+    def _load(self, checkpoint: Path) -> None:
+        state = torch.load(checkpoint / "training.pt", map_location=self.device, weights_only=True)
+        self.step = state["step"]
+        self.master.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.load_state_dict(load_model(checkpoint / "ema")[0].state_dict())
+        if self.model is not self.master:
+            self.model.load_state_dict(self.master.state_dict())
+
+    def _start_from(self, name: str) -> None:
+        other, card = load_model(name)
+        if card.labels != self.card.labels or dict(other.config) != dict(self.master.config):
+            raise UserError(f"{name} has another architecture or other labels than this run")
+        self.master.load_state_dict(other.state_dict())
+
+
+def fitted(architecture: Architecture, dataset: TokenDataset) -> Architecture:
+    """`architecture` with the token layout and labels of the dataset."""
+    card = dataset.card
+    return replace(
+        architecture,
+        patch_size=card.patch_size,
+        in_channels=card.in_channels,
+        num_classes=len(card.labels),
+    )
+
+
+def settle(run: Path, preset: Preset, data: Path, init: str | None) -> None:
+    """Write run.json, or check that the run already there is this one.
+
+    Steps, minutes and the spacing of logs and checkpoints may change; nothing else may.
+    """
+    path = run / "run.json"
+    described = {"data": str(data), "init": init, **asdict(preset)}
+    if path.exists():
+        before = read_json(path)
+        free = (
+            "steps",
+            "minutes",
+            "log_every",
+            "validate_every",
+            "sample_every",
+            "save_every",
+            "keep",
+        )
+        old, new = (
+            {key: value for key, value in settings.items() if key not in free}
+            for settings in (flat(before), flat(described))
+        )
+        changed = [key for key in new if old.get(key) != new[key]]
+        if changed:
+            raise UserError(f"{run} is a run with another {', '.join(changed)}: choose another --out")
+    elif run.exists() and any(run.iterdir()):
+        raise UserError(f"{run} exists and is not a run: choose another --out")
+    write_json(path, described | {"torch": torch.__version__})
+
+
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide a run's outcome, without their nesting."""
+    return {"init": settings["init"], **settings["model"], **settings["training"]}
+
+
+def learning_rate(config: Training, step: int) -> float:
+    """Linear warm-up, constant, linear decay over the last steps."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    left = min(1.0, (config.steps - step) / max(1, config.decay_steps))
+    return config.learning_rate * warm * left
+
+
+def corrupted(data: PackedTokens, keys: list[tuple[int, ...]], config: Training) -> tuple[PathSample, Tensor]:
+    """A path sample, and which labels to drop (B,): each image's draws come from its own key."""
+    normals, chances, noises = [], [], []
+    for key, length in zip(keys, data.lengths, strict=True):
+        rng = generator(*key)
+        normals.append(torch.randn((), generator=rng))
+        chances.append(torch.rand((), generator=rng))
+        noises.append(torch.randn(length, data.x_TC.shape[1], generator=rng))
+    t_B = logit_normal_times(torch.stack(normals), config.time_mean, config.time_std)
+    return path_sample(data, torch.cat(noises), t_B), torch.stack(chances) < config.label_dropout
+
+
+def fixed_corruption(data: PackedTokens) -> PathSample:
+    """The same noise every time, and times that cover [0, 1] evenly."""
+    count = len(data.sizes)
+    rng = generator(VALIDATION)
+    t_B = ((torch.arange(count) + 0.5) / count)[torch.randperm(count, generator=rng)]
+    return path_sample(data, torch.randn(data.x_TC.shape, generator=rng), t_B)
+
+
+def validation_batches(data: Path, count: int) -> Iterator[tuple[PackedTokens, Tensor]]:
+    """All held-out pictures as they are (not mirrored), `count` at a time; none if there are none."""
+    if not any(data.glob("validation-*.arrow")):
+        return
+    dataset = TokenDataset(data, "validation")
+    rows = np.arange(dataset.pictures) * dataset.card.variants
+    rows = rows[dataset.by_length(rows)]
+    for start in range(0, len(rows), count):
+        yield dataset.batch(rows[start : start + count])
+
+
+def to_device(sample: PathSample, device: torch.device) -> PathSample:
+    """The sample on `device`."""
+    return PathSample(
+        sample.noisy.to(device),
+        *(x.to(device) for x in (sample.t_B, sample.data_TC, sample.noise_TC)),
+    )
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint that a run resumes from."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+    with whole_file(path) as partial:
+        partial.write_text("".join(line + "\n" for line in lines))
+
+
+@contextmanager
+def interrupted() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM came since; a second one acts as usual."""
+    received: list[int] = []
+    before = {}
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def read_run(run: Path) -> Preset:
+    """The preset that a run was started with, from its json."""
+    values = read_json(run / "run.json")
+    return Preset(
+        values["about"],
+        from_dict(Architecture, values["model"]),
+        from_dict(Training, values["training"]),
+    )
