@@ -32,8 +32,9 @@ def resized(width: int, height: int, max_tokens: int, unit: int) -> tuple[int, i
     if min(w, h) < unit:
         scale = unit / min(w, h)
         w, h = w * scale, h * scale
-    columns, rows = int(w) // unit, int(h) // unit
-    return min(columns, max_tokens) * unit, min(rows, max_tokens) * unit
+    # At least one: 16/side·side can round to just under 16.
+    columns, rows = (min(max(1, int(side) // unit), max_tokens) for side in (w, h))
+    return columns * unit, rows * unit
 
 
 def load_rgb(source: Path | IO[bytes]) -> Image.Image:

@@ -10,7 +10,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, silu
+from torch.nn.functional import layer_norm, linear, silu
 
 from fitv2.attention import attention
 from fitv2.presets import preset
@@ -48,8 +48,30 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) → (T, D)."""
-        gate, up = self.gate_up(x_TD).chunk(2, dim=-1)
-        return self.down(silu(gate) * up)
+        return self.down(_Gated.apply(self.gate_up(x_TD)))
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate)·up of the two halves. Keeps its input alone, and writes both gradients in place.
+
+    Autograd would also keep silu(gate), a third more, and join the two gradients by a copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        both = torch.empty_like(gate_up)
+        gate_grad, up_grad = both.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
+        torch.mul(grad, silu(gate), out=up_grad)
+        return both
 
 
 class Attention(nn.Module):
@@ -63,8 +85,11 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, packed: PackedTokens, rotation_T1P: Tensor) -> Tensor:
         """(T, D) → (T, D)."""
-        q, k, v = self.qkv(x_TD).unflatten(1, (3, self.heads, -1)).unbind(1)
-        q, k = (rotate(layer_norm(x, x.shape[-1:], eps=EPS), rotation_T1P) for x in (q, k))
+        # Two products, so that what is normed and turned is contiguous and needs no copy.
+        both = 2 * x_TD.shape[1]
+        qk = linear(x_TD, self.qkv.weight[:both], self.qkv.bias[:both]).unflatten(1, (2 * self.heads, -1))
+        v = linear(x_TD, self.qkv.weight[both:], self.qkv.bias[both:]).unflatten(1, (self.heads, -1))
+        q, k = rotate(layer_norm(qk, qk.shape[-1:], eps=EPS), rotation_T1P).chunk(2, dim=1)
         return self.out(attention(q, k, v, packed).flatten(1))
 
 
@@ -84,16 +109,7 @@ class LoRAModulation(nn.Module):
 def modulated(x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, packed: PackedTokens) -> Tensor:
     """LayerNorm without affine, then x·(1 + scale) + shift with each image's own."""
     normed = layer_norm(x_TD, x_TD.shape[-1:], eps=EPS)
-    return packed.per_image(_scale_shift, [normed], [1 + scale_BD, shift_BD])
-
-
-def gated_sum(x_TD: Tensor, branch_TD: Tensor, gate_BD: Tensor, packed: PackedTokens) -> Tensor:
-    """x + gate·branch with each image's own gate."""
-    return packed.per_image(torch.addcmul, [x_TD, branch_TD], [gate_BD])
-
-
-def _scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return torch.addcmul(shift, x, scale)
+    return packed.scaled_sum(shift_BD, normed, 1 + scale_BD)
 
 
 class Block(nn.Module):
@@ -117,9 +133,9 @@ class Block(nn.Module):
         modulation_B6D = shared_B6D + self.modulation(silu_c_BD)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_B6D.chunk(6, dim=1)
         branch = self.attention(modulated(x_TD, shift1, scale1, packed), packed, rotation_T1P)
-        x_TD = gated_sum(x_TD, branch, gate1, packed)
+        x_TD = packed.scaled_sum(x_TD, branch, gate1)
         branch = self.mlp(modulated(x_TD, shift2, scale2, packed))
-        return gated_sum(x_TD, branch, gate2, packed)
+        return packed.scaled_sum(x_TD, branch, gate2)
 
 
 class Head(nn.Module):

@@ -11,7 +11,8 @@ def default_device() -> torch.device:
 
 def derive_seed(*key: int) -> int:
     """One 63-bit seed from a tuple of non-negative integers such as (seed, step, image)."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    # The length first: to SeedSequence (1,) and (1, 0) are the same.
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def generator(*key: int) -> torch.Generator:

@@ -6,9 +6,10 @@ D model width, H heads, K numbers a head. Only this module flattens images or ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,33 +56,64 @@ class PackedTokens:
 
     def mean_per_image(self, value_T: Tensor) -> Tensor:
         """Average each image's tokens: (T, …) → (B, …)."""
-        pieces = value_T.split([images * length for images, length in self.runs])
-        return torch.cat(
-            [piece.unflatten(0, run).mean(1) for piece, run in zip(pieces, self.runs, strict=True)]
-        )
+        return torch.cat([value.mean(1) for (value,) in self.by_run(value_T)])
 
-    def per_image(
-        self,
-        function: Callable[..., Tensor],
-        tokens_TD: Sequence[Tensor],
-        values_BD: Sequence[Tensor],
-    ) -> Tensor:
-        """`function(*tokens, *values)` elementwise, each image's values broadcast over its tokens.
+    def sum_per_image(self, value_T: Tensor) -> Tensor:
+        """Add up each image's tokens: (T, …) → (B, …)."""
+        return torch.cat([value.sum(1) for (value,) in self.by_run(value_T)])
 
-        Reads every token once and never stores a spread copy of the values: on an accelerator a
-        compiler fuses the gather into `function`; on the CPU runs of equal length broadcast.
+    def scaled_sum(self, base: Tensor, x_TD: Tensor, scale_BD: Tensor) -> Tensor:
+        """base + x·scale, each image's scale over its tokens; `base` is per token or per image.
+
+        A spread copy of what is per image would cost as many bytes as the tokens. On an accelerator
+        a compiler fuses the gather into the sum; on the CPU runs of equal length broadcast.
         """
-        if tokens_TD[0].device.type != "cpu":
-            return function(*tokens_TD, *(self.spread(value) for value in values_BD))
+        if x_TD.device.type == "cpu":
+            return _ScaledSum.apply(base, x_TD, scale_BD, self)
+        base_TD = base if len(base) == len(x_TD) else self.spread(base)
+        return torch.addcmul(base_TD, x_TD, self.spread(scale_BD))
+
+    def by_run(self, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Values per token or per image, cut into runs: (images, length or 1, …) each, as views."""
         runs = self.runs
-        token_pieces = [x.split([images * length for images, length in runs]) for x in tokens_TD]
-        value_pieces = [value.split([images for images, _ in runs]) for value in values_BD]
-        pieces = []
-        for i, run in enumerate(runs):
-            tokens = [piece[i].unflatten(0, run) for piece in token_pieces]
-            values = [piece[i][:, None] for piece in value_pieces]
-            pieces.append(function(*tokens, *values).flatten(0, 1))
-        return torch.cat(pieces)
+        tokens, images = [n * length for n, length in runs], [n for n, _ in runs]
+        total = sum(tokens)
+        pieces = [value.split(tokens if len(value) == total else images) for value in values]
+        for i, (count, length) in enumerate(runs):
+            yield tuple(
+                piece[i].unflatten(0, (count, length if len(value) == total else 1))
+                for piece, value in zip(pieces, values, strict=True)
+            )
+
+
+class _ScaledSum(torch.autograd.Function):
+    """`PackedTokens.scaled_sum` on the CPU, reading and writing every token once each way.
+
+    Left to autograd, a gather's backward is a serial scatter, and cutting into runs copies twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, x_TD: Tensor, scale_BD: Tensor, packed: PackedTokens) -> Tensor:
+        ctx.save_for_backward(x_TD, scale_BD)
+        ctx.packed, ctx.base_per_token = packed, len(base) == len(x_TD)
+        out_TD = torch.empty_like(x_TD)
+        for out, start, x, scale in packed.by_run(out_TD, base, x_TD, scale_BD):
+            torch.addcmul(start, x, scale, out=out)
+        return out_TD
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x_TD, scale_BD = ctx.saved_tensors
+        packed = ctx.packed
+        x_grad, scale_grad = torch.empty_like(x_TD), torch.empty_like(scale_BD)
+        for out, grad, scale in packed.by_run(x_grad, grad_TD, scale_BD):
+            torch.mul(grad, scale, out=out)
+        # Image by image: a product of one image's size stays in the cache until it is summed.
+        pieces = zip(grad_TD.split(packed.lengths), x_TD.split(packed.lengths), scale_grad, strict=True)
+        for grad, x, out in pieces:
+            torch.sum(grad * x, 0, out=out)
+        base_grad = grad_TD if ctx.base_per_token else packed.sum_per_image(grad_TD)
+        return base_grad, x_grad, scale_grad, None
 
 
 def layout(sizes: Sequence[Size], channels: int = 0) -> PackedTokens:

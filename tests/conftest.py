@@ -1,0 +1,55 @@
+"""Small real pictures, datasets and models that tests share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fitv2.encode import encode
+from fitv2.model import FiT
+
+torch.set_num_threads(1)
+
+
+def picture(width, height, seed=0):
+    """A picture with some structure: two colours and a diagonal between them."""
+    colours = np.random.default_rng(seed).integers(0, 256, (2, 3))
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.where((x * height > y * width)[..., None], *colours).astype(np.uint8))
+
+
+def randomized(model, seed=0):
+    """The model with random weights everywhere: at initialization adaLN-Zero's output is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A folder of 12 pictures of several shapes under the labels blue and red."""
+    root = tmp_path_factory.mktemp("pictures")
+    for i, (width, height) in enumerate([(64, 64), (48, 96), (96, 48), (32, 32), (200, 80), (16, 70)] * 2):
+        path = root / ("red" if i % 2 else "blue") / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture(width, height, i).save(path)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tokens(folder, tmp_path_factory) -> Path:
+    """That folder, encoded in pixels, at most 16 tokens a picture."""
+    out = tmp_path_factory.mktemp("tokens") / "set"
+    encode(folder, out, max_tokens=(16,))
+    return out
+
+
+@pytest.fixture
+def model() -> FiT:
+    """A tiny model with random weights everywhere."""
+    shape = {"depth": 2, "width": 32, "heads": 2, "patch_size": 1, "in_channels": 6, "num_classes": 5}
+    return randomized(FiT(**shape)).eval()

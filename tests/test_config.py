@@ -1,0 +1,32 @@
+from dataclasses import asdict
+
+import pytest
+
+from fitv2.config import from_dict, read_json
+from fitv2.errors import UserError
+from fitv2.presets import Architecture
+
+
+def test_from_dict_is_the_inverse_of_asdict():
+    architecture = Architecture(depth=2, width=32, heads=2)
+    assert from_dict(Architecture, asdict(architecture)) == architecture
+
+
+def test_unknown_key_names_the_nearest():
+    with pytest.raises(UserError, match="unknown key of Architecture 'widht': did you mean width"):
+        from_dict(Architecture, {"depth": 2, "widht": 32, "heads": 2})
+
+
+def test_missing_key_is_named():
+    with pytest.raises(UserError, match="heads"):
+        from_dict(Architecture, {"depth": 2, "width": 32})
+
+
+@pytest.mark.parametrize(("content", "said"), [("{", "damaged"), ("[1]", "expected a json object")])
+def test_damaged_json_is_a_clear_error(tmp_path, content, said):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=said):
+        read_json(path)
+    with pytest.raises(UserError, match="missing"):
+        read_json(tmp_path / "none.json")

@@ -1,0 +1,35 @@
+import pytest
+
+from fitv2.errors import UserError
+from fitv2.files import whole_file, whole_folder, write_json
+
+
+def test_folder_appears_whole(tmp_path):
+    with whole_folder(tmp_path / "a" / "out") as partial:
+        (partial / "x").write_text("1")
+        assert not (tmp_path / "a" / "out").exists()
+    assert (tmp_path / "a" / "out" / "x").read_text() == "1"
+
+
+def test_failure_leaves_nothing_behind(tmp_path):
+    with pytest.raises(OSError, match="full"), whole_folder(tmp_path / "out") as partial:
+        (partial / "x").write_text("1")
+        raise OSError("disk is full")
+    with pytest.raises(OSError, match="full"), whole_file(tmp_path / "file") as partial:
+        partial.write_text("1")
+        raise OSError("disk is full")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_never_overwritten_by_a_folder(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(UserError, match="not empty"), whole_folder(tmp_path):
+        pass
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_failed_rewrite_keeps_the_old_file(tmp_path):
+    write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"a": object()})
+    assert '"a": 1' in (tmp_path / "x.json").read_text()

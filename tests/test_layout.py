@@ -1,0 +1,65 @@
+"""A module imports only from lower levels: the order in which the package is read."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import fitv2
+
+PACKAGE = Path(fitv2.__file__).parent
+LEVELS = [
+    {"errors"},
+    {"config", "files", "images", "presets", "runtime", "solvers", "tokens"},
+    {"attention", "autoencoder", "data", "figures", "flow", "rope"},
+    {"model"},
+    {"checkpoint", "guidance"},
+    {"encode", "sample"},
+    {"train"},
+    {"demo"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+
+
+def imported(path):
+    """Every module of the package that a file imports, in functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fitv2."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.ImportFrom) and node.module == "fitv2":
+            yield from (name.name for name in node.names if (PACKAGE / f"{name.name}.py").exists())
+        elif isinstance(node, ast.Import):
+            yield from (n.name.split(".")[1] for n in node.names if n.name.startswith("fitv2."))
+
+
+def test_modules_import_only_from_lower_levels():
+    level = {name: number for number, names in enumerate(LEVELS) for name in names}
+    files = {path.stem: path for path in PACKAGE.glob("*.py")}
+    assert set(files) == set(level)
+    wrong = [
+        f"{name} (level {level[name]}) imports {other} (level {level[other]})"
+        for name, path in files.items()
+        for other in imported(path)
+        if level[other] >= level[name]
+    ]
+    assert not wrong
+
+
+def test_every_module_has_a_test():
+    tested = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert modules <= tested
+
+
+def test_import_and_help_load_nothing_heavy():
+    check = (
+        "import sys, fitv2, fitv2.cli; "
+        "print([m for m in ('torch', 'diffusers', 'datasets', 'PIL', 'numpy') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_public_names_resolve():
+    assert all(getattr(fitv2, name) is not None for name in fitv2.__all__)

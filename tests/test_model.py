@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from conftest import randomized
+from fitv2.flow import noise
+from fitv2.model import FiT
+from fitv2.tokens import concatenate, layout
+
+RELEASED = {"fitv2-b": 128_149_072, "fitv2-xl": 671_045_776, "fitv2-3b": 2_971_928_080}
+SIZES = [(1, 1), (2, 7), (7, 2), (16, 16), (3, 5)]
+
+
+@pytest.mark.parametrize(("name", "count"), RELEASED.items())
+def test_parameter_counts_are_the_released_ones(name, count):
+    with torch.device("meta"):
+        model = FiT.from_preset(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def pack_of(sizes, channels=6):
+    packed = layout(sizes)
+    return packed.with_tokens(noise(packed.lengths, channels, [(7, *size) for size in sizes]))
+
+
+def test_packed_equals_each_image_alone_forward_and_backward(model):
+    times, labels = torch.linspace(0, 1, len(SIZES)), torch.arange(len(SIZES)) % 6
+    weights = dict(model.named_parameters())
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+
+    packed = pack_of(SIZES)
+    output = model(packed, times, labels)
+    together = gradients(output.square().sum())
+    alone = [model(pack_of([size]), times[i : i + 1], labels[i : i + 1]) for i, size in enumerate(SIZES)]
+    torch.testing.assert_close(output, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    summed = [sum(parts) for parts in zip(*(gradients(a.square().sum()) for a in alone), strict=True)]
+    for name, ours, expected in zip(weights, together, summed, strict=True):
+        scale = expected.abs().max().clamp_min(1e-3)
+        assert ((ours - expected).abs().max() / scale).item() < 1e-5, name
+
+
+def test_order_in_the_pack_does_not_matter(model):
+    packs = [pack_of([size]) for size in SIZES]
+    times, labels = torch.linspace(0, 1, len(SIZES)), torch.arange(len(SIZES)) % 6
+    forward = model(concatenate(packs), times, labels).split([a * b for a, b in SIZES])
+    backward = model(concatenate(packs[::-1]), times.flip(0), labels.flip(0)).split(
+        [a * b for a, b in SIZES[::-1]]
+    )
+    for one, other in zip(forward, backward[::-1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_transposed_grid_is_another_image(model):
+    wide, high = layout([(2, 7)]), layout([(7, 2)])
+    x = noise([14], 6, [(0,)])
+    t, label = torch.tensor([0.5]), torch.tensor([0])
+    difference = model(wide.with_tokens(x), t, label) - model(high.with_tokens(x), t, label)
+    assert difference.abs().max() > 1e-3
+
+
+def test_starts_at_zero_and_learns_everything():
+    """adaLN-Zero: the output is zero at first, and yet every parameter gets a gradient soon."""
+    torch.manual_seed(0)
+    model = FiT(depth=2, width=32, heads=2, patch_size=1, in_channels=6, num_classes=5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    packed, t, labels = pack_of(SIZES), torch.linspace(0.1, 0.9, len(SIZES)), torch.arange(len(SIZES))
+    assert model(packed, t, labels).abs().max() == 0
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(packed, t, labels) - packed.x_TC).square().mean().backward()
+        optimizer.step()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert not silent
+
+
+def test_bfloat16_stays_close_to_float32(model):
+    packed, t, labels = pack_of(SIZES), torch.linspace(0, 1, 5), torch.arange(5)
+    expected = model(packed, t, labels)
+    result = randomized(FiT(**model.config)).to(torch.bfloat16)(packed, t, labels)
+    assert result.dtype == torch.bfloat16
+    assert (result - expected).abs().mean() / expected.abs().mean() < 0.03
+
+
+def test_saved_folder_rebuilds_the_model(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+    again = FiT.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_heads_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="width 30 over 2 heads"):
+        FiT(depth=1, width=30, heads=2)

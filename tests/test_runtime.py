@@ -1,0 +1,17 @@
+import torch
+
+from fitv2.runtime import default_device, derive_seed, generator
+
+
+def test_a_seed_is_a_function_of_its_whole_key():
+    assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)
+    assert len({derive_seed(0), derive_seed(0, 0), derive_seed(0, 1), derive_seed(1, 0)}) == 4
+
+
+def test_a_seed_means_the_same_for_ever():
+    assert derive_seed(0, 1, 2) == 1419556851746930036
+    assert torch.randn(2, generator=generator(0)).tolist() == torch.randn(2, generator=generator(0)).tolist()
+
+
+def test_default_device_can_compute():
+    assert torch.ones(2, device=default_device()).sum().item() == 2
