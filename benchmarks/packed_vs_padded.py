@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from fitv2.flow import PathSample, loss_per_image, noise, path_sample, prediction_named
 from fitv2.guidance import velocity_of
 from fitv2.images import resized
-from fitv2.model import EPS, FiT
+from fitv2.model import EPS, Attention, Block, FiT, SwiGLU
 from fitv2.rope import rotation
 from fitv2.tokens import PackedTokens, Size, layout
 
@@ -94,7 +95,7 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.stack((-second, first), dim=-1).flatten(-2)
 
 
-def padded_attention(module: torch.nn.Module, x_BND: Tensor, pads: Padded) -> Tensor:
+def padded_attention(module: Attention, x_BND: Tensor, pads: Padded) -> Tensor:
     qkv = module.qkv(x_BND).unflatten(2, (3, module.heads, -1)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
     q, k = (layer_norm(part, part.shape[-1:], eps=EPS) for part in (q, k))
@@ -104,7 +105,7 @@ def padded_attention(module: torch.nn.Module, x_BND: Tensor, pads: Padded) -> Te
     return module.out(out.transpose(1, 2).flatten(2) * pads.mask_BN[..., None])
 
 
-def padded_mlp(module: torch.nn.Module, x_BND: Tensor) -> Tensor:
+def padded_mlp(module: SwiGLU, x_BND: Tensor) -> Tensor:
     gate, up = (
         linear(x_BND, weight, bias)
         for weight, bias in zip(module.gate_up.weight.chunk(2), module.gate_up.bias.chunk(2), strict=True)
@@ -116,7 +117,7 @@ def padded_forward(model: FiT, x_BNC: Tensor, t_B: Tensor, label_B: Tensor, pads
     silu_c = silu(model.time_embed(t_B) + model.label_embed(label_B))
     shared = model.modulation(silu_c)
     x = model.patch_embed(x_BNC)
-    for block in model.blocks:
+    for block in cast(list[Block], model.blocks):
         shift1, scale1, gate1, shift2, scale2, gate2 = (shared + block.modulation(silu_c)).chunk(6, 1)
         branch = padded_attention(block.attention, modulate(x, shift1, scale1), pads)
         x = x + gate1[:, None] * branch
@@ -140,9 +141,9 @@ class Case:
         start = noise(packed.lengths, model.token_channels, [(1, i) for i in range(len(sizes))])
         self.t_B = torch.linspace(0.1, 0.9, len(sizes))
         self.sample: PathSample = path_sample(data, start, self.t_B)
-        self.labels = torch.arange(len(sizes)) % model.config.num_classes
-        self.prediction = prediction_named(model.config.prediction)
-        self.pads = padded_layout(packed, limit, model.config.width // model.config.heads)
+        self.labels = torch.arange(len(sizes)) % model.architecture.num_classes
+        self.prediction = prediction_named(model.architecture.prediction)
+        self.pads = padded_layout(packed, limit, model.architecture.width // model.architecture.heads)
         fields = (self.sample.noisy.x_TC, data.x_TC, start)
         self.x_BNC, self.data_BNC, self.start_BNC = (pad(x, self.pads.mask_BN) for x in fields)
         self.velocity = velocity_of(model, packed, self.labels, GUIDANCE)
@@ -172,10 +173,8 @@ class Case:
     @torch.inference_mode()
     def padded_sample(self) -> Tensor:
         null = torch.full_like(self.labels, self.model.null_label)
-        twice = Padded(
-            *(x.repeat(2, *[1] * (x.dim() - 1)) for x in (self.pads.mask_BN, self.pads.cos_B1NK)),
-            self.pads.sin_B1NK.repeat(2, 1, 1, 1),
-        )
+        cos, sin = self.pads.cos_B1NK, self.pads.sin_B1NK
+        twice = Padded(self.pads.mask_BN.repeat(2, 1), cos.repeat(2, 1, 1, 1), sin.repeat(2, 1, 1, 1))
         x = self.x_BNC.repeat(2, 1, 1)
         t_B = torch.full((len(x),), 0.5)
         both = padded_forward(self.model, x, t_B, torch.cat([self.labels, null]), twice)

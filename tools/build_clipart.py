@@ -44,7 +44,7 @@ def shrink(image: Image.Image) -> Image.Image:
 
 def is_blank(image: Image.Image) -> bool:
     """Whether every pixel has the same colour: a picture that did not survive its conversion."""
-    return all(low == high for low, high in image.getextrema())
+    return all(low == high for low, high in (band.getextrema() for band in image.split()))
 
 
 def row(root: Path, path: Path) -> dict[str, Any] | str:

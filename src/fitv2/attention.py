@@ -24,7 +24,8 @@ def _varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packed: PackedTokens) -
     # Positional arguments only: the keywords after these seven changed between releases.
     longest = max(packed.lengths)
     ends = packed.cu_seqlens
-    return varlen_attn(q_THK, k_THK, v_THK, ends, ends, longest, longest)
+    out: Tensor = varlen_attn(q_THK, k_THK, v_THK, ends, ends, longest, longest)  # type: ignore[assignment]
+    return out
 
 
 def _by_length(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packed: PackedTokens) -> Tensor:

@@ -1,11 +1,14 @@
 """Between pixels and latents. An autoencoder owns its statistics: what it returns is ready to train on."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from fitv2.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
 class Autoencoder(Protocol):
@@ -41,7 +44,7 @@ class Pixels:
 class KLAutoencoder:
     """Any diffusers `AutoencoderKL`. Encodes to the mean of its posterior."""
 
-    def __init__(self, model: torch.nn.Module, name: str) -> None:
+    def __init__(self, model: "AutoencoderKL", name: str) -> None:
         self.name = name
         self.model = model.eval().requires_grad_(False)
         self.channels: int = model.config.latent_channels

@@ -50,9 +50,11 @@ class Card:
         starting = [i for i, label in enumerate(self.labels) if label.startswith(text)]
         if len(starting) == 1:
             return starting[0]
+        if starting:
+            raise UserError(f"label {text!r} could be {' or '.join(self.labels[i] for i in starting)}")
         if text.lstrip("-").isdecimal():
             raise UserError(f"unknown label {text}: numbers go from 0 to {len(self.labels) - 1}")
-        raise nearest("label", text, [self.labels[i] for i in starting] or self.labels)
+        raise nearest("label", text, self.labels)
 
 
 def save_model(model: FiT, card: Card, folder: Path) -> None:
@@ -71,10 +73,14 @@ def load_model(name: str | Path) -> tuple[FiT, Card]:
     card = from_dict(Card, values | {"labels": tuple(values.get("labels", ()))})
     try:
         model, report = FiT.from_pretrained(
-            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
+            folder,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+            use_safetensors=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder} holds no FiT that can be loaded: {reason}") from error
     wrong = [f"{kind}: {', '.join(map(str, names))}" for kind, names in report.items() if names]
     if wrong:
@@ -129,7 +135,7 @@ _RENAMED = (
 def from_released(config: dict[str, Any], state_dict: dict[str, Tensor]) -> FiT:
     """A FiTv2 in the released layout as ours. `config`: the released constructor's arguments.
 
-    Raises UserError for a variant that is not FiTv2, RuntimeError for other tensors than its own.
+    Raises UserError for a variant that is not FiTv2, and for missing, extra or misshapen tensors.
     """
     if config.get("adaln_type") != "lora" or config.get("use_swiglu_large"):
         raise UserError("only released FiTv2 checkpoints (adaln_type 'lora') can be read so far")
@@ -141,7 +147,10 @@ def from_released(config: dict[str, Any], state_dict: dict[str, Tensor]) -> FiT:
         in_channels=config["in_channels"],
         num_classes=config["num_classes"],
     )
-    model.load_state_dict(_rename(state_dict), strict=True)
+    try:
+        model.load_state_dict(_rename(state_dict), strict=True)
+    except RuntimeError as error:
+        raise UserError(f"not the tensors of this FiTv2: {' '.join(str(error).split())}") from error
     return model.eval()
 
 

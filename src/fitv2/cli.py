@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import tyro
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from fitv2.errors import UserError, nearest
 from fitv2.presets import PRESETS, Architecture, Preset, Training, preset
 
 Options = TypeVar("Options")
-Inline = tyro.conf.OmitArgPrefixes
+
 FINISHED_WITH_SKIPS = 1  # exit status: all done, but pictures were left out
 
 
@@ -29,9 +29,9 @@ class Encode:
     that cannot be used are listed in OUT/skipped.jsonl; the exit status is then 1.
     """
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Folder of pictures."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """New folder for the tokens."""
     autoencoder: str = "pixels"
     """"pixels", or a diffusers AutoencoderKL: a local folder or a hub name."""
@@ -48,7 +48,7 @@ class Encode:
 class Train:
     """Train a preset, or carry on with a run: the same command again resumes."""
 
-    preset: tyro.conf.Positional[str]
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
     """One of the presets; their settings are the defaults below."""
     data: Path
     """Folder of tokens, made by `fitv2 encode`."""
@@ -56,15 +56,17 @@ class Train:
     """Folder of the run."""
     init: str | None = None
     """Start from the weights of this model: a folder, a run, or a shipped model."""
-    model: Inline[Architecture] = field(default_factory=lambda: PRESETS["clipart"].model)
-    training: Inline[Training] = field(default_factory=Training)
+    model: Annotated[Architecture, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=lambda: PRESETS["clipart"].model
+    )
+    training: Annotated[Training, tyro.conf.OmitArgPrefixes] = field(default_factory=Training)
 
 
 @dataclass(frozen=True)
 class Sample:
     """Make pictures: every label at every size, NUM of each."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A model folder, a run folder, or the name of a shipped model such as clipart."""
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Name or number of a label; repeat for several [default: all]."""
@@ -232,7 +234,7 @@ def parse(kind: type[Options], arguments: list[str], default: Options | None) ->
     program = f"fitv2 {kind.__name__.lower()}"
     try:
         with contextlib.redirect_stderr(message):
-            return tyro.cli(kind, args=arguments, default=default, prog=program)
+            return cast(Options, tyro.cli(kind, args=arguments, default=default, prog=program))
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ def encode(
     """Encode a folder of pictures, or of Parquet files, into the new folder `out`.
 
     `patch_size` is in latent pixels; by default a token covers 16×16 pixels. A picture is stored once
-    for each of the limits `max_tokens`, and with `mirror` flipped as well: its variants. Pictures that cannot be used are listed in out/skipped.jsonl.
-    Raises UserError when nothing can be encoded; then `out` is not made.
+    for each of the limits `max_tokens`, and with `mirror` flipped as well: its variants. Pictures
+    that cannot be used are listed in out/skipped.jsonl. Raises UserError when nothing can be
+    encoded; then `out` is not made.
     """
     pictures = find_pictures(source)
     codec = load_autoencoder(autoencoder, default_device())
@@ -123,7 +125,7 @@ def _in_folders(source: Path) -> Iterator[Picture]:
         if path.suffix.lower() in SUFFIXES and path.is_file():
             relative = path.relative_to(source)
             label = relative.parts[0] if len(relative.parts) > 1 else "image"
-            yield Picture("train", label, str(relative), lambda path=path: load_rgb(path))
+            yield Picture("train", label, str(relative), partial(load_rgb, path))
 
 
 def _in_tables(tables: list[Path]) -> Iterator[Picture]:
@@ -135,5 +137,8 @@ def _in_tables(tables: list[Path]) -> Iterator[Picture]:
         for i, row in enumerate(rows):
             content = row["image"]["bytes"]
             source = row.get("source", f"{table.name}:{i}")
-            load = lambda content=content: load_rgb(io.BytesIO(content))  # noqa: E731
-            yield Picture(split, str(row["label"]), source, load)
+            yield Picture(split, str(row["label"]), source, partial(_load_bytes, content))
+
+
+def _load_bytes(content: bytes) -> Image.Image:
+    return load_rgb(io.BytesIO(content))

@@ -17,7 +17,7 @@ def velocity_of(
 
     `x` is (T, C) float32; `t` is () or (B,). At scale 1 the unconditional half is not computed.
     """
-    prediction = prediction_named(model.config.prediction)
+    prediction = prediction_named(model.architecture.prediction)
     images = len(packed.sizes)
     if scale == 1.0:
         layout, labels = packed, label_B

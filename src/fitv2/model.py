@@ -4,7 +4,7 @@ Shape suffixes: B images, T tokens in all, D width, H heads, K numbers a head, C
 """
 
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear, silu
 
 from fitv2.attention import attention
-from fitv2.presets import preset
+from fitv2.presets import Architecture, Prediction, preset
 from fitv2.rope import rotate, rotation
 from fitv2.tokens import PackedTokens
 
@@ -168,11 +168,14 @@ class FiT(ModelMixin, ConfigMixin):
         patch_size: int = 2,
         in_channels: int = 4,
         num_classes: int = 1000,
-        prediction: str = "velocity",
+        prediction: Prediction = "velocity",
     ) -> None:
         super().__init__()
         if width % (4 * heads):
             raise ValueError(f"width {width} over {heads} heads is not a multiple of 4 numbers each")
+        self.architecture = Architecture(
+            depth, width, heads, patch_size, in_channels, num_classes, prediction
+        )
         self.token_channels = patch_size**2 * in_channels
         self.patch_embed = nn.Linear(self.token_channels, width)
         self.time_embed = TimeEmbedding(width)
@@ -196,20 +199,20 @@ class FiT(ModelMixin, ConfigMixin):
         nn.init.normal_(self.label_embed.weight, std=0.02)
         nn.init.normal_(self.time_embed.up.weight, std=0.02)
         nn.init.normal_(self.time_embed.down.weight, std=0.02)
-        last = [block.modulation.up for block in self.blocks]
-        for linear in (*last, self.modulation, self.head.modulation, self.head.out):
-            nn.init.zeros_(linear.weight)
+        last = [block.modulation.up for block in cast(list[Block], self.blocks)]
+        for zero in (*last, self.modulation, self.head.modulation, self.head.out):
+            nn.init.zeros_(zero.weight)
 
     @property
     def null_label(self) -> int:
         """The label that means none."""
-        return self.config.num_classes
+        return self.architecture.num_classes
 
     def forward(self, packed: PackedTokens, t_B: Tensor, label_B: Tensor) -> Tensor:
         """Tokens at times `t_B` in [0, 1] (float32) with labels (int64) → prediction (T, C)."""
         silu_c_BD = silu(self.time_embed(t_B) + self.label_embed(label_B))
         shared_B6D = self.modulation(silu_c_BD)
-        rotation_T1P = rotation(packed.pos_T2, self.config.width // self.config.heads)
+        rotation_T1P = rotation(packed.pos_T2, self.architecture.width // self.architecture.heads)
         x_TD = self.patch_embed(packed.x_TC.to(self.dtype))
         for block in self.blocks:
             x_TD = block(x_TD, packed, shared_B6D, silu_c_BD, rotation_T1P)

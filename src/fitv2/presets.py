@@ -97,7 +97,12 @@ _SMALL = Training(
     ema_decay=0.999,
     time_mean=-0.6,
 )
-_PIXELS = {"patch_size": 16, "in_channels": 3, "num_classes": 19, "prediction": "data"}
+
+
+def _on_pixels(depth: int, width: int, heads: int) -> Architecture:
+    """Tokens of 16×16 RGB pixels. With so many numbers a token, predicting the image is better."""
+    return Architecture(depth, width, heads, 16, in_channels=3, num_classes=19, prediction="data")
+
 
 PRESETS = {
     "fitv2-b": Preset(
@@ -116,17 +121,17 @@ PRESETS = {
     ),
     "small": Preset(
         "31M parameters on pixels, for one small GPU.",
-        Architecture(depth=14, width=384, heads=6, **_PIXELS),
+        _on_pixels(depth=14, width=384, heads=6),
         replace(_SMALL, learning_rate=5e-4, steps=100_000, decay_steps=20_000),
     ),
     "clipart": Preset(
         "The shipped model: 6M parameters on pixels, for a laptop's CPU.",
-        Architecture(depth=5, width=256, heads=4, **_PIXELS),
+        _on_pixels(depth=5, width=256, heads=4),
         replace(_SMALL, batch_size=48, steps=10_000, decay_steps=2_500),
     ),
     "debug": Preset(
         "Small enough that a step takes milliseconds; learns nothing worth seeing.",
-        Architecture(depth=2, width=32, heads=2, **_PIXELS),
+        _on_pixels(depth=2, width=32, heads=2),
         replace(
             _SMALL, steps=20, batch_size=4, warmup_steps=2, decay_steps=0, precision="float32",
             log_every=1, validate_every=10, sample_every=10, save_every=10,

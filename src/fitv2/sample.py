@@ -31,7 +31,7 @@ class Request:
 def load_codec(model: FiT, card: Card) -> tuple[Autoencoder, int]:
     """The model's autoencoder, and the side of a token in pixels."""
     codec = load_autoencoder(card.autoencoder, default_device())
-    return codec, codec.downsample * model.config.patch_size
+    return codec, codec.downsample * model.architecture.patch_size
 
 
 def file_name(label: str, size: Size, unit: int, seed: int) -> str:
@@ -108,13 +108,13 @@ def _generate_pack(
         )  # fmt: skip
     else:
         x_TC = {"euler": solvers.euler, "heun": solvers.heun}[solver](velocity, x_TC, times, progress)
-    images = decode(unpack(packed.with_tokens(x_TC)), autoencoder, model.config.patch_size)
+    images = decode(unpack(packed.with_tokens(x_TC)), autoencoder, model.architecture.patch_size)
     return [image for _, image in sorted(zip(order, images, strict=True), key=lambda pair: pair[0])]
 
 
 def decode(tokens: Sequence[Tensor], autoencoder: Autoencoder, patch: int) -> list[Image.Image]:
     """Images of tokens (rows, columns, C) as pictures; neighbours of equal size are decoded together."""
-    pictures = []
+    pictures: list[Image.Image] = []
     for _, same in groupby(tokens, key=lambda image: image.shape):
         pixels = autoencoder.decode(unpatchify(torch.stack(list(same)), patch)).float()
         # Rounded to the nearest of 256 levels: truncation would darken by half a level.

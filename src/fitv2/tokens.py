@@ -47,8 +47,11 @@ class PackedTokens:
 
     def to(self, device: torch.device | str) -> PackedTokens:
         """The pack on another device."""
-        move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
-        return PackedTokens(*map(move, (self.x_TC, self.pos_T2, self.image_T, self.cu_seqlens)), self.sizes)
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("x_TC", "pos_T2", "image_T", "cu_seqlens")
+        }
+        return replace(self, **moved)
 
     def spread(self, value_B: Tensor) -> Tensor:
         """Repeat each image's value for all of its tokens: (B, …) → (T, …)."""

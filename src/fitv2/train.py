@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -79,13 +79,12 @@ class Trainer:
         self.device = default_device()
         self.card = Card(dataset.card.labels, dataset.card.autoencoder, dataset.card.max_tokens)
         architecture = fitted(preset.model, dataset)
+        start = starting_model(init, architecture, self.card.labels) if init else None
         settle(run, Preset(preset.about, architecture, preset.training), data, init)
 
         torch.manual_seed(derive_seed(self.config.seed, WEIGHTS))
-        self.master = FiT(**asdict(architecture))  # float32: what the optimizer changes
-        if init:
-            self._start_from(init)
-        self.master.to(self.device)
+        # float32: what the optimizer changes
+        self.master = (start or FiT(**asdict(architecture))).to(self.device).train()
         self.ema = deepcopy(self.master).eval().requires_grad_(False)
         dtype = getattr(torch, self.config.precision)
         self.model = self.master if dtype == torch.float32 else deepcopy(self.master).to(dtype)
@@ -219,11 +218,17 @@ class Trainer:
         if self.model is not self.master:
             self.model.load_state_dict(self.master.state_dict())
 
-    def _start_from(self, name: str) -> None:
-        other, card = load_model(name)
-        if card.labels != self.card.labels or dict(other.config) != dict(self.master.config):
-            raise UserError(f"{name} has another architecture or other labels than this run")
-        self.master.load_state_dict(other.state_dict())
+
+def starting_model(name: str, architecture: Architecture, labels: tuple[str, ...]) -> FiT:
+    """The model `name`; UserError when it has another architecture or other labels."""
+    model, card = load_model(name)
+    theirs = asdict(model.architecture)
+    differing = [key for key, value in asdict(architecture).items() if theirs[key] != value]
+    if card.labels != labels:
+        differing.append("labels")
+    if differing:
+        raise UserError(f"{name} cannot start this run: it has another {', '.join(differing)}")
+    return model
 
 
 def fitted(architecture: Architecture, dataset: TokenDataset) -> Architecture:
@@ -279,7 +284,9 @@ def learning_rate(config: Training, step: int) -> float:
     return config.learning_rate * warm * left
 
 
-def corrupted(data: PackedTokens, keys: list[tuple[int, ...]], config: Training) -> tuple[PathSample, Tensor]:
+def corrupted(
+    data: PackedTokens, keys: Sequence[tuple[int, ...]], config: Training
+) -> tuple[PathSample, Tensor]:
     """A path sample, and which labels to drop (B,): each image's draws come from its own key."""
     normals, chances, noises = [], [], []
     for key, length in zip(keys, data.lengths, strict=True):
@@ -331,7 +338,7 @@ def cut_log(path: Path, step: int) -> None:
 def interrupted() -> Iterator[Callable[[], bool]]:
     """Whether SIGINT or SIGTERM came since; a second one acts as usual."""
     received: list[int] = []
-    before = {}
+    before: dict[int, Any] = {}
 
     def note(number: int, _: Any) -> None:
         received.append(number)
@@ -342,8 +349,8 @@ def interrupted() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(received)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def read_run(run: Path) -> Preset:

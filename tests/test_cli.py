@@ -1,0 +1,100 @@
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from fitv2.cli import COMMANDS, main
+
+
+def fitv2(capsys, *arguments):
+    """Status, output and error output of one command."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["fitv2", *map(str, arguments)])
+        main()
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+def test_encode_train_sample(folder, tmp_path, capsys, monkeypatch):
+    """The three commands of the README, on a folder of one's own."""
+    monkeypatch.chdir(tmp_path)
+    assert fitv2(capsys, "encode", folder, "tokens", "--max-tokens", 16)[0] == 0
+    assert fitv2(capsys, "train", "debug", "--data", "tokens", "--out", "run", "--steps", 2)[0] == 0
+    status, _, _ = fitv2(
+        capsys, "sample", "run", "--label", "blue", "--label", "1", "--size", "32x32", "--size", "16x48",
+        "--num", 2, "--seed", 5, "--steps", 2, "--out", "out",
+    )  # fmt: skip
+    assert status == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [
+        f"{label}_{size}_{seed}.png"
+        for label in ("blue", "red") for size in ("16x48", "32x32") for seed in (5, 6)
+    ]  # fmt: skip
+    assert Image.open(tmp_path / "out" / "red_16x48_5.png").size == (48, 16)
+
+
+def test_skipped_pictures_show_in_the_exit_status(folder, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.png").write_bytes((folder / "blue" / "0.png").read_bytes())
+    (tmp_path / "in" / "bad.png").write_text("x")
+    status, _, said = fitv2(capsys, "encode", tmp_path / "in", tmp_path / "out")
+    assert status == 1
+    assert "1 pictures left out" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["smaple"], "unknown command 'smaple': did you mean sample"),
+        (["train", "clpart", "--data", "x", "--out", "y"], "unknown preset 'clpart': did you mean clipart"),
+        (["train", "debug", "--dta", "x"], "unknown option '--dta': did you mean --data"),
+        (["train", "debug", "--data", "x", "--out", "y", "--steps", "many"], "--steps"),
+        (["train", "debug"], "--data"),
+        (["train", "debug", "--data", "none", "--out", "y"], "dataset.json is missing"),
+        (["sample"], "MODEL"),
+        (["sample", "clip", "--label", "x"], "unknown model 'clip': did you mean clipart"),
+        (["sample", "clipart", "--label", "flog"], "unknown label 'flog': did you mean flags"),
+        (["sample", "clipart", "--size", "50x100"], "multiple of the token size"),
+        (["sample", "clipart", "--num", "0"], "--num is 0"),
+        (["sample", "clipart", "--solver", "hean"], "heun"),
+        (["encode", "nowhere", "out"], "nowhere is not a folder"),
+        (["demo", "--data", "nowhere"], "clip-art set is not at nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = fitv2(capsys, *arguments)
+    lines = [line for line in err.splitlines() if line.startswith("fitv2:")]
+    assert (status, out, len(lines)) == (2, "", 1)
+    assert said in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    status, out, _ = fitv2(capsys, command, "--help")
+    assert status == 0
+    assert "--" in out
+
+
+def test_help_answers_at_once(capsys):
+    assert "presets:" in fitv2(capsys, "--help")[1]
+    started = time.process_time()
+    fitv2(capsys, "--help")
+    assert time.process_time() - started < 1
+
+
+def test_an_unwritable_folder_is_one_line(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    status, _, err = fitv2(capsys, "encode", folder, tmp_path / "file" / "out")
+    assert status == 2
+    assert "fitv2: cannot read or write" in err
+
+
+def test_python_dash_m_works():
+    result = subprocess.run(
+        [sys.executable, "-m", "fitv2", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "0.1.0"

@@ -1,0 +1,22 @@
+import json
+
+import numpy as np
+from PIL import Image
+
+from conftest import picture
+from fitv2.figures import contact_sheet, loss_curve
+
+
+def test_sheet_shows_every_picture_unscaled():
+    pictures = [picture(32, 16, 1), picture(16, 48, 2), picture(64, 64, 3)]
+    sheet = np.array(contact_sheet([[("a", pictures[0]), ("b", pictures[1])], [("c", pictures[2])]], "title"))
+    for image in map(np.array, pictures):
+        windows = np.lib.stride_tricks.sliding_window_view(sheet, image.shape)[:, :, 0]
+        assert (windows == image).all(axis=(2, 3, 4)).any()
+
+
+def test_loss_curve_is_a_picture(tmp_path):
+    lines = [{"step": i, "loss": 1 / i} for i in range(1, 50)] + [{"step": 49, "validation": 0.5}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    loss_curve(tmp_path / "log.jsonl", tmp_path / "loss.png", "title")
+    assert Image.open(tmp_path / "loss.png").size == (960, 540)

@@ -1,0 +1,150 @@
+import json
+import math
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fitv2.checkpoint import checkpoints, load_model, newest_checkpoint
+from fitv2.errors import UserError
+from fitv2.presets import Training, preset
+from fitv2.sample import Request
+from fitv2.train import TokenDataset, Trainer, learning_rate, read_run, train
+
+DEBUG = preset("debug")
+
+
+def settings(**changes):
+    return replace(DEBUG, training=replace(DEBUG.training, **changes))
+
+
+def tensors(checkpoint):
+    state = torch.load(checkpoint / "training.pt", weights_only=True)
+    moments = [value for entry in state["optimizer"]["state"].values() for value in entry.values()]
+    averaged = load_file(checkpoint / "ema" / "diffusion_pytorch_model.safetensors")
+    return [*state["weights"].values(), *moments, *averaged.values()]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_six_steps_equal_three_and_three(tokens, tmp_path, precision):
+    whole = train(settings(steps=6, precision=precision), tokens, tmp_path / "whole")
+    train(settings(steps=3, precision=precision), tokens, tmp_path / "parts")
+    parts = train(settings(steps=6, precision=precision), tokens, tmp_path / "parts")
+    assert [path.name for path in checkpoints(tmp_path / "parts")] == ["step-0000003", "step-0000006"]
+    for one, other in zip(tensors(whole), tensors(parts), strict=True):
+        assert torch.equal(one, other)
+    logs = [
+        [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in file.open()]
+        for file in (tmp_path / "whole" / "log.jsonl", tmp_path / "parts" / "log.jsonl")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_stop_signal_saves_and_leaves(tokens, tmp_path):
+    def stop(progress):
+        if progress.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    train(settings(steps=50), tokens, tmp_path / "run", report=stop)
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    assert newest.name == "step-0000002"
+
+
+def test_it_learns(tokens, tmp_path):
+    """Four pictures, many steps: the loss of the same batch must fall far below where it began."""
+    losses = []
+    train(
+        settings(steps=150, warmup_steps=5, learning_rate=3e-3, save_every=1000, sample_every=1000),
+        tokens, tmp_path / "run", report=lambda progress: losses.append(progress.loss),
+    )  # fmt: skip
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
+
+
+def test_a_run_folder_holds_what_people_look_for(tokens, tmp_path):
+    run = tmp_path / "run"
+    train(settings(steps=4, save_every=2, sample_every=2, keep=1), tokens, run)
+    assert [path.name for path in checkpoints(run)] == ["step-0000004"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints", "log.jsonl", "loss.png", "run.json", "samples"
+    ]  # fmt: skip
+    assert read_run(run).training.steps == 4
+    model, card = load_model(run)
+    assert card.labels == ("blue", "red")
+    assert model.config.num_classes == 2
+
+
+def test_another_run_is_not_overwritten(tokens, tmp_path):
+    train(settings(steps=1), tokens, tmp_path / "run")
+    with pytest.raises(UserError, match="another seed"):
+        train(settings(steps=1, seed=1), tokens, tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="not a run"):
+        train(settings(steps=1), tokens, tmp_path / "mine")
+
+
+def test_continuing_another_model(tokens, tmp_path):
+    train(settings(steps=2), tokens, tmp_path / "first")
+    dataset = TokenDataset(tokens)
+    trainer = Trainer(settings(steps=1), dataset, tokens, tmp_path / "second", str(tmp_path / "first"))
+    expected = load_model(tmp_path / "first")[0]
+    for averaged in (trainer.master, trainer.ema):
+        for one, other in zip(averaged.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(one, other)
+    wider = replace(settings(steps=1), model=replace(DEBUG.model, width=64))
+    with pytest.raises(UserError, match="another width"):
+        train(wider, tokens, tmp_path / "third", init=str(tmp_path / "first"))
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tokens, tmp_path):
+    train(settings(steps=1), tokens, tmp_path / "run")
+    trainer = Trainer(settings(steps=9), TokenDataset(tokens), tokens, tmp_path / "run", None)
+    with torch.no_grad():
+        trainer.model.head.out.bias.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="loss is nan at step 2"):
+        trainer.advance(lambda _: None)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-0000001"]
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tokens, tmp_path, monkeypatch):
+    before = tensors(train(settings(steps=1), tokens, tmp_path / "run"))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fitv2.train.torch.save", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(settings(steps=2), tokens, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000001"]
+    for one, other in zip(before, tensors(checkpoints(tmp_path / "run")[0]), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_batch_does_not_depend_on_its_size(tokens, tmp_path):
+    """What a picture meets (time, noise, dropped label) follows from its position alone."""
+    trainer = Trainer(settings(steps=1), TokenDataset(tokens), tokens, tmp_path / "run", None)
+    whole, _ = trainer.batch(0, 8)
+    first, _ = trainer.batch(0, 4)
+    second, _ = trainer.batch(4, 4)
+    times = torch.cat([first.t_B, second.t_B])
+    assert torch.equal(whole.t_B.sort().values, times.sort().values)
+    noisy = torch.cat([first.noise_TC, second.noise_TC])
+    assert torch.equal(whole.noise_TC.flatten().sort().values, noisy.flatten().sort().values)
+
+
+def test_learning_rate_warms_up_holds_and_decays():
+    config = Training(steps=100, learning_rate=1.0, warmup_steps=10, decay_steps=20)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:80] == [1.0] * 71
+    assert rates[90] == pytest.approx(0.5)
+    assert 0 < rates[99] <= 0.05
+
+
+def test_request_is_hashable():
+    assert len({Request(0, (1, 2), 3), Request(0, (1, 2), 3)}) == 1
