@@ -23,16 +23,17 @@ def settings(**changes):
 
 def tensors(checkpoint):
     state = torch.load(checkpoint / "training.pt", weights_only=True)
-    moments = [value for entry in state["optimizer"]["state"].values() for value in entry.values()]
+    entries = [entry for saved in state["optimizers"] for entry in saved["state"].values()]
+    moments = [value for entry in entries for value in entry.values()]
     averaged = load_file(checkpoint / "ema" / "diffusion_pytorch_model.safetensors")
     return [*state["weights"].values(), *moments, *averaged.values()]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_six_steps_equal_three_and_three(tokens, tmp_path, precision):
-    whole = train(settings(steps=6, precision=precision), tokens, tmp_path / "whole")
-    train(settings(steps=3, precision=precision), tokens, tmp_path / "parts")
-    parts = train(settings(steps=6, precision=precision), tokens, tmp_path / "parts")
+@pytest.mark.parametrize(("precision", "optimizer"), [("float32", "adamw"), ("bfloat16", "muon")])
+def test_six_steps_equal_three_and_three(tokens, tmp_path, precision, optimizer):
+    whole = train(settings(steps=6, precision=precision, optimizer=optimizer), tokens, tmp_path / "whole")
+    train(settings(steps=3, precision=precision, optimizer=optimizer), tokens, tmp_path / "parts")
+    parts = train(settings(steps=6, precision=precision, optimizer=optimizer), tokens, tmp_path / "parts")
     assert [path.name for path in checkpoints(tmp_path / "parts")] == ["step-0000003", "step-0000006"]
     for one, other in zip(tensors(whole), tensors(parts), strict=True):
         assert torch.equal(one, other)

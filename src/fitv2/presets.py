@@ -39,8 +39,10 @@ class Training:
     """Optimizer steps in all."""
     batch_size: int = 256
     """Images a step, whatever their sizes."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Muon is for the matrices of the blocks; the rest is AdamW's always."""
     learning_rate: float = 1e-4
-    """AdamW's, after warm-up."""
+    """After warm-up."""
     warmup_steps: int = 5_000
     """Steps over which the learning rate rises linearly from zero."""
     decay_steps: int = 0

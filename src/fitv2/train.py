@@ -88,10 +88,7 @@ class Trainer:
         self.ema = deepcopy(self.master).eval().requires_grad_(False)
         dtype = getattr(torch, self.config.precision)
         self.model = self.master if dtype == torch.float32 else deepcopy(self.master).to(dtype)
-        self.optimizer = torch.optim.AdamW(
-            self.master.parameters(), lr=0.0, betas=(0.9, self.config.beta2),
-            weight_decay=self.config.weight_decay, fused=True,
-        )  # fmt: skip
+        self.optimizers = optimizers(self.master, self.config)
         seed = derive_seed(self.config.seed, ORDER)
         self.order = EndlessOrder(dataset.pictures, dataset.card.variants, seed)
         self.prediction = prediction_named(architecture.prediction)
@@ -144,10 +141,11 @@ class Trainer:
                 assert computed.grad is not None
                 weight.grad, computed.grad = computed.grad.float(), None
         norm = torch.nn.utils.clip_grad_norm_(weights, self.config.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, self.step)
+            optimizer.step()
+            optimizer.zero_grad()
         with torch.no_grad():
             # An average over at most a tenth of the steps so far: early weights do not linger.
             decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
@@ -201,7 +199,7 @@ class Trainer:
             state = {
                 "step": self.step,
                 "weights": self.master.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             }
             torch.save(state, partial / "training.pt")
         for old in checkpoints(self.run)[: -self.config.keep]:
@@ -213,7 +211,8 @@ class Trainer:
         state = torch.load(checkpoint / "training.pt", map_location=self.device, weights_only=True)
         self.step = state["step"]
         self.master.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.ema.load_state_dict(load_model(checkpoint / "ema")[0].state_dict())
         if self.model is not self.master:
             self.model.load_state_dict(self.master.state_dict())
@@ -275,6 +274,23 @@ def settle(run: Path, preset: Preset, data: Path, init: str | None) -> None:
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide a run's outcome, without their nesting."""
     return {"init": settings["init"], **settings["model"], **settings["training"]}
+
+
+def optimizers(model: FiT, config: Training) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    Muon: Jordan et al. 2024; scaled to AdamW's step size (arXiv 2502.16982), so that one learning
+    rate fits both.
+    """
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if config.optimizer == "muon" else []
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    decay = config.weight_decay
+    adamw = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, config.beta2), weight_decay=decay, fused=True)
+    if not matrices:
+        return [adamw]
+    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw]
 
 
 def learning_rate(config: Training, step: int) -> float:
