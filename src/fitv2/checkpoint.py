@@ -60,6 +60,10 @@ class Card:
 def save_model(model: FiT, card: Card, folder: Path) -> None:
     """Write a model folder."""
     model.save_pretrained(folder)
+    config = read_json(folder / "config.json")
+    config.pop("_name_or_path", None)  # where it was loaded from is nobody else's business
+    write_json(folder / "config.json", config)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes files that only their owner can read
     write_json(folder / CARD, asdict(card))
 
 

@@ -189,7 +189,7 @@ def training_bar(training: Training) -> Iterator[Callable[..., None]]:
         def report(progress: Any) -> None:
             rate = f"{progress.images_per_second:.0f}"
             bar.set_postfix({"step": progress.step, "loss": f"{progress.loss:.4f}", "image/s": rate})
-            now = progress.step if training.minutes is None else bar.format_dict["elapsed"]
+            now = progress.step if training.minutes is None else min(bar.total, bar.format_dict["elapsed"])
             if bar.n == 0 and training.minutes is None:
                 bar.initial = progress.step - 1
             bar.update(now - bar.n)

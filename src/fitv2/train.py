@@ -87,7 +87,9 @@ class Trainer:
         self.master = (start or FiT(**asdict(architecture))).to(self.device).train()
         self.ema = deepcopy(self.master).eval().requires_grad_(False)
         dtype = getattr(torch, self.config.precision)
-        self.model = self.master if dtype == torch.float32 else deepcopy(self.master).to(dtype)
+        self.model = self.master
+        if dtype != torch.float32:  # not FiT.to: diffusers' warns of modules that there are none of
+            self.model = torch.nn.Module.to(deepcopy(self.master), dtype)
         self.optimizers = optimizers(self.master, self.config)
         seed = derive_seed(self.config.seed, ORDER)
         self.order = EndlessOrder(dataset.pictures, dataset.card.variants, seed)
