@@ -11,7 +11,7 @@ PACKAGE = Path(fitv2.__file__).parent
 LEVELS = [
     {"errors"},
     {"config", "files", "images", "presets", "runtime", "solvers", "tokens"},
-    {"attention", "autoencoder", "data", "figures", "flow", "rope"},
+    {"attention", "autoencoder", "data", "figures", "flow", "rope", "runs"},
     {"model"},
     {"checkpoint", "guidance"},
     {"encode", "sample"},

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from fitv2.checkpoint import checkpoints, load_model, newest_checkpoint
+from fitv2.data import TokenDataset
 from fitv2.errors import UserError
 from fitv2.presets import Training, preset
+from fitv2.runs import read_run
 from fitv2.sample import Request
-from fitv2.train import TokenDataset, Trainer, learning_rate, read_run, train
+from fitv2.train import Trainer, learning_rate, train
 
 DEBUG = preset("debug")
 
@@ -76,16 +78,6 @@ def test_a_run_folder_holds_what_people_look_for(tokens, tmp_path):
     model, card = load_model(run)
     assert card.labels == ("blue", "red")
     assert model.config.num_classes == 2
-
-
-def test_another_run_is_not_overwritten(tokens, tmp_path):
-    train(settings(steps=1), tokens, tmp_path / "run")
-    with pytest.raises(UserError, match="another seed"):
-        train(settings(steps=1, seed=1), tokens, tmp_path / "run")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="not a run"):
-        train(settings(steps=1), tokens, tmp_path / "mine")
 
 
 def test_continuing_another_model(tokens, tmp_path):

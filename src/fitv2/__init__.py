@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fitv2.checkpoint import Card, load_model, save_model
     from fitv2.model import FiT
-    from fitv2.sample import Request, generate
+    from fitv2.sample import Request, generate, load_codec
     from fitv2.tokens import PackedTokens, pack, unpack
 
 __version__ = "0.1.0"
@@ -19,6 +19,7 @@ _HOME = {
     "FiT": "model",
     "PackedTokens": "tokens",
     "Request": "sample",
+    "load_codec": "sample",
     "generate": "sample",
     "load_model": "checkpoint",
     "pack": "tokens",
@@ -26,8 +27,17 @@ _HOME = {
     "unpack": "tokens",
 }
 __all__ = [
-    "Card", "FiT", "PackedTokens", "Request", "generate", "load_model", "pack", "save_model", "unpack"
-]  # fmt: skip
+    "Card",
+    "FiT",
+    "PackedTokens",
+    "Request",
+    "generate",
+    "load_codec",
+    "load_model",
+    "pack",
+    "save_model",
+    "unpack",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -241,6 +241,13 @@ def parse(kind: type[Options], arguments: list[str], default: Options | None) ->
         raise UserError(f"{first_part(message.getvalue())} (see {program} --help)") from None
 
 
+def train_defaults(arguments: list[str]) -> Train:
+    """The options of `fitv2 train` with the settings of the preset that is named first."""
+    named = bool(arguments) and not arguments[0].startswith("-")
+    chosen = preset(arguments[0] if named else "clipart")
+    return Train(tyro.MISSING, tyro.MISSING, tyro.MISSING, None, chosen.model, chosen.training)
+
+
 def option_names(kind: type) -> Iterator[str]:
     """All options of a command, as they are typed."""
     yield "--help"
@@ -293,11 +300,7 @@ def run(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise nearest("command", name, COMMANDS)
     kind, command = COMMANDS[name]
-    default = None
-    if kind is Train:
-        named = next((word for word in rest if not word.startswith("-")), "clipart")
-        chosen = preset(rest[0] if rest and not rest[0].startswith("-") else named)
-        default = Train(tyro.MISSING, tyro.MISSING, tyro.MISSING, None, chosen.model, chosen.training)
+    default = train_defaults(rest) if kind is Train else None
     return command(parse(kind, rest, default))
 
 

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from fitv2.autoencoder import load_autoencoder
 from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint, save_model
-from fitv2.config import from_dict, read_json
 from fitv2.data import EndlessOrder, TokenDataset
 from fitv2.errors import UserError
 from fitv2.figures import contact_sheet, loss_curve
-from fitv2.files import whole_file, whole_folder, write_json
+from fitv2.files import whole_file, whole_folder
 from fitv2.flow import PathSample, logit_normal_times, loss_per_image, path_sample, prediction_named
 from fitv2.model import FiT
 from fitv2.presets import Architecture, Preset, Training
+from fitv2.runs import cut_log, settle
 from fitv2.runtime import default_device, derive_seed, generator
 from fitv2.sample import Request, generate
 from fitv2.tokens import PackedTokens
@@ -243,41 +243,6 @@ def fitted(architecture: Architecture, dataset: TokenDataset) -> Architecture:
     )
 
 
-def settle(run: Path, preset: Preset, data: Path, init: str | None) -> None:
-    """Write run.json, or check that the run already there is this one.
-
-    Steps, minutes and the spacing of logs and checkpoints may change; nothing else may.
-    """
-    path = run / "run.json"
-    described = {"data": str(data), "init": init, **asdict(preset)}
-    if path.exists():
-        before = read_json(path)
-        free = (
-            "steps",
-            "minutes",
-            "log_every",
-            "validate_every",
-            "sample_every",
-            "save_every",
-            "keep",
-        )
-        old, new = (
-            {key: value for key, value in settings.items() if key not in free}
-            for settings in (flat(before), flat(described))
-        )
-        changed = [key for key in new if old.get(key) != new[key]]
-        if changed:
-            raise UserError(f"{run} is a run with another {', '.join(changed)}: choose another --out")
-    elif run.exists() and any(run.iterdir()):
-        raise UserError(f"{run} exists and is not a run: choose another --out")
-    write_json(path, described | {"torch": torch.__version__})
-
-
-def flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide a run's outcome, without their nesting."""
-    return {"init": settings["init"], **settings["model"], **settings["training"]}
-
-
 def optimizers(model: FiT, config: Training) -> list[torch.optim.Optimizer]:
     """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
 
@@ -343,15 +308,6 @@ def to_device(sample: PathSample, device: torch.device) -> PathSample:
     )
 
 
-def cut_log(path: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint that a run resumes from."""
-    if not path.exists():
-        return
-    lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-    with whole_file(path) as partial:
-        partial.write_text("".join(line + "\n" for line in lines))
-
-
 @contextmanager
 def interrupted() -> Iterator[Callable[[], bool]]:
     """Whether SIGINT or SIGTERM came since; a second one acts as usual."""
@@ -369,13 +325,3 @@ def interrupted() -> Iterator[Callable[[], bool]]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
-
-
-def read_run(run: Path) -> Preset:
-    """The preset that a run was started with, from its json."""
-    values = read_json(run / "run.json")
-    return Preset(
-        values["about"],
-        from_dict(Architecture, values["model"]),
-        from_dict(Training, values["training"]),
-    )
