@@ -14,7 +14,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -195,6 +195,11 @@ class Case:
         }
 
 
+def flops(lengths: Sequence[int], width: int) -> float:
+    """Of one block's forward pass: 24·D² a token in its products, 4·N·D in attention over N tokens."""
+    return sum(n * (24 * width**2 + 4 * n * width) for n in lengths)
+
+
 def measure(case: Case, repeats: int, title: str) -> dict[str, dict[str, float]]:
     """Median seconds of each side, alternating, after one warm-up of each."""
     result = {}
@@ -238,7 +243,12 @@ def main() -> None:
         ratios[name] = {kind: round(values["ratio"], 3) for kind, values in result.items()}
         if not options.json:
             tokens = sum(rows * columns for rows, columns in sizes)
-            print(f"{name}: {len(sizes)} images, {tokens} tokens packed, {limit * len(sizes)} padded")
+            least = [rows * columns for rows, columns in sizes]
+            floor = flops([limit] * len(sizes), options.width) / flops(least, options.width)
+            print(
+                f"{name}: {len(sizes)} images, {tokens} tokens packed, {limit * len(sizes)} padded; "
+                f"{floor:.2f} times the FLOPs padded"
+            )
             for kind, v in result.items():
                 print(
                     f"  {kind:7} {v['padded_s']:.3f} s padded, {v['packed_s']:.3f} s packed: {v['ratio']:.2f}"

@@ -118,6 +118,13 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tokens, tmp_path, monkeypatch
         assert torch.equal(one, other)
 
 
+def test_a_damaged_checkpoint_is_named(tokens, tmp_path):
+    newest = train(settings(steps=1), tokens, tmp_path / "run")
+    (newest / "training.pt").write_bytes((newest / "training.pt").read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"step-0000001 is damaged"):
+        train(settings(steps=2), tokens, tmp_path / "run")
+
+
 def test_batch_does_not_depend_on_its_size(tokens, tmp_path):
     """What a picture meets (time, noise, dropped label) follows from its position alone."""
     trainer = Trainer(settings(steps=1), TokenDataset(tokens), tokens, tmp_path / "run", None)

@@ -45,16 +45,18 @@ class ShardWriter:
         self._clear()
 
     def _clear(self) -> None:
+        self.bytes = 0
         self.tokens: list[np.ndarray] = []
         self.columns: dict[str, list[Any]] = {k: [] for k in ("rows", "columns", "label", "source")}
 
     def add(self, tokens: Tensor, label: int, source: str) -> None:
         """One variant of a picture, tokens (rows, columns, C)."""
         self.tokens.append(tokens.flatten(0, 1).half().cpu().numpy())
+        self.bytes += self.tokens[-1].nbytes
         row = (tokens.shape[0], tokens.shape[1], label, source)
         for column, value in zip(self.columns.values(), row, strict=True):
             column.append(value)
-        if sum(array.nbytes for array in self.tokens) >= SHARD_BYTES:
+        if self.bytes >= SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import pickle
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -205,12 +207,15 @@ class Trainer:
             }
             torch.save(state, partial / "training.pt")
         for old in checkpoints(self.run)[: -self.config.keep]:
-            for path in sorted(old.rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
-            old.rmdir()
+            shutil.rmtree(old)
 
     def _load(self, checkpoint: Path) -> None:
-        state = torch.load(checkpoint / "training.pt", map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(checkpoint / "training.pt", map_location=self.device, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"{checkpoint} is damaged ({error}); move it away to carry on from an older one"
+            ) from error
         self.step = state["step"]
         self.master.load_state_dict(state["weights"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
