@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 
 from fitv2.errors import UserError
@@ -19,6 +21,14 @@ def test_failure_leaves_nothing_behind(tmp_path):
         partial.write_text("1")
         raise OSError("disk is full")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_any_error_on_a_full_disk_says_so(tmp_path, monkeypatch, free):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    expected = (OSError, "No space left") if free == 0 else (RuntimeError, "unexpected pos")
+    with pytest.raises(expected[0], match=expected[1]), whole_folder(tmp_path / "out"):
+        raise RuntimeError("unexpected pos 1097344 vs 1097232")
 
 
 def test_what_is_there_is_never_overwritten_by_a_folder(tmp_path):

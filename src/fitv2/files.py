@@ -1,5 +1,6 @@
 """Writes that happen whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fitv2.errors import UserError
+
+FULL = 1 << 20  # bytes free, below which an error is put down to the disk
 
 
 @contextmanager
@@ -23,9 +26,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp makes folders that only their owner can read
-        partial.rename(target)
+        with full_disk_named(target):
+            yield partial
+            partial.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+            partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -37,10 +41,25 @@ def whole_file(target: Path) -> Iterator[Path]:
     # The suffix stays last: image and array writers choose their format by it.
     partial = target.with_name(f".{os.getpid()}.{target.name}")
     try:
-        yield partial
-        partial.replace(target)
+        with full_disk_named(target):
+            yield partial
+            partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_named(target: Path) -> Iterator[None]:
+    """Turn any error while the disk is full into the OSError that says so.
+
+    torch and safetensors hide a full disk behind errors of their own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or shutil.disk_usage(target.parent).free >= FULL:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
