@@ -1,16 +1,19 @@
 """Small real pictures, datasets and models that tests share."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from fitv2.encode import encode
 from fitv2.model import FiT
 
 torch.set_num_threads(1)
+os.environ["FITV2_DEVICE"] = "cpu"  # tests marked gpu name theirs
 
 
 def picture(width, height, seed=0):
@@ -53,3 +56,16 @@ def model() -> FiT:
     """A tiny model with random weights everywhere."""
     shape = {"depth": 2, "width": 32, "heads": 2, "patch_size": 1, "in_channels": 6, "num_classes": 5}
     return randomized(FiT(**shape)).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory):
+    """A tiny AutoencoderKL with downsampling 8, a scale and a shift, saved as diffusers saves it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4,
+        scaling_factor=0.5, shift_factor=0.25,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

@@ -9,7 +9,7 @@ from fitv2.checkpoint import Card, find_model, from_released, load_model, releas
 from fitv2.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
-CARD = Card(labels=("flags", "flowers", "fruit"), autoencoder="pixels", max_tokens=16)
+CARD = Card(labels=("flags", "flowers", "fruit", "cards", "birds"), autoencoder="pixels", max_tokens=16)
 
 
 def golden():
@@ -84,8 +84,8 @@ def test_labels_by_name_number_and_unambiguous_start():
     ("text", "said"),
     [
         ("fl", "flags or flowers"),
-        ("3", "0 to 2"),
-        ("-1", "0 to 2"),
+        ("5", "0 to 4"),
+        ("-1", "0 to 4"),
         ("fruits", "fruit"),
         ("xyz", "choose from"),
     ],

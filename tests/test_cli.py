@@ -1,11 +1,11 @@
 import subprocess
 import sys
-import time
 
 import pytest
 from PIL import Image
 
 from fitv2.cli import COMMANDS, main
+from fitv2.presets import PRESETS
 
 
 def fitv2(capsys, *arguments):
@@ -40,7 +40,7 @@ def test_skipped_pictures_show_in_the_exit_status(folder, tmp_path, capsys):
     (tmp_path / "in" / "good.png").write_bytes((folder / "blue" / "0.png").read_bytes())
     (tmp_path / "in" / "bad.png").write_text("x")
     status, _, said = fitv2(capsys, "encode", tmp_path / "in", tmp_path / "out")
-    assert status == 1
+    assert status == 3
     assert "1 pictures left out" in said
 
 
@@ -52,6 +52,11 @@ def test_skipped_pictures_show_in_the_exit_status(folder, tmp_path, capsys):
         (["train", "debug", "--dta", "x"], "unknown option '--dta': did you mean --data"),
         (["train", "debug", "--data", "x", "--out", "y", "--steps", "many"], "--steps"),
         (["train", "debug"], "--data"),
+        (["train", "--data", "x", "debug", "--out", "y"], "name a preset first"),
+        (["train", "debug", "--data", "x", "--out", "y", "--patch-size=2"], "follows from the data"),
+        (["train", "debug", "--data", "x", "--out", "y", "--heads", "7"], "width 32 over 7 heads"),
+        (["train", "debug", "--data", "x", "--out", "y", "--log-every", "0"], "--log-every is 0"),
+        (["sample", "clipart", "--seed", "-1"], "--seed is -1"),
         (["train", "debug", "--data", "none", "--out", "y"], "dataset.json is missing"),
         (["sample"], "MODEL"),
         (["sample", "clip", "--label", "x"], "unknown model 'clip': did you mean clipart"),
@@ -66,8 +71,9 @@ def test_skipped_pictures_show_in_the_exit_status(folder, tmp_path, capsys):
 def test_a_mistake_is_one_line_that_says_what_to_do(arguments, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = fitv2(capsys, *arguments)
-    lines = [line for line in err.splitlines() if line.startswith("fitv2:")]
+    lines = err.splitlines()
     assert (status, out, len(lines)) == (2, "", 1)
+    assert lines[0].startswith("fitv2: ")
     assert said in lines[0]
     assert not list(tmp_path.iterdir())
 
@@ -79,11 +85,10 @@ def test_every_command_has_help(command, capsys):
     assert "--" in out
 
 
-def test_help_answers_at_once(capsys):
-    assert "presets:" in fitv2(capsys, "--help")[1]
-    started = time.process_time()
-    fitv2(capsys, "--help")
-    assert time.process_time() - started < 1
+def test_help_names_commands_and_presets(capsys):
+    status, out, _ = fitv2(capsys, "--help")
+    assert status == 0
+    assert all(name in out for name in (*COMMANDS, *PRESETS))
 
 
 def test_an_unwritable_folder_is_one_line(folder, tmp_path, capsys):

@@ -17,6 +17,12 @@ def test_unknown_key_names_the_nearest():
         from_dict(Architecture, {"depth": 2, "widht": 32, "heads": 2})
 
 
+@pytest.mark.parametrize(("key", "value"), [("depth", "2"), ("prediction", "noise"), ("width", None)])
+def test_a_value_of_another_type_is_named(key, value):
+    with pytest.raises(UserError, match=f"{key} of Architecture is {value!r}"):
+        from_dict(Architecture, {"depth": 2, "width": 32, "heads": 2} | {key: value})
+
+
 def test_missing_key_is_named():
     with pytest.raises(UserError, match="heads"):
         from_dict(Architecture, {"depth": 2, "width": 32})

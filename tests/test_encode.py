@@ -1,5 +1,7 @@
 import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -67,6 +69,23 @@ def test_broken_pictures_are_listed_and_the_rest_goes_on(folder, tmp_path):
     assert (report.encoded, report.skipped) == ({"train": 1}, 3)
     assert [entry["source"] for entry in listed] == ["a/cut.png", "a/empty.png", "a/text.jpg"]
     assert all(entry["reason"] for entry in listed)
+
+
+def test_a_name_that_is_not_utf8_is_kept_as_well_as_can_be(folder, tmp_path):
+    odd = os.fsencode(tmp_path / "source") + b"/caf\xe9"
+    Path(os.fsdecode(odd)).mkdir(parents=True)
+    Path(os.fsdecode(odd + b"/a.png")).write_bytes((folder / "blue" / "0.png").read_bytes())
+    encode(tmp_path / "source", tmp_path / "set")
+    assert TokenDataset(tmp_path / "set").card.labels == ("caf\ufffd",)
+
+
+def test_parquet_that_is_none_or_has_other_columns_is_named(tmp_path):
+    (tmp_path / "train.parquet").write_text("not parquet")
+    with pytest.raises(UserError, match=r"train\.parquet is not a Parquet file"):
+        encode(tmp_path, tmp_path / "set")
+    pq.write_table(pa.table({"picture": [b""]}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="no columns image and label, but picture"):
+        encode(tmp_path, tmp_path / "set")
 
 
 def test_nothing_to_encode_leaves_nothing(tmp_path):

@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 from PIL import Image
 
@@ -17,6 +15,6 @@ def test_sheet_shows_every_picture_unscaled():
 
 def test_loss_curve_is_a_picture(tmp_path):
     lines = [{"step": i, "loss": 1 / i} for i in range(1, 50)] + [{"step": 49, "validation": 0.5}]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    loss_curve(tmp_path / "log.jsonl", tmp_path / "loss.png", "title")
+    loss_curve(lines, tmp_path / "loss.png", "title")
+    loss_curve([], tmp_path / "empty.png", "a run that ended before its first line")
     assert Image.open(tmp_path / "loss.png").size == (960, 540)

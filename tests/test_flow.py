@@ -47,6 +47,14 @@ def test_loss_is_the_velocity_error_of_each_image(name):
     torch.testing.assert_close(loss_per_image(output, point, prediction), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_an_euler_step_to_the_data_ends_at_the_prediction():
+    point, prediction = sample((0.3, 0.96, 0.999)), PREDICTIONS["data"]
+    output = torch.randn(point.data_TC.shape, generator=torch.Generator().manual_seed(9))
+    velocity = prediction.velocity(output, point.noisy, point.t_B)
+    ended = point.noisy.x_TC + point.noisy.spread(1 - point.t_B)[:, None] * velocity
+    torch.testing.assert_close(ended, output, rtol=1e-4, atol=1e-4)
+
+
 def test_data_prediction_stays_finite_at_the_data():
     point, prediction = sample((1.0, 1.0, 1.0)), PREDICTIONS["data"]
     output = point.data_TC + 1

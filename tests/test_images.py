@@ -48,6 +48,26 @@ def test_transparent_pixels_become_white():
     assert result.getpixel((2, 2)) == (127, 127, 127)
 
 
+def test_sixteen_bits_are_scaled_not_clipped():
+    grey = np.linspace(0, 65535, 256).astype(np.uint16).reshape(1, 256)
+    result = np.array(load_rgb(saved(Image.fromarray(grey))))
+    assert (result[0, :, 0] == grey[0] >> 8).all()
+
+
+def test_orientation_in_the_metadata_is_honoured():
+    image = Image.new("RGB", (6, 4), "red")
+    image.putpixel((0, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by a quarter, clockwise
+    result = load_rgb(saved(image, exif=exif))
+    assert result.size == (4, 6)
+    assert result.getpixel((3, 0)) == (0, 0, 255)
+
+
+def test_squares_lose_nothing_to_rounding():
+    assert all(resized(side, side, 64, 16) == (128, 128) for side in range(128, 1200))
+
+
 @pytest.mark.parametrize("mode", ["P", "L", "LA", "RGB", "RGBA", "1", "I;16"])
 def test_every_mode_arrives_as_rgb(mode):
     result = load_rgb(saved(Image.new(mode, (5, 3))))

@@ -11,8 +11,8 @@ PACKAGE = Path(fitv2.__file__).parent
 LEVELS = [
     {"errors"},
     {"config", "files", "images", "presets", "runtime", "solvers", "tokens"},
-    {"attention", "autoencoder", "data", "figures", "flow", "rope", "runs"},
-    {"model"},
+    {"attention", "autoencoder", "data", "figures", "flow", "rope"},
+    {"model", "runs"},
     {"checkpoint", "guidance"},
     {"encode", "sample"},
     {"train"},
@@ -28,7 +28,8 @@ def imported(path):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fitv2."):
             yield node.module.split(".")[1]
         elif isinstance(node, ast.ImportFrom) and node.module == "fitv2":
-            yield from (name.name for name in node.names if (PACKAGE / f"{name.name}.py").exists())
+            named = [name.name for name in node.names if name.name != "__version__"]
+            yield from (fitv2._HOME.get(name, name) for name in named)
         elif isinstance(node, ast.Import):
             yield from (n.name.split(".")[1] for n in node.names if n.name.startswith("fitv2."))
 

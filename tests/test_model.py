@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from conftest import randomized
+from fitv2.errors import UserError
 from fitv2.flow import noise
 from fitv2.model import FiT
 from fitv2.tokens import concatenate, layout
@@ -90,5 +91,5 @@ def test_saved_folder_rebuilds_the_model(model, tmp_path):
 
 
 def test_heads_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="width 30 over 2 heads"):
+    with pytest.raises(UserError, match="width 30 over 2 heads"):
         FiT(depth=1, width=30, heads=2)

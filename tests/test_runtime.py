@@ -10,7 +10,7 @@ def test_a_seed_is_a_function_of_its_whole_key():
 
 def test_a_seed_means_the_same_for_ever():
     assert derive_seed(0, 1, 2) == 1419556851746930036
-    assert torch.randn(2, generator=generator(0)).tolist() == torch.randn(2, generator=generator(0)).tolist()
+    assert torch.randn(2, generator=generator(0)).tolist() == [0.1666755974292755, -0.013028695248067379]
 
 
 def test_default_device_can_compute():

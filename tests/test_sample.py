@@ -4,6 +4,7 @@ import torch
 
 from conftest import randomized
 from fitv2.autoencoder import Pixels
+from fitv2.checkpoint import Card
 from fitv2.model import FiT
 from fitv2.sample import Request, file_name, generate, packs_of
 
@@ -71,7 +72,19 @@ def test_progress_reaches_one(pixel_model):
 
 
 def test_file_names_hold_label_size_and_seed():
-    assert file_name("road sign/1", (3, 6), 16, 7) == "road-sign-1_48x96_7.png"
+    card = Card(("road sign/1", "C#", "C+"), "pixels", 16)
+    names = [file_name(card, Request(label, (3, 6), 7), 16) for label in range(3)]
+    assert names == ["road-sign-1_48x96_7.png", "C--1_48x96_7.png", "C--2_48x96_7.png"]
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler", "dopri5"])
+def test_a_perfect_prediction_of_the_data_is_reached(solver):
+    """Whatever the noise, a model that always predicts one colour gives exactly that colour."""
+    shape = {"depth": 1, "width": 32, "heads": 2, "patch_size": 4, "in_channels": 3, "num_classes": 5}
+    model = FiT(**shape, prediction="data").eval()
+    torch.nn.init.constant_(model.head.out.bias, 0.2)
+    for picture in pictures(model, [Request(0, (2, 3), 1)], solver=solver).values():
+        assert (picture == round(1.2 * 127.5)).all()
 
 
 def test_decoding_rounds_to_the_nearest_level():

@@ -13,7 +13,8 @@ def attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packed: PackedTokens)
     On CUDA in half precision this is PyTorch's variable-length kernel; elsewhere images of equal
     length go through `scaled_dot_product_attention` together, which is also the oracle in tests.
     """
-    if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
+    half = q_THK.dtype in (torch.bfloat16, torch.float16)
+    if q_THK.is_cuda and half and q_THK.shape[-1] % 8 == 0:  # the kernel's alignment
         return _varlen(q_THK, k_THK, v_THK, packed)
     return _by_length(q_THK, k_THK, v_THK, packed)
 

@@ -1,5 +1,6 @@
 """Between pixels and latents. An autoencoder owns its statistics: what it returns is ready to train on."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -79,4 +80,5 @@ def load_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencod
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"autoencoder {name!r} cannot be loaded: {reason}") from error
-    return KLAutoencoder(model.to(device), name)
+    # A local folder by its full path: a run may be sampled from anywhere.
+    return KLAutoencoder(model.to(device), str(Path(name).resolve()) if Path(name).is_dir() else name)

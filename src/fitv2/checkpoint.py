@@ -73,8 +73,7 @@ def load_model(name: str | Path) -> tuple[FiT, Card]:
     Of a run folder it is the averaged model of the newest checkpoint. Raises UserError.
     """
     folder = find_model(name)
-    values = read_json(folder / CARD)
-    card = from_dict(Card, values | {"labels": tuple(values.get("labels", ()))})
+    card = from_dict(Card, read_json(folder / CARD))
     try:
         model, report = FiT.from_pretrained(
             folder,
@@ -83,12 +82,14 @@ def load_model(name: str | Path) -> tuple[FiT, Card]:
             output_loading_info=True,
             use_safetensors=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, UserError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder} holds no FiT that can be loaded: {reason}") from error
     wrong = [f"{kind}: {', '.join(map(str, names))}" for kind, names in report.items() if names]
     if wrong:
         raise UserError(f"{folder} holds another model's weights ({'; '.join(wrong)[:300]})")
+    if len(card.labels) != model.architecture.num_classes:
+        raise UserError(f"{folder}/{CARD} has {len(card.labels)} labels, its model {model.null_label}")
     return model.eval(), card
 
 
@@ -102,6 +103,8 @@ def find_model(name: str | Path) -> Path:
         return newest / "ema"
     if (path / CARD).exists():
         return path
+    if path.exists():
+        raise UserError(f"{path} is no model: it has neither a {CARD} nor a run.json")
     shipped = sorted(folder.name for folder in SHIPPED.glob("*/"))
     if str(name) in shipped:
         return SHIPPED / str(name)
@@ -136,13 +139,28 @@ _RENAMED = (
 )
 
 
+_FITV2 = {
+    "adaln_type": "lora",
+    "use_sit": True,
+    "use_swiglu": True,
+    "use_swiglu_large": False,
+    "learn_sigma": False,
+    "q_norm": "layernorm",
+    "k_norm": "layernorm",
+    "qk_norm_weight": False,
+    "rel_pos_embed": "rope",
+}
+
+
 def from_released(config: dict[str, Any], state_dict: dict[str, Tensor]) -> FiT:
     """A FiTv2 in the released layout as ours. `config`: the released constructor's arguments.
 
     Raises UserError for a variant that is not FiTv2, and for missing, extra or misshapen tensors.
     """
-    if config.get("adaln_type") != "lora" or config.get("use_swiglu_large"):
-        raise UserError("only released FiTv2 checkpoints (adaln_type 'lora') can be read so far")
+    differing = [f"{key}={config.get(key)!r}" for key, value in _FITV2.items() if config.get(key) != value]
+    differing += [f"{key}={config[key]!r}" for key in ("time_shifting", "custom_freqs") if key in config]
+    if differing:
+        raise UserError(f"only released FiTv2 checkpoints can be read so far, not {', '.join(differing)}")
     model = FiT(
         depth=config["depth"],
         width=config["hidden_size"],
@@ -164,7 +182,10 @@ def _rename(released: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".fc1_x." in name:
             continue  # joins its gate below
         if ".fc1_g." in name:
-            tensor = torch.cat([tensor, released[name.replace("fc1_g", "fc1_x")]])
+            other = name.replace("fc1_g", "fc1_x")
+            if other not in released:
+                raise UserError(f"not the tensors of this FiTv2: {other} is missing")
+            tensor = torch.cat([tensor, released[other]])
             name = name.replace("fc1_g", "gate_up")
         for pattern, replacement in _RENAMED:
             name = re.sub(pattern, replacement, name)

@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from fitv2 import __version__
 from fitv2.errors import UserError, nearest
-from fitv2.presets import PRESETS, Architecture, Preset, Training, preset
+from fitv2.presets import PRESETS, Architecture, Preset, Training, at_least, preset
 
 Options = TypeVar("Options")
 
-FINISHED_WITH_SKIPS = 1  # exit status: all done, but pictures were left out
+FINISHED_WITH_SKIPS = 3  # exit status: all done, but pictures were left out
+FROM_DATA = ("--patch-size", "--in-channels", "--num-classes")  # no choice when training
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Encode:
     """Turn a folder of pictures into training tokens.
 
     SOURCE holds folders of images named by their label, or Parquet files named by split. Pictures
-    that cannot be used are listed in OUT/skipped.jsonl; the exit status is then 1.
+    that cannot be used are listed in OUT/skipped.jsonl; the exit status is then 3.
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -102,7 +103,7 @@ def encode(options: Encode) -> int:
     """Run `fitv2 encode`."""
     from fitv2.encode import encode
 
-    positive(max_tokens=min(options.max_tokens, default=0), patch_size=options.patch_size or 1)
+    at_least(1, max_tokens=min(options.max_tokens, default=0), patch_size=options.patch_size or 1)
     report = encode(
         options.source, options.out, autoencoder=options.autoencoder, patch_size=options.patch_size,
         max_tokens=options.max_tokens, mirror=options.mirror,
@@ -121,7 +122,6 @@ def train(options: Train) -> int:
     from fitv2.train import train
 
     training = options.training
-    positive(steps=training.steps, batch_size=training.batch_size)
     chosen = Preset(preset(options.preset).about, options.model, training)
     with training_bar(training) as report:
         newest = train(chosen, options.data, options.out, init=options.init, report=report)
@@ -137,13 +137,13 @@ def sample(options: Sample) -> int:
     from fitv2.runtime import default_device
     from fitv2.sample import Request, file_name, generate, load_codec
 
-    positive(num=options.num, steps=options.steps)
-    if options.seed < 0:
-        raise UserError(f"--seed is {options.seed}; it must not be negative")
+    at_least(1, num=options.num, steps=options.steps)
+    at_least(0, seed=options.seed)
     model, card = load_model(options.model)
     codec, unit = load_codec(model, card)
-    labels = [card.label_index(text) for text in options.label] or range(len(card.labels))
-    sizes = [parse_size(text, unit) for text in options.size] or [card.square]
+    named = [card.label_index(text) for text in options.label] or range(len(card.labels))
+    labels = dict.fromkeys(named)  # each once, however often it is asked for
+    sizes = dict.fromkeys([parse_size(text, unit) for text in options.size] or [card.square])
     requests = [
         Request(label, size, options.seed + i)
         for label in labels for size in sizes for i in range(options.num)
@@ -156,7 +156,7 @@ def sample(options: Sample) -> int:
             progress=progress,
         )  # fmt: skip
         for request, image in made:
-            name = file_name(card.labels[request.label], request.size, unit, request.seed)
+            name = file_name(card, request, unit)
             with whole_file(options.out / name) as path:
                 image.save(path)
     print(f"{len(requests)} pictures in {options.out}")
@@ -180,21 +180,26 @@ _SHARE_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{
 @contextlib.contextmanager
 def training_bar(training: Training) -> Iterator[Callable[..., None]]:
     """A bar over the steps, or over the seconds when the run is limited by time."""
-    if training.minutes is None:
-        bar = tqdm(desc="train", total=training.steps, unit="step")
-    else:
-        bar = tqdm(desc="train", total=round(60 * training.minutes), unit="s", bar_format=_TIME_BAR)
-    with bar:
+    with contextlib.ExitStack() as stack:
+        bars: list[Any] = []
 
         def report(progress: Any) -> None:
+            if not bars:  # only now: a run that cannot start shows its reason and no bar
+                bars.append(stack.enter_context(new_bar(training, progress.step - 1)))
+            (bar,) = bars
             rate = f"{progress.images_per_second:.0f}"
             bar.set_postfix({"step": progress.step, "loss": f"{progress.loss:.4f}", "image/s": rate})
-            now = progress.step if training.minutes is None else min(bar.total, bar.format_dict["elapsed"])
-            if bar.n == 0 and training.minutes is None:
-                bar.initial = progress.step - 1
-            bar.update(now - bar.n)
+            elapsed = min(bar.total, bar.format_dict["elapsed"])
+            bar.update((progress.step if training.minutes is None else elapsed) - bar.n)
 
         yield report
+
+
+def new_bar(training: Training, done: int) -> Any:
+    """The bar of a run that has `done` steps behind it."""
+    if training.minutes is None:
+        return tqdm(desc="train", total=training.steps, initial=done, unit="step")
+    return tqdm(desc="train", total=round(60 * training.minutes), bar_format=_TIME_BAR)
 
 
 _TIME_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{remaining} left{postfix}]"
@@ -206,13 +211,6 @@ def demo(options: Demo) -> int:
 
     demo(options.out, options.data, options.minutes, share_bar, training_bar)
     return 0
-
-
-def positive(**values: float) -> None:
-    """UserError unless every value is at least 1."""
-    for name, value in values.items():
-        if value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
@@ -242,9 +240,16 @@ def parse(kind: type[Options], arguments: list[str], default: Options | None) ->
 
 
 def train_defaults(arguments: list[str]) -> Train:
-    """The options of `fitv2 train` with the settings of the preset that is named first."""
-    named = bool(arguments) and not arguments[0].startswith("-")
-    chosen = preset(arguments[0] if named else "clipart")
+    """The options of `fitv2 train` with the settings of its preset, which comes first.
+
+    Raises UserError when it does not, and for options that the data set decides.
+    """
+    if not arguments or (arguments[0].startswith("-") and "--help" not in arguments):
+        raise UserError(f"name a preset first: fitv2 train PRESET, one of {', '.join(PRESETS)}")
+    for argument in arguments:
+        if argument.split("=")[0] in FROM_DATA:
+            raise UserError(f"{argument} follows from the data: choose it in fitv2 encode")
+    chosen = preset("clipart" if arguments[0].startswith("-") else arguments[0])
     return Train(tyro.MISSING, tyro.MISSING, tyro.MISSING, None, chosen.model, chosen.training)
 
 
@@ -264,10 +269,10 @@ def option_names(kind: type) -> Iterator[str]:
 
 def first_part(box: str) -> str:
     """What a boxed error message says before its first rule, in one line."""
-    lines = [line.strip("│╭╮╰╯ \n") for line in box.splitlines()]
+    lines = [line.strip("│╭╮╰╯|+ \n") for line in box.splitlines()]
     said: list[str] = []
     for line in lines[1:]:
-        if not line.strip("─"):
+        if not line.strip("─-"):
             break
         said.append(line)
     return " ".join(said) or box.strip()
@@ -296,7 +301,7 @@ def run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(__version__)
         return 0
-    name, rest = arguments[0], arguments[1:]
+    name, *rest = arguments
     if name not in COMMANDS:
         raise nearest("command", name, COMMANDS)
     kind, command = COMMANDS[name]
@@ -308,13 +313,13 @@ def main() -> None:
     """The entry point: mistakes are one line and exit status 2."""
     try:
         sys.exit(run(sys.argv[1:]))
-    except UserError as error:
-        message = str(error)
-    except FloatingPointError as error:
+    except (UserError, FloatingPointError) as error:
         message = str(error)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         message = f"cannot read or write{where}: {error.strerror or error}"
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is not installed: pip install 'fitv2[train]'"
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"fitv2: {' '.join(message.split())}", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import types
+import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,21 +13,45 @@ Config = TypeVar("Config")
 
 
 def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
-    """A `kind` with these values; an unknown key raises UserError naming the nearest known one."""
-    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            raise nearest(f"key of {kind.__name__}", key, known)
+    """A `kind` with these values, as json holds them.
+
+    Raises UserError for an unknown key, naming the nearest known one, for a missing key, and for a
+    value of another type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fitting = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise nearest(f"key of {kind.__name__}", key, fields)
+        fitting[key] = _checked(f"{key} of {kind.__name__}", value, fields[key].type)
     try:
-        return kind(**values)
+        return kind(**fitting)
     except TypeError as error:
         raise UserError(f"incomplete {kind.__name__}: {error}") from error
+
+
+def _checked(name: str, value: Any, wanted: Any) -> Any:
+    """`value` if it is of the type; json's lists as tuples, its whole numbers as floats too."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_checked(name, item, arguments[0]) for item in value)
+    if origin is typing.Literal:
+        fits = value in arguments
+    elif origin in (types.UnionType, typing.Union):
+        fits = any(isinstance(value, option) for option in arguments)
+    elif wanted is float:
+        fits = isinstance(value, int | float)
+    else:
+        fits = isinstance(value, origin or wanted)
+    if not fits:
+        raise UserError(f"{name} is {value!r}, which is not of the right type")
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The json object in `path`; UserError when it is missing or damaged."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -88,8 +88,7 @@ class TokenDataset:
     def __init__(self, folder: Path, split: str = "train") -> None:
         from datasets import Dataset, concatenate_datasets
 
-        values = read_json(folder / CARD)
-        self.card = from_dict(DatasetCard, values | {"labels": tuple(values.get("labels", ()))})
+        self.card = from_dict(DatasetCard, read_json(folder / CARD))
         shards = sorted(folder.glob(f"{split}-*.arrow"))
         try:
             parts = [Dataset.from_file(str(shard)) for shard in shards]
@@ -98,7 +97,7 @@ class TokenDataset:
         if not parts:
             raise UserError(f"{folder} has no {split} pictures")
         self.rows = concatenate_datasets(parts).with_format("arrow")
-        self.pictures = self.card.pictures[split]
+        self.pictures = self.card.pictures.get(split, 0)
         if len(self.rows) != self.pictures * self.card.variants:
             raise UserError(f"{folder} is incomplete: {len(self.rows)} rows of {split}")
         size = [self.rows.data.column(name).to_numpy() for name in ("rows", "columns")]

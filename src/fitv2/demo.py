@@ -61,7 +61,7 @@ def make_pictures(model: Any, card: Card, out: Path, share_bar: Bar) -> Path:
         for request, image in generate(
             model, codec, requests, guidance=card.guidance, steps=STEPS, progress=progress
         ):
-            name = file_name(card.labels[request.label], request.size, unit, request.seed)
+            name = file_name(card, request, unit)
             with whole_file(out / "pictures" / name) as path:
                 image.save(path)
             made.append((request, image))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +64,7 @@ def encode(
     pictures = find_pictures(source)
     codec = load_autoencoder(autoencoder, default_device())
     patch = patch_size or max(1, PIXELS_A_TOKEN // codec.downsample)
-    labels = sorted({picture.label for picture in pictures})
+    labels = {name: i for i, name in enumerate(sorted({picture.label for picture in pictures}))}
     counts = dict.fromkeys(sorted({picture.split for picture in pictures}), 0)
     skipped = []
     with whole_folder(out) as folder:
@@ -77,17 +78,17 @@ def encode(
                 continue
             for size in fitted:
                 for tokens in tokens_of(size, codec, patch, mirror):
-                    writers[picture.split].add(tokens, labels.index(picture.label), picture.source)
+                    writers[picture.split].add(tokens, labels[picture.label], picture.source)
             counts[picture.split] += 1
         if not sum(counts.values()):
             raise UserError(f"none of the {len(pictures)} pictures in {source} can be used: {skipped[0]}")
         for writer in writers.values():
             writer.flush()
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped]
-        (folder / "skipped.jsonl").write_text("".join(lines))
+        (folder / "skipped.jsonl").write_text("".join(lines), encoding="utf-8")
         card = DatasetCard(
             labels=tuple(labels),
-            autoencoder=autoencoder,
+            autoencoder=codec.name,
             patch_size=patch,
             in_channels=codec.channels,
             max_tokens=max(max_tokens),
@@ -123,16 +124,22 @@ def find_pictures(source: Path) -> list[Picture]:
 def _in_folders(source: Path) -> Iterator[Picture]:
     for path in sorted(source.rglob("*")):
         if path.suffix.lower() in SUFFIXES and path.is_file():
-            relative = path.relative_to(source)
-            label = relative.parts[0] if len(relative.parts) > 1 else "image"
-            yield Picture("train", label, str(relative), partial(load_rgb, path))
+            # A name that is not UTF-8 would fail only when it is written, at the very end.
+            relative = os.fsencode(path.relative_to(source)).decode("utf-8", "replace")
+            label = Path(relative).parts[0] if os.sep in relative else "image"
+            yield Picture("train", label, relative, partial(load_rgb, path))
 
 
 def _in_tables(tables: list[Path]) -> Iterator[Picture]:
     import pyarrow.parquet as pq
 
     for table in tables:
-        rows: list[dict[str, Any]] = pq.read_table(table).to_pylist()
+        try:
+            rows: list[dict[str, Any]] = pq.read_table(table).to_pylist()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{table} is not a Parquet file that can be read: {error}") from error
+        if rows and not {"image", "label"} <= set(rows[0]):
+            raise UserError(f"{table} has no columns image and label, but {', '.join(rows[0])}")
         split = table.stem.split("-")[0]
         for i, row in enumerate(rows):
             content = row["image"]["bytes"]

@@ -1,8 +1,8 @@
 """Pictures to look at: sheets of samples and curves."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -35,11 +35,10 @@ def contact_sheet(rows: Sequence[Sequence[Captioned]], title: str = "", zoom: in
     return sheet
 
 
-def loss_curve(log: Path, out: Path, title: str) -> None:
-    """Plot `loss` and `validation` of a jsonl log against `step`."""
+def loss_curve(lines: Sequence[dict[str, Any]], out: Path, title: str) -> None:
+    """Plot `loss` and `validation` of the lines of a log against `step`."""
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     train = [(line["step"], line["loss"]) for line in lines if "loss" in line]

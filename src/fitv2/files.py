@@ -65,4 +65,4 @@ def full_disk_named(target: Path) -> Iterator[None]:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write `values` to `path`, whole or not at all."""
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

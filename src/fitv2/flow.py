@@ -16,7 +16,7 @@ from fitv2.errors import nearest
 from fitv2.runtime import generator
 from fitv2.tokens import PackedTokens
 
-# Dividing by 1−t near the data would blow up; below this, x̂1 − x_t is divided by it instead.
+# The loss divides by (1−t)², which blows up near the data; below this, by its square instead.
 # The value is that of "Back to Basics" (arXiv 2511.13720), for the same parametrisation.
 MIN_TIME_TO_DATA = 0.05
 
@@ -52,6 +52,8 @@ def noise(lengths: Sequence[int], channels: int, keys: Sequence[tuple[int, ...]]
 class Prediction(Protocol):
     """What a model's output means."""
 
+    ends_early: bool  # whether the velocity is undefined at t = 1, so that solvers may not ask there
+
     def velocity(self, output_TC: Tensor, noisy: PackedTokens, t_B: Tensor) -> Tensor:
         """The velocity that an output stands for, float32."""
 
@@ -61,6 +63,8 @@ class Prediction(Protocol):
 
 class VelocityPrediction:
     """The output is the velocity x1 − x0, as in FiTv2."""
+
+    ends_early = False
 
     def velocity(self, output_TC: Tensor, noisy: PackedTokens, t_B: Tensor) -> Tensor:
         """The output itself."""
@@ -78,18 +82,16 @@ class DataPrediction:
     and many outside (large pixel patches), only the image can be predicted.
     """
 
+    ends_early = True
+
     def velocity(self, output_TC: Tensor, noisy: PackedTokens, t_B: Tensor) -> Tensor:
-        """(x̂1 − x_t) / max(1 − t, MIN_TIME_TO_DATA)."""
-        return (output_TC.float() - noisy.x_TC) / noisy.spread(self._rest(t_B))[:, None]
+        """(x̂1 − x_t) / (1 − t), exact: an Euler step to t = 1 ends at x̂1. Undefined at t = 1."""
+        return (output_TC.float() - noisy.x_TC) / noisy.spread(1 - t_B)[:, None]
 
     def squared_error(self, output_TC: Tensor, sample: PathSample) -> Tensor:
         """|(x̂1 − x_t) − (x1 − x_t)|² / max(1 − t, MIN_TIME_TO_DATA)²."""
         error_T = mse_loss(output_TC.float(), sample.data_TC, reduction="none").mean(1)
-        return error_T / sample.noisy.spread(self._rest(sample.t_B)).square()
-
-    @staticmethod
-    def _rest(t_B: Tensor) -> Tensor:
-        return (1 - t_B).clamp_min(MIN_TIME_TO_DATA)
+        return error_T / sample.noisy.spread((1 - sample.t_B).clamp_min(MIN_TIME_TO_DATA)).square()
 
 
 PREDICTIONS: dict[str, Prediction] = {"velocity": VelocityPrediction(), "data": DataPrediction()}

@@ -5,11 +5,10 @@ import warnings
 from pathlib import Path
 from typing import IO
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fitv2.errors import UserError
-
-MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow's own limit for decompression bombs: 179 megapixels
 
 
 class UnusableImage(Exception):  # noqa: N818 (the noun reads better where it is caught)
@@ -22,33 +21,46 @@ def resized(width: int, height: int, max_tokens: int, unit: int) -> tuple[int, i
     Keeps the aspect ratio, shrinks to an area of `max_tokens`·unit² pixels if larger, and floors
     both sides to a multiple of `unit`, the pixels a token covers. Never enlarges, except a side
     under one unit. A strip so thin that this leaves more than `max_tokens` is shortened to fit
-    (the released rule would exceed its own limit there).
+    (the released rule would exceed its own limit, or fail, there).
     """
     if width < 1 or height < 1:
         raise UnusableImage("zero-sized image")
-    area = max_tokens * unit**2
-    scale = math.sqrt(area / (width * height)) if width * height > area else 1.0
-    w, h = width * scale, height * scale
+    side = unit * math.sqrt(max_tokens)
+    w, h = float(width), float(height)
+    if width * height >= side**2:  # in the released order of operations: squares stay exact
+        w = math.sqrt(width / height) * side
+        h = w * height / width
     if min(w, h) < unit:
-        scale = unit / min(w, h)
-        w, h = w * scale, h * scale
-    # At least one: 16/side·side can round to just under 16.
-    columns, rows = (min(max(1, int(side) // unit), max_tokens) for side in (w, h))
+        w, h = (unit, unit * height / width) if w < h else (unit * width / height, unit)
+    columns, rows = (min(int(pixels / unit), max_tokens) for pixels in (w, h))
     return columns * unit, rows * unit
 
 
 def load_rgb(source: Path | IO[bytes]) -> Image.Image:
-    """A picture as RGB; transparent pixels become white. Raises UnusableImage with the reason."""
+    """A picture as RGB, upright; transparent pixels become white. Raises UnusableImage with the reason.
+
+    Pillow itself refuses decompression bombs, above 179 megapixels.
+    """
     try:
-        with warnings.catch_warnings(), Image.open(source) as opened:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's notes on odd metadata are not ours to pass on
-            if opened.width * opened.height > MAX_PIXELS:
-                raise UnusableImage(f"{opened.width}x{opened.height} pixels: too large to be safe")
-            return _on_white(opened)
+            with Image.open(source) as opened:
+                return _on_white(_eight_bits(ImageOps.exif_transpose(opened)))
+    except UnusableImage:
+        raise
     except UnidentifiedImageError as error:
         raise UnusableImage("not an image that can be read") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise anything at all on damaged files
         raise UnusableImage(str(error) or type(error).__name__) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Pillow would clip wider grey pixels at 255; their high byte is meant."""
+    if image.mode == "F":
+        raise UnusableImage("floating-point pixels have no known range")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow may hold in 32
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -156,7 +156,7 @@ class FiT(ModelMixin, ConfigMixin):
     """FiTv2. What its output means is `config.prediction`, read by `fitv2.flow`, not here.
 
     Arguments are those of `fitv2.presets.Architecture`. The null label of classifier-free guidance
-    is `num_classes`. Raises ValueError when width/heads is not a multiple of 4.
+    is `num_classes`. Raises UserError when width/heads is not a multiple of 4.
     """
 
     @register_to_config
@@ -171,8 +171,6 @@ class FiT(ModelMixin, ConfigMixin):
         prediction: Prediction = "velocity",
     ) -> None:
         super().__init__()
-        if width % (4 * heads):
-            raise ValueError(f"width {width} over {heads} heads is not a multiple of 4 numbers each")
         self.architecture = Architecture(
             depth, width, heads, patch_size, in_channels, num_classes, prediction
         )

@@ -6,9 +6,16 @@ Nothing heavy is imported here: the command line builds its help from these.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fitv2.errors import nearest
+from fitv2.errors import UserError, nearest
 
 Prediction = Literal["velocity", "data"]
+
+
+def at_least(least: float, **values: float) -> None:
+    """UserError naming the option whose value is less."""
+    for name, value in values.items():
+        if value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,13 @@ class Architecture:
     """Labels, not counting the null label of guidance."""
     prediction: Prediction = "velocity"
     """What the output means; see `fitv2.flow`."""
+
+    def __post_init__(self) -> None:
+        """UserError for a shape that no model can have."""
+        at_least(1, depth=self.depth, width=self.width, heads=self.heads, patch_size=self.patch_size)
+        at_least(1, in_channels=self.in_channels, num_classes=self.num_classes)
+        if self.width % (4 * self.heads):
+            raise UserError(f"width {self.width} over {self.heads} heads is not a multiple of 4 numbers each")
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,14 @@ class Training:
     """Steps between checkpoints."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        """UserError for settings that cannot work."""
+        at_least(1, steps=self.steps, batch_size=self.batch_size, keep=self.keep)
+        at_least(1, log_every=self.log_every, validate_every=self.validate_every)
+        at_least(1, sample_every=self.sample_every, save_every=self.save_every)
+        at_least(0, seed=self.seed, minutes=self.minutes or 0, learning_rate=self.learning_rate)
+        at_least(0, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
 
 
 @dataclass(frozen=True)

@@ -7,24 +7,28 @@ from typing import Any
 
 import torch
 
-from fitv2.config import from_dict, read_json
+from fitv2.config import read_json
+from fitv2.data import DatasetCard
 from fitv2.errors import UserError
 from fitv2.files import whole_file, write_json
-from fitv2.presets import Architecture, Preset, Training
+from fitv2.presets import Preset
 
-# Settings that may change when a run is carried on: they decide when, not what.
+# Settings that may change when a run is carried on. A change of `steps` moves the final decay of
+# the learning rate with it.
 FREE = ("steps", "minutes", "log_every", "validate_every", "sample_every", "save_every", "keep")
 
 
-def settle(run: Path, preset: Preset, data: Path, init: str | None) -> None:
+def settle(run: Path, preset: Preset, data: DatasetCard, init: str | None) -> None:
     """Write run.json, or check that the run already there is this one.
 
     Only FREE settings may change. Raises UserError naming the others.
     """
     path = run / "run.json"
-    described = {"data": str(data), "init": init, **asdict(preset)}
+    described = {"data": json.loads(json.dumps(asdict(data))), "init": init, **asdict(preset)}
     if path.exists():
         before = read_json(path)
+        if not all(isinstance(before.get(part), dict) for part in ("data", "model", "training")):
+            raise UserError(f"{path} is not that of a run")
         old, new = (
             {key: value for key, value in settings.items() if key not in FREE}
             for settings in (flat(before), flat(described))
@@ -39,23 +43,23 @@ def settle(run: Path, preset: Preset, data: Path, init: str | None) -> None:
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide a run's outcome, without their nesting."""
-    return {"init": settings["init"], **settings["model"], **settings["training"]}
+    return {"init": settings.get("init"), **settings["data"], **settings["model"], **settings["training"]}
 
 
-def read_run(run: Path) -> Preset:
-    """The preset that a run was started with, from its json."""
-    values = read_json(run / "run.json")
-    return Preset(
-        values["about"],
-        from_dict(Architecture, values["model"]),
-        from_dict(Training, values["training"]),
-    )
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, up to the first that a kill cut short; none if there is no log."""
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return lines
 
 
 def cut_log(path: Path, step: int) -> None:
     """Drop what was logged after the checkpoint that a run resumes from."""
-    if not path.exists():
-        return
-    lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+    lines = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step]
     with whole_file(path) as partial:
-        partial.write_text("".join(line + "\n" for line in lines))
+        partial.write_text("".join(lines), encoding="utf-8")

@@ -1,11 +1,15 @@
 """The machine a run is on, and the randomness that does not depend on it."""
 
+import os
+
 import numpy as np
 import torch
 
 
 def default_device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
+    """The accelerator where there is one, else the CPU; or what FITV2_DEVICE names."""
+    if named := os.environ.get("FITV2_DEVICE"):
+        return torch.device(named)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor
 from fitv2 import solvers
 from fitv2.autoencoder import Autoencoder, load_autoencoder
 from fitv2.checkpoint import Card
-from fitv2.flow import noise
+from fitv2.errors import nearest
+from fitv2.flow import noise, prediction_named
 from fitv2.guidance import velocity_of
 from fitv2.model import FiT
 from fitv2.runtime import default_device
-from fitv2.tokens import Size, layout, unpack, unpatchify
+from fitv2.tokens import PackedTokens, Size, layout, unpack, unpatchify
+
+DECODED_TOGETHER = 8  # an autoencoder's activations take far more memory than the transformer's
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,13 @@ def load_codec(model: FiT, card: Card) -> tuple[Autoencoder, int]:
     return codec, codec.downsample * model.architecture.patch_size
 
 
-def file_name(label: str, size: Size, unit: int, seed: int) -> str:
-    """LABEL_HEIGHTxWIDTH_SEED.png, with what a file name cannot hold replaced."""
-    plain = re.sub(r"[^\w.-]+", "-", label)
-    return f"{plain}_{size[0] * unit}x{size[1] * unit}_{seed}.png"
+def file_name(card: Card, request: Request, unit: int) -> str:
+    """LABEL_HEIGHTxWIDTH_SEED.png; characters that file names cannot hold become dashes."""
+    plain = [re.sub(r"[^\w.-]+", "-", label) for label in card.labels]
+    label = plain[request.label]
+    if plain.count(label) > 1:  # two labels that differ in such characters alone
+        label += f"-{request.label}"
+    return f"{label}_{request.size[0] * unit}x{request.size[1] * unit}_{request.seed}.png"
 
 
 @torch.inference_mode()
@@ -64,6 +71,20 @@ def generate(
 
         images = _generate_pack(model, autoencoder, batch, guidance, solver, steps, report)
         yield from zip(batch, images, strict=True)
+
+
+def solver_named(name: str, packed: PackedTokens) -> Callable[..., Tensor]:
+    """The solver of that name; dopri5 with a step size of its own for each image of `packed`."""
+    if name == "dopri5":
+        return partial(
+            solvers.dopri5,
+            spread=lambda value_B: packed.spread(value_B)[:, None],
+            mean=lambda value_TC: packed.mean_per_image(value_TC.mean(1)),
+        )
+    known = {"heun": solvers.heun, "euler": solvers.euler}
+    if name not in known:
+        raise nearest("solver", name, [*known, "dopri5"])
+    return known[name]
 
 
 def packs_of(requests: Sequence[Request], tokens: int) -> Iterator[list[Request]]:
@@ -97,17 +118,15 @@ def _generate_pack(
     start = noise(packed.lengths, model.token_channels, [(request.seed,) for request in chosen])
     packed = packed.to(model.device)
     labels = torch.tensor([request.label for request in chosen], device=model.device)
+    solve = solver_named(solver, packed)
     velocity = velocity_of(model, packed, labels, guidance)
     times = torch.linspace(0, 1, steps + 1, device=model.device)
     x_TC = start.to(model.device)
-    if solver == "dopri5":
-        x_TC = solvers.dopri5(
-            velocity, x_TC, times, progress,
-            spread=lambda value_B: packed.spread(value_B)[:, None],
-            mean=lambda value_TC: packed.mean_per_image(value_TC.mean(1)),
-        )  # fmt: skip
+    if prediction_named(model.architecture.prediction).ends_early:
+        x_TC = solve(velocity, x_TC, times[:-1], progress) if steps > 1 else x_TC
+        x_TC = solvers.euler(velocity, x_TC, times[-2:], progress)
     else:
-        x_TC = {"euler": solvers.euler, "heun": solvers.heun}[solver](velocity, x_TC, times, progress)
+        x_TC = solve(velocity, x_TC, times, progress)
     images = decode(unpack(packed.with_tokens(x_TC)), autoencoder, model.architecture.patch_size)
     return [image for _, image in sorted(zip(order, images, strict=True), key=lambda pair: pair[0])]
 
@@ -115,8 +134,9 @@ def _generate_pack(
 def decode(tokens: Sequence[Tensor], autoencoder: Autoencoder, patch: int) -> list[Image.Image]:
     """Images of tokens (rows, columns, C) as pictures; neighbours of equal size are decoded together."""
     pictures: list[Image.Image] = []
-    for _, same in groupby(tokens, key=lambda image: image.shape):
-        pixels = autoencoder.decode(unpatchify(torch.stack(list(same)), patch)).float()
+    for _, group in groupby(tokens, key=lambda image: image.shape):
+        same = unpatchify(torch.stack(list(group)), patch)
+        pixels = torch.cat([autoencoder.decode(few).float() for few in same.split(DECODED_TOGETHER)])
         # Rounded to the nearest of 256 levels: truncation would darken by half a level.
         levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         pictures.extend(Image.fromarray(image) for image in levels)

@@ -65,7 +65,7 @@ def dopri5(
 
     So a system's solution does not depend on its neighbours. `velocity` gets times (B,); `spread`
     repeats (B,) over a system's entries so that it broadcasts against `x`, `mean` averages `x` over
-    them to (B,). Only the ends of `times` count. Raises RuntimeError after `max_steps` steps.
+    them to (B,). Only the ends of `times` count. Raises FloatingPointError after `max_steps` steps.
     Step control: Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, II.4.
     """
     start, stop = float(times[0]), float(times[-1])
@@ -92,7 +92,7 @@ def dopri5(
         progress(float(done.min()))
         if bool((done == 1).all()):
             return x
-    raise RuntimeError(f"dopri5 did not reach t={stop} in {max_steps} steps")
+    raise FloatingPointError(f"dopri5 did not reach t={stop} in {max_steps} steps")
 
 
 def _combine(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:

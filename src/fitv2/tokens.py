@@ -47,10 +47,7 @@ class PackedTokens:
 
     def to(self, device: torch.device | str) -> PackedTokens:
         """The pack on another device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("x_TC", "pos_T2", "image_T", "cu_seqlens")
-        }
+        moved = {name: getattr(self, name).to(device) for name in ("x_TC", "pos_T2", "image_T", "cu_seqlens")}
         return replace(self, **moved)
 
     def spread(self, value_B: Tensor) -> Tensor:
@@ -68,13 +65,13 @@ class PackedTokens:
     def scaled_sum(self, base: Tensor, x_TD: Tensor, scale_BD: Tensor) -> Tensor:
         """base + x·scale, each image's scale over its tokens; `base` is per token or per image.
 
-        A spread copy of what is per image would cost as many bytes as the tokens. On an accelerator
-        a compiler fuses the gather into the sum; on the CPU runs of equal length broadcast.
+        A spread copy of what is per image would cost as many bytes as the tokens; on the CPU runs
+        of equal length broadcast instead. On an accelerator, where that would be many small kernels,
+        values are gathered, and summed back by segment: the scatter that autograd would use rounds
+        at every addition and adds in no fixed order.
         """
-        if x_TD.device.type == "cpu":
-            return _ScaledSum.apply(base, x_TD, scale_BD, self)
-        base_TD = base if len(base) == len(x_TD) else self.spread(base)
-        return torch.addcmul(base_TD, x_TD, self.spread(scale_BD))
+        kind = _ScaledSum if x_TD.device.type == "cpu" else _GatheredScaledSum
+        return kind.apply(base, x_TD, scale_BD, self)
 
     def by_run(self, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Values per token or per image, cut into runs: (images, length or 1, …) each, as views."""
@@ -117,6 +114,29 @@ class _ScaledSum(torch.autograd.Function):
             torch.sum(grad * x, 0, out=out)
         base_grad = grad_TD if ctx.base_per_token else packed.sum_per_image(grad_TD)
         return base_grad, x_grad, scale_grad, None
+
+
+class _GatheredScaledSum(torch.autograd.Function):
+    """`PackedTokens.scaled_sum` on an accelerator."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, x_TD: Tensor, scale_BD: Tensor, packed: PackedTokens) -> Tensor:
+        ctx.save_for_backward(x_TD, scale_BD)
+        ctx.packed, ctx.base_per_token = packed, len(base) == len(x_TD)
+        base_TD = base if ctx.base_per_token else packed.spread(base)
+        return torch.addcmul(base_TD, x_TD, packed.spread(scale_BD))
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x_TD, scale_BD = ctx.saved_tensors
+        packed = ctx.packed
+
+        def summed(value_TD: Tensor) -> Tensor:
+            total = torch.segment_reduce(value_TD.float(), "sum", offsets=packed.cu_seqlens)
+            return total.to(value_TD.dtype)
+
+        base_grad = grad_TD if ctx.base_per_token else summed(grad_TD)
+        return base_grad, grad_TD * packed.spread(scale_BD), summed(grad_TD * x_TD), None
 
 
 def layout(sizes: Sequence[Size], channels: int = 0) -> PackedTokens:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fitv2.autoencoder import load_autoencoder
@@ -23,10 +24,10 @@ from fitv2.data import EndlessOrder, TokenDataset
 from fitv2.errors import UserError
 from fitv2.figures import contact_sheet, loss_curve
 from fitv2.files import whole_file, whole_folder
-from fitv2.flow import PathSample, logit_normal_times, loss_per_image, path_sample, prediction_named
+from fitv2.flow import PathSample, logit_normal_times, loss_per_image, noise, path_sample, prediction_named
 from fitv2.model import FiT
 from fitv2.presets import Architecture, Preset, Training
-from fitv2.runs import cut_log, settle
+from fitv2.runs import cut_log, read_log, settle
 from fitv2.runtime import default_device, derive_seed, generator
 from fitv2.sample import Request, generate
 from fitv2.tokens import PackedTokens
@@ -60,12 +61,13 @@ def train(
     """
     dataset = TokenDataset(data)
     trainer = Trainer(preset, dataset, data, run, init)
-    deadline = time.monotonic() + 60 * (preset.training.minutes or math.inf)
+    minutes = preset.training.minutes
+    deadline = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
     with interrupted() as stop:
         while trainer.step < preset.training.steps and time.monotonic() < deadline and not stop():
             trainer.advance(report)
     trainer.save()
-    loss_curve(run / "log.jsonl", run / "loss.png", f"{run.name}: {preset.about}")
+    loss_curve(read_log(run / "log.jsonl"), run / "loss.png", f"{run.name}: {preset.about}")
     newest = newest_checkpoint(run)
     assert newest is not None
     return newest
@@ -82,11 +84,13 @@ class Trainer:
         self.card = Card(dataset.card.labels, dataset.card.autoencoder, dataset.card.max_tokens)
         architecture = fitted(preset.model, dataset)
         start = starting_model(init, architecture, self.card.labels) if init else None
-        settle(run, Preset(preset.about, architecture, preset.training), data, init)
-
         torch.manual_seed(derive_seed(self.config.seed, WEIGHTS))
         # float32: what the optimizer changes
         self.master = (start or FiT(**asdict(architecture))).to(self.device).train()
+        self.codec = load_autoencoder(self.card.autoencoder, self.device)
+        self.validation = list(held_out(data, self.config.batch_size))
+        # Last of what can fail on wrong input: a run folder is only made for a run that can start.
+        settle(run, Preset(preset.about, architecture, preset.training), dataset.card, init)
         self.ema = deepcopy(self.master).eval().requires_grad_(False)
         dtype = getattr(torch, self.config.precision)
         self.model = self.master
@@ -101,7 +105,6 @@ class Trainer:
         if newest:
             self._load(newest)
         cut_log(run / "log.jsonl", self.step)
-        self.validation = list(validation_batches(data, self.config.batch_size))
 
     def advance(self, report: Callable[[Progress], None]) -> None:
         """One step, and what is due after it."""
@@ -110,11 +113,13 @@ class Trainer:
         output = self.model(sample.noisy, sample.t_B, labels)
         loss = loss_per_image(output, sample, self.prediction).mean()
         loss.backward()
-        norm = self.update()
+        value, norm = loss.item(), self.clipped_norm()
+        if not math.isfinite(value + norm):
+            raise FloatingPointError(
+                f"loss {value} and gradient norm {norm} at step {self.step + 1}; the last checkpoint is kept"
+            )
+        self.update()
         self.step += 1
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} at step {self.step}; the last checkpoint is kept")
         rate = config.batch_size / (time.monotonic() - started)
         report(Progress(self.step, value, rate))
         if self.step % config.log_every == 0:
@@ -122,10 +127,10 @@ class Trainer:
             self.log(line | {"learning_rate": learning_rate(config, self.step - 1)})
         if self.step % config.validate_every == 0 and self.validation:
             self.log({"validation": self.validate()})
-        if self.step % config.sample_every == 0:
-            self.draw()
         if self.step % config.save_every == 0:
             self.save()
+        if self.step % config.sample_every == 0:
+            self.draw()
 
     def batch(self, start: int, count: int) -> tuple[PathSample, Tensor]:
         """The pictures at positions start… of the endless order, corrupted."""
@@ -137,14 +142,18 @@ class Trainer:
         labels = torch.where(dropped, self.master.null_label, labels)
         return to_device(sample, self.device), labels.to(self.device)
 
-    def update(self) -> float:
-        """Clip, step, average, and hand the new weights to the model that computes."""
-        weights, averages = list(self.master.parameters()), list(self.ema.parameters())
+    def clipped_norm(self) -> float:
+        """Take over the gradients in float32 and clip them; their norm before."""
+        weights = list(self.master.parameters())
         if self.model is not self.master:
             for weight, computed in zip(weights, self.model.parameters(), strict=True):
                 assert computed.grad is not None
                 weight.grad, computed.grad = computed.grad.float(), None
-        norm = torch.nn.utils.clip_grad_norm_(weights, self.config.clip)
+        return float(torch.nn.utils.clip_grad_norm_(weights, self.config.clip))
+
+    def update(self) -> None:
+        """Step, average, and hand the new weights to the model that computes."""
+        weights, averages = list(self.master.parameters()), list(self.ema.parameters())
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, self.step)
@@ -156,15 +165,13 @@ class Trainer:
             torch._foreach_lerp_(averages, weights, 1 - decay)
             if self.model is not self.master:
                 torch._foreach_copy_(list(self.model.parameters()), weights)
-        return float(norm)
 
     @torch.inference_mode()
     def validate(self) -> float:
         """The averaged model's loss on held-out pictures, with fixed noise and evenly spread times."""
         losses = []
-        for packed, labels in self.validation:
-            sample = fixed_corruption(packed)
-            sample = to_device(sample, self.device)
+        for held, labels in self.validation:
+            sample = to_device(held, self.device)
             output = self.ema(sample.noisy, sample.t_B, labels.to(self.device))
             losses.append(loss_per_image(output, sample, self.prediction))
         return float(torch.cat(losses).mean())
@@ -179,10 +186,9 @@ class Trainer:
         ]
         labels = np.linspace(0, len(self.card.labels) - 1, min(8, len(self.card.labels))).astype(int)
         requests = [Request(int(label), size, 0) for size in sizes for label in labels]
-        codec = load_autoencoder(self.card.autoencoder, self.device)
         made = [
             (self.card.labels[request.label], image)
-            for request, image in generate(self.ema, codec, requests, steps=20)
+            for request, image in generate(self.ema, self.codec, requests, steps=20)
         ]
         rows = [made[i : i + len(labels)] for i in range(0, len(made), len(labels))]
         with whole_file(self.run / "samples" / f"step-{self.step:07d}.png") as partial:
@@ -198,14 +204,17 @@ class Trainer:
         folder = self.run / "checkpoints" / f"step-{self.step:07d}"
         if folder.exists():
             return
-        with whole_folder(folder) as partial:
-            save_model(self.ema, self.card, partial / "ema")
-            state = {
-                "step": self.step,
-                "weights": self.master.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            }
-            torch.save(state, partial / "training.pt")
+        state = {
+            "step": self.step,
+            "weights": self.master.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        try:
+            with whole_folder(folder) as partial:
+                save_model(self.ema, self.card, partial / "ema")
+                torch.save(state, partial / "training.pt")
+        except (RuntimeError, SafetensorError) as error:  # a quota or a limit on the size of files
+            raise UserError(f"checkpoint {folder} cannot be written: {error}") from error
         for old in checkpoints(self.run)[: -self.config.keep]:
             shutil.rmtree(old)
 
@@ -286,23 +295,23 @@ def corrupted(
     return path_sample(data, torch.cat(noises), t_B), torch.stack(chances) < config.label_dropout
 
 
-def fixed_corruption(data: PackedTokens) -> PathSample:
-    """The same noise every time, and times that cover [0, 1] evenly."""
-    count = len(data.sizes)
-    rng = generator(VALIDATION)
-    t_B = ((torch.arange(count) + 0.5) / count)[torch.randperm(count, generator=rng)]
-    return path_sample(data, torch.randn(data.x_TC.shape, generator=rng), t_B)
+def held_out(data: Path, count: int) -> Iterator[tuple[PathSample, Tensor]]:
+    """All held-out pictures as they are (not mirrored), `count` at a time; none if there are none.
 
-
-def validation_batches(data: Path, count: int) -> Iterator[tuple[PackedTokens, Tensor]]:
-    """All held-out pictures as they are (not mirrored), `count` at a time; none if there are none."""
+    Each has its own noise, the same every time, and their times cover [0, 1] evenly.
+    """
     if not any(data.glob("validation-*.arrow")):
         return
     dataset = TokenDataset(data, "validation")
     rows = np.arange(dataset.pictures) * dataset.card.variants
     rows = rows[dataset.by_length(rows)]
+    order = torch.randperm(len(rows), generator=generator(VALIDATION))
+    times = (order + 0.5) / len(rows)
     for start in range(0, len(rows), count):
-        yield dataset.batch(rows[start : start + count])
+        chosen = rows[start : start + count]
+        packed, labels = dataset.batch(chosen)
+        start_TC = noise(packed.lengths, dataset.token_channels, [(VALIDATION, int(r)) for r in chosen])
+        yield path_sample(packed, start_TC, times[start : start + count]), labels
 
 
 def to_device(sample: PathSample, device: torch.device) -> PathSample:
