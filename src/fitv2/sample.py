@@ -61,7 +61,9 @@ def generate(
 ) -> Iterator[tuple[Request, Image.Image]]:
     """Make the pictures pack by pack, in order. `progress` gets the share done, 0 to 1.
 
-    `dopri5` chooses its steps itself and ignores `steps`.
+    `dopri5` chooses its steps itself. Where the model predicts the data, the last of `steps` steps
+    is Euler's with every solver: it ends exactly at the prediction. Raises UserError for an unknown
+    solver.
     """
     batches = list(packs_of(requests, tokens_a_pack))
     for i, batch in enumerate(batches):
