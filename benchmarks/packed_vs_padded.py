@@ -14,7 +14,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -29,6 +29,7 @@ from fitv2.guidance import velocity_of
 from fitv2.images import resized
 from fitv2.model import EPS, Attention, Block, FiT, SwiGLU
 from fitv2.rope import rotation
+from fitv2.sample import Request, packs_of, tokens_at_once
 from fitv2.tokens import PackedTokens, Size, layout
 
 # The commonest sizes of ImageNet's training pictures, with about their shares of it; the rest is
@@ -146,8 +147,16 @@ class Case:
         self.pads = padded_layout(packed, limit, model.architecture.width // model.architecture.heads)
         fields = (self.sample.noisy.x_TC, data.x_TC, start)
         self.x_BNC, self.data_BNC, self.start_BNC = (pad(x, self.pads.mask_BN) for x in fields)
-        self.velocity = velocity_of(model, packed, self.labels, GUIDANCE)
+        self.velocities = list(self.in_packs(sizes))
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def in_packs(self, sizes: list[Size]) -> Iterator[tuple[int, Callable[[Tensor, Tensor], Tensor]]]:
+        """Tokens and guided velocity of each pack that sampling would make of these images."""
+        requests = [Request(int(label), size, 0) for label, size in zip(self.labels, sizes, strict=True)]
+        for batch in packs_of(requests, tokens_at_once(torch.device("cpu"))):
+            labels = torch.tensor([request.label for request in batch])
+            packed = layout([request.size for request in batch])
+            yield packed.x_TC.shape[0], velocity_of(self.model, packed, labels, GUIDANCE)
 
     def train(self, loss: Callable[[], Tensor]) -> float:
         value = loss()
@@ -167,8 +176,10 @@ class Case:
 
     @torch.inference_mode()
     def packed_sample(self) -> Tensor:
-        x = self.sample.noisy.x_TC
-        return x + 0.1 * self.velocity(x, torch.tensor(0.5))
+        t = torch.tensor(0.5)
+        pieces = self.sample.noisy.x_TC.split([tokens for tokens, _ in self.velocities])
+        moved = [x + 0.1 * v(x, t) for x, (_, v) in zip(pieces, self.velocities, strict=True)]
+        return torch.cat(moved)
 
     @torch.inference_mode()
     def padded_sample(self) -> Tensor:
@@ -190,8 +201,8 @@ class Case:
     def steps(self) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
         """Of each kind of step, the padded and the packed way."""
         return {
-            "train": (lambda: self.train(self.padded_loss), lambda: self.train(self.packed_loss)),
             "sample": (self.padded_sample, self.packed_sample),
+            "train": (lambda: self.train(self.padded_loss), lambda: self.train(self.packed_loss)),
         }
 
 

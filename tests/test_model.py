@@ -4,7 +4,7 @@ import torch
 from conftest import randomized
 from fitv2.errors import UserError
 from fitv2.flow import noise
-from fitv2.model import FiT
+from fitv2.model import FiT, _Gated
 from fitv2.tokens import concatenate, layout
 
 RELEASED = {"fitv2-b": 128_149_072, "fitv2-xl": 671_045_776, "fitv2-3b": 2_971_928_080}
@@ -93,3 +93,11 @@ def test_saved_folder_rebuilds_the_model(model, tmp_path):
 def test_heads_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="width 30 over 2 heads"):
         FiT(depth=1, width=30, heads=2)
+
+
+def test_gated_and_its_gradients():
+    shape = (3, 5)
+    generator = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(shape, generator=generator, dtype=torch.double).requires_grad_() for _ in "ab")
+    torch.testing.assert_close(_Gated.apply(gate, up), gate * gate.sigmoid() * up)
+    assert torch.autograd.gradcheck(_Gated.apply, (gate, up))

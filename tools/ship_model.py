@@ -1,12 +1,14 @@
 """Put a finished run into the package as a shipped model, in float16, and its record into docs/.
 
-    python tools/ship_model.py runs/clipart clipart
+    python tools/ship_model.py runs/clipart clipart 2.5
 
-Writes src/fitv2/models/NAME/ and docs/models/NAME/ (run.json, log.jsonl, loss.png).
+The number is the guidance that samples look best with. Writes src/fitv2/models/NAME/ and
+docs/models/NAME/ (run.json, log.jsonl, loss.png).
 """
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,13 +18,13 @@ from fitv2.checkpoint import SHIPPED, load_model, save_model
 RECORD = ("run.json", "log.jsonl", "loss.png")
 
 
-def main(run: Path, name: str) -> None:
+def main(run: Path, name: str, guidance: float) -> None:
     """Copy the averaged model of the newest checkpoint, and what tells how it came about."""
     model, card = load_model(run)
     folder = SHIPPED / name
     shutil.rmtree(folder, ignore_errors=True)
     # float16 holds 11 bits of each weight, bfloat16 only 8; no weight comes near its range.
-    save_model(torch.nn.Module.to(model, torch.float16), card, folder)
+    save_model(torch.nn.Module.to(model, torch.float16), replace(card, guidance=guidance), folder)
     record = Path(__file__).parents[1] / "docs" / "models" / name
     record.mkdir(parents=True, exist_ok=True)
     for file in RECORD:
@@ -32,6 +34,6 @@ def main(run: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 4:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]))

@@ -24,7 +24,7 @@ from fitv2.train import train
 TRAINED = ((16, 16), (10, 20), (8, 24))
 BEYOND = ((20, 20), (14, 28), (10, 30))
 CLIPART_LIMITS = (64, 36, 16)  # what the shipped model was trained on
-LABELS = ("flags", "cards", "fruit", "smilies")
+LABELS = ("flags", "smilies", "roadsigns", "fruit")
 STEPS = 20
 
 Bar = Callable[..., AbstractContextManager[Callable[..., None]]]
@@ -86,7 +86,7 @@ def rows_of(
         height, width = (side * unit for side in request.size)
         note = "" if request.size[0] * request.size[1] <= card.max_tokens else ", beyond training"
         row = rows.setdefault(request.size, [])
-        first = f" {height}×{width}{note}" if not row else ""
+        first = f" {height}x{width}{note}" if not row else ""
         row.append((card.labels[request.label] + first, image))
     return list(rows.values())
 

@@ -55,9 +55,11 @@ def loss_curve(lines: Sequence[dict[str, Any]], out: Path, title: str) -> None:
             "o-",
             color="#d95f0e",
             markersize=3,
-            label="held-out pictures",
+            label="held-out pictures, times spread evenly",
         )
     axes.set(title=title, xlabel="step", ylabel="velocity error (mean square)", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:.2g}")
     axes.grid(alpha=0.3, which="both")
     if train or held_out:
         axes.legend()

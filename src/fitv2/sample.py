@@ -56,7 +56,7 @@ def generate(
     guidance: float = 1.5,
     solver: str = "heun",
     steps: int = 25,
-    tokens_a_pack: int = 16_384,
+    tokens_a_pack: int | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Iterator[tuple[Request, Image.Image]]:
     """Make the pictures pack by pack, in order. `progress` gets the share done, 0 to 1.
@@ -65,7 +65,7 @@ def generate(
     is Euler's with every solver: it ends exactly at the prediction. Raises UserError for an unknown
     solver.
     """
-    batches = list(packs_of(requests, tokens_a_pack))
+    batches = list(packs_of(requests, tokens_a_pack or tokens_at_once(model.device)))
     for i, batch in enumerate(batches):
 
         def report(part: float, before: int = i) -> None:
@@ -87,6 +87,16 @@ def solver_named(name: str, packed: PackedTokens) -> Callable[..., Tensor]:
     if name not in known:
         raise nearest("solver", name, [*known, "dopri5"])
     return known[name]
+
+
+def tokens_at_once(device: torch.device) -> int:
+    """How many tokens to compute together, before guidance doubles them.
+
+    On a CPU buffers above 32 MB are mapped anew and cleared by the system at every use (glibc's
+    largest mmap threshold): packs that stay below are a third faster (docs/log.md). An accelerator
+    wants many.
+    """
+    return 1_024 if device.type == "cpu" else 16_384
 
 
 def packs_of(requests: Sequence[Request], tokens: int) -> Iterator[list[Request]]:

@@ -67,7 +67,7 @@ def train(
         while trainer.step < preset.training.steps and time.monotonic() < deadline and not stop():
             trainer.advance(report)
     trainer.save()
-    loss_curve(read_log(run / "log.jsonl"), run / "loss.png", f"{run.name}: {preset.about}")
+    loss_curve(read_log(run / "log.jsonl"), run / "loss.png", f"Loss of {run.name}")
     newest = newest_checkpoint(run)
     assert newest is not None
     return newest
