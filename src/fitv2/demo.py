@@ -58,9 +58,11 @@ def make_pictures(model: Any, card: Card, out: Path, share_bar: Bar) -> Path:
     requests = [Request(label, scaled(size, card), 0) for size in (*TRAINED, *BEYOND) for label in labels]
     made: list[tuple[Request, Image.Image]] = []
     with share_bar("six sizes, one batch", len(requests), "image") as progress:
-        for request, image in generate(
-            model, codec, requests, guidance=card.guidance, steps=STEPS, progress=progress
-        ):
+        made_in_one_pack = generate(
+            model, codec, requests, guidance=card.guidance, steps=STEPS, progress=progress,
+            tokens_a_pack=sum(rows * columns for rows, columns in (r.size for r in requests)),
+        )  # fmt: skip
+        for request, image in made_in_one_pack:
             name = file_name(card, request, unit)
             with whole_file(out / "pictures" / name) as path:
                 image.save(path)

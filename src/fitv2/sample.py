@@ -96,7 +96,7 @@ def tokens_at_once(device: torch.device) -> int:
     largest mmap threshold): packs that stay below are a third faster (docs/log.md). An accelerator
     wants many.
     """
-    return 1_024 if device.type == "cpu" else 16_384
+    return 2_048 if device.type == "cpu" else 16_384
 
 
 def packs_of(requests: Sequence[Request], tokens: int) -> Iterator[list[Request]]:
