@@ -93,7 +93,7 @@ def tokens_at_once(device: torch.device) -> int:
     """How many tokens to compute together, before guidance doubles them.
 
     On a CPU buffers above 32 MB are mapped anew and cleared by the system at every use (glibc's
-    largest mmap threshold): packs that stay below are a third faster (docs/log.md). An accelerator
+    largest mmap threshold): smaller packs were a sixth faster (docs/log.md). An accelerator
     wants many.
     """
     return 2_048 if device.type == "cpu" else 16_384
