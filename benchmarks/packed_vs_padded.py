@@ -24,12 +24,14 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention, silu
 from tqdm import tqdm
 
-from fitv2.flow import PathSample, loss_per_image, noise, path_sample, prediction_named
+from fitv2.flow import PathSample, flow_of, noise
 from fitv2.guidance import velocity_of
 from fitv2.images import resized
 from fitv2.model import EPS, Attention, Block, FiT, SwiGLU
 from fitv2.rope import rotation
+from fitv2.runtime import generator
 from fitv2.sample import Request, packs_of, tokens_at_once
+from fitv2.settings import Guidance, Rope
 from fitv2.tokens import PackedTokens, Size, layout
 
 # The commonest sizes of ImageNet's training pictures, with about their shares of it; the rest is
@@ -83,7 +85,7 @@ def pad(value_TC: Tensor, mask_BN: Tensor) -> Tensor:
 
 def padded_layout(packed: PackedTokens, limit: int, head_dim: int) -> Padded:
     mask_BN = (torch.arange(limit) < torch.tensor(packed.lengths)[:, None]).to(torch.uint8)
-    turn_TK = rotation(packed.pos_T2, head_dim)[:, 0].repeat_interleave(2, dim=1)
+    turn_TK = rotation(packed, head_dim, Rope())[:, 0].repeat_interleave(2, dim=1)
     return Padded(mask_BN, pad(turn_TK.real, mask_BN)[:, None], pad(turn_TK.imag, mask_BN)[:, None])
 
 
@@ -116,6 +118,7 @@ def padded_mlp(module: SwiGLU, x_BND: Tensor) -> Tensor:
 
 def padded_forward(model: FiT, x_BNC: Tensor, t_B: Tensor, label_B: Tensor, pads: Padded) -> Tensor:
     silu_c = silu(model.time_embed(t_B) + model.label_embed(label_B))
+    assert model.modulation is not None
     shared = model.modulation(silu_c)
     x = model.patch_embed(x_BNC)
     for block in cast(list[Block], model.blocks):
@@ -137,13 +140,15 @@ class Case:
         self.model, self.limit = model, limit
         sizes = sorted(sizes, key=lambda size: size[0] * size[1])
         packed = layout(sizes)
-        keys = [(0, i) for i in range(len(sizes))]
-        data = packed.with_tokens(noise(packed.lengths, model.token_channels, keys))
-        start = noise(packed.lengths, model.token_channels, [(1, i) for i in range(len(sizes))])
+        data_TC, start = (
+            noise(packed.lengths, model.token_channels, [generator(part, i) for i in range(len(sizes))])
+            for part in (0, 1)
+        )
+        data = packed.with_tokens(data_TC)
         self.t_B = torch.linspace(0.1, 0.9, len(sizes))
-        self.sample: PathSample = path_sample(data, start, self.t_B)
+        self.flow = flow_of(model.architecture)
+        self.sample: PathSample = self.flow.sample(data, start, self.t_B)
         self.labels = torch.arange(len(sizes)) % model.architecture.num_classes
-        self.prediction = prediction_named(model.architecture.prediction)
         self.pads = padded_layout(packed, limit, model.architecture.width // model.architecture.heads)
         fields = (self.sample.noisy.x_TC, data.x_TC, start)
         self.x_BNC, self.data_BNC, self.start_BNC = (pad(x, self.pads.mask_BN) for x in fields)
@@ -156,7 +161,7 @@ class Case:
         for batch in packs_of(requests, tokens_at_once(torch.device("cpu"))):
             labels = torch.tensor([request.label for request in batch])
             packed = layout([request.size for request in batch])
-            yield packed.x_TC.shape[0], velocity_of(self.model, packed, labels, GUIDANCE)
+            yield packed.x_TC.shape[0], velocity_of(self.model, packed, labels, Guidance(GUIDANCE))
 
     def train(self, loss: Callable[[], Tensor]) -> float:
         value = loss()
@@ -167,7 +172,7 @@ class Case:
 
     def packed_loss(self) -> Tensor:
         output = self.model(self.sample.noisy, self.t_B, self.labels)
-        return loss_per_image(output, self.sample, self.prediction).mean()
+        return self.flow.loss(output, self.sample).mean()
 
     def padded_loss(self) -> Tensor:
         output = padded_forward(self.model, self.x_BNC, self.t_B, self.labels, self.pads)

@@ -10,10 +10,11 @@ import fitv2
 PACKAGE = Path(fitv2.__file__).parent
 LEVELS = [
     {"errors"},
-    {"config", "files", "images", "presets", "runtime", "solvers", "tokens"},
-    {"attention", "autoencoder", "data", "figures", "flow", "rope"},
-    {"model", "runs"},
-    {"checkpoint", "guidance"},
+    {"config", "files", "images", "paths", "runtime", "settings", "solvers", "tokens"},
+    {"attention", "autoencoder", "data", "figures", "flow", "presets", "rope"},
+    {"ddpm", "model", "runs"},
+    {"guidance", "released"},
+    {"checkpoint"},
     {"encode", "sample"},
     {"train"},
     {"demo"},

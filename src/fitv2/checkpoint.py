@@ -1,23 +1,32 @@
-"""Models in folders: saving, loading, and the released weights.
+"""Models in folders: saving and loading. The released weights come in through `fitv2.released`.
 
 A model folder holds what diffusers writes (config.json, diffusion_pytorch_model.safetensors) and
 card.json, which says how to use the weights: labels, autoencoder, token limit.
 """
 
 import math
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fitv2.config import from_dict, read_json
 from fitv2.errors import UserError, nearest
 from fitv2.files import write_json
 from fitv2.model import FiT
-from fitv2.tokens import Size, layout
+from fitv2.released import from_released, released_forward
+from fitv2.tokens import Size
+
+__all__ = [
+    "Card",
+    "checkpoints",
+    "find_model",
+    "from_released",
+    "load_model",
+    "newest_checkpoint",
+    "released_forward",
+    "save_model",
+]
 
 SHIPPED = Path(__file__).parent / "models"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -119,93 +128,3 @@ def checkpoints(run: Path) -> list[Path]:
 def newest_checkpoint(run: Path) -> Path | None:
     """The checkpoint to resume from, if there is one."""
     return next(reversed(checkpoints(run)), None)
-
-
-# Released weights --------------------------------------------------------------------------------
-
-_RENAMED = (
-    (r"^x_embedder\.proj\.", "patch_embed."),
-    (r"^t_embedder\.mlp\.0\.", "time_embed.up."),
-    (r"^t_embedder\.mlp\.2\.", "time_embed.down."),
-    (r"^y_embedder\.embedding_table\.", "label_embed."),
-    (r"^global_adaLN_modulation\.1\.", "modulation."),
-    (r"\.adaLN_modulation\.1\.", ".modulation.down."),
-    (r"\.adaLN_modulation\.2\.", ".modulation.up."),
-    (r"\.attn\.qkv\.", ".attention.qkv."),
-    (r"\.attn\.proj\.", ".attention.out."),
-    (r"\.mlp\.fc2\.", ".mlp.down."),
-    (r"^final_layer\.modulation\.down\.", "head.modulation."),
-    (r"^final_layer\.linear\.", "head.out."),
-)
-
-
-_FITV2 = {
-    "adaln_type": "lora",
-    "use_sit": True,
-    "use_swiglu": True,
-    "use_swiglu_large": False,
-    "learn_sigma": False,
-    "q_norm": "layernorm",
-    "k_norm": "layernorm",
-    "qk_norm_weight": False,
-    "rel_pos_embed": "rope",
-}
-
-
-def from_released(config: dict[str, Any], state_dict: dict[str, Tensor]) -> FiT:
-    """A FiTv2 in the released layout as ours. `config`: the released constructor's arguments.
-
-    Raises UserError for a variant that is not FiTv2, and for missing, extra or misshapen tensors.
-    """
-    differing = [f"{key}={config.get(key)!r}" for key, value in _FITV2.items() if config.get(key) != value]
-    differing += [f"{key}={config[key]!r}" for key in ("time_shifting", "custom_freqs") if key in config]
-    if differing:
-        raise UserError(f"only released FiTv2 checkpoints can be read so far, not {', '.join(differing)}")
-    model = FiT(
-        depth=config["depth"],
-        width=config["hidden_size"],
-        heads=config["num_heads"],
-        patch_size=config["patch_size"],
-        in_channels=config["in_channels"],
-        num_classes=config["num_classes"],
-    )
-    try:
-        model.load_state_dict(_rename(state_dict), strict=True)
-    except RuntimeError as error:
-        raise UserError(f"not the tensors of this FiTv2: {' '.join(str(error).split())}") from error
-    return model.eval()
-
-
-def _rename(released: dict[str, Tensor]) -> dict[str, Tensor]:
-    ours: dict[str, Tensor] = {}
-    for name, tensor in released.items():
-        if ".fc1_x." in name:
-            continue  # joins its gate below
-        if ".fc1_g." in name:
-            other = name.replace("fc1_g", "fc1_x")
-            if other not in released:
-                raise UserError(f"not the tensors of this FiTv2: {other} is missing")
-            tensor = torch.cat([tensor, released[other]])
-            name = name.replace("fc1_g", "gate_up")
-        for pattern, replacement in _RENAMED:
-            name = re.sub(pattern, replacement, name)
-        ours[name] = tensor
-    return ours
-
-
-@torch.inference_mode()
-def released_forward(
-    model: FiT, x: Tensor, t: Tensor, y: Tensor, grid: Tensor, mask: Tensor, size: Tensor
-) -> Tensor:
-    """`model` on the released padded layout: x (B, N, C), size (B, 1, 2) as (rows, columns).
-
-    `grid` and `mask` are what `size` implies: real tokens come first, row by row.
-    """
-    sizes = [(int(rows), int(columns)) for rows, columns in size[:, 0]]
-    real = mask.bool()
-    packed = layout(sizes).with_tokens(x[real])
-    if not torch.equal(grid.transpose(1, 2)[real].flip(1), packed.pos_T2):
-        raise UserError("the grid is not that of whole images, row by row")
-    out = torch.zeros(*x.shape[:2], model.token_channels)
-    out[real] = model(packed, t, y)
-    return out

@@ -5,16 +5,26 @@ import dataclasses
 import io
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import tyro
 from tqdm import tqdm
 
 from fitv2 import __version__
 from fitv2.errors import UserError, nearest
-from fitv2.presets import PRESETS, Architecture, Preset, Training, at_least, preset
+from fitv2.presets import PRESETS, Preset, preset
+from fitv2.settings import (
+    Architecture,
+    AttentionScale,
+    Extrapolation,
+    Guidance,
+    Rope,
+    Sampling,
+    Training,
+    at_least,
+)
 
 Options = TypeVar("Options")
 
@@ -81,10 +91,23 @@ class Sample:
     """Folder for the pictures, LABEL_HEIGHTxWIDTH_SEED.png."""
     guidance: float | None = None
     """Strength of classifier-free guidance; 1 is none [default: the model's own]."""
-    solver: Literal["heun", "euler", "dopri5"] = "heun"
-    """How to follow the flow. dopri5 chooses its steps itself."""
-    steps: int = 25
-    """Steps of the solver."""
+    guidance_channels: int | None = None
+    """Guide only so many of the latent's channels [default: all; the released code: 3]."""
+    guidance_power: float | None = None
+    """s of the power-cosine schedule, from the full strength at noise to none at data [default: constant]."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guide between these times alone; 0 is noise, 1 is data."""
+    extrapolation: Extrapolation | None = None
+    """How positions are scaled on sizes beyond those trained on: pi, ntk, ntk-by-parts, yarn or none
+    [default: the model's own]."""
+    attention_scale: AttentionScale | None = None
+    """Sharper attention on such sizes: the paper's, or the released code's pro1 and pro2
+    [default: the model's own; none with --extrapolation]."""
+    per_axis: bool = True
+    """Scale rows and columns each by its own length, not both by the longer; with --extrapolation."""
+    train_side: int | None = None
+    """Rows of the largest square trained on, in tokens [default: the model's own]."""
+    sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True)
@@ -137,9 +160,13 @@ def sample(options: Sample) -> int:
     from fitv2.runtime import default_device
     from fitv2.sample import Request, file_name, generate, load_codec
 
-    at_least(1, num=options.num, steps=options.steps)
+    at_least(1, num=options.num)
     at_least(0, seed=options.seed)
+    guidance = Guidance(
+        options.guidance or 0.0, options.guidance_channels, options.guidance_power, options.guidance_interval
+    )
     model, card = load_model(options.model)
+    model = model.with_rope(rope_for(options, model.architecture.rope, card.square[0]))
     codec, unit = load_codec(model, card)
     named = [card.label_index(text) for text in options.label] or range(len(card.labels))
     labels = dict.fromkeys(named)  # each once, however often it is asked for
@@ -149,11 +176,11 @@ def sample(options: Sample) -> int:
         for label in labels for size in sizes for i in range(options.num)
     ]  # fmt: skip
     model.to(default_device())
-    guidance = card.guidance if options.guidance is None else options.guidance
+    if options.guidance is None:
+        guidance = replace(guidance, scale=card.guidance)
     with share_bar("sample", len(requests), "image") as progress:
         made = generate(
-            model, codec, requests, guidance=guidance, solver=options.solver, steps=options.steps,
-            progress=progress,
+            model, codec, requests, guidance=guidance, sampling=options.sampling, progress=progress,
         )  # fmt: skip
         for request, image in made:
             name = file_name(card, request, unit)
@@ -161,6 +188,20 @@ def sample(options: Sample) -> int:
                 image.save(path)
     print(f"{len(requests)} pictures in {options.out}")
     return 0
+
+
+def rope_for(options: Sample, own: Rope, trained: int) -> Rope:
+    """The model's own positions, unless the options ask for others."""
+    if options.extrapolation is None and options.attention_scale is None:
+        return own
+    return replace(
+        own,
+        extrapolation=own.extrapolation if options.extrapolation is None else options.extrapolation,
+        attention_scale=options.attention_scale or "none",
+        per_axis=own.per_axis if options.extrapolation is None else options.per_axis,
+        train_side=options.train_side or own.train_side or trained,
+        grid=None,
+    )
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Frozen dataclasses to and from json, strictly. Imports nothing heavy: `--help` is built from it."""
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -33,12 +34,20 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
 def _checked(name: str, value: Any, wanted: Any) -> Any:
     """`value` if it is of the type; json's lists as tuples, its whole numbers as floats too."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_checked(name, item, arguments[0]) for item in value)
+    if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
+        return from_dict(typing.cast(type, wanted), value)
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) == len(value):
+            return tuple(_checked(name, item, kind) for item, kind in zip(value, kinds, strict=True))
+        wanted = typing.Never
     if origin is typing.Literal:
         fits = value in arguments
     elif origin in (types.UnionType, typing.Union):
-        fits = any(isinstance(value, option) for option in arguments)
+        for option in arguments:
+            with contextlib.suppress(UserError):
+                return _checked(name, value, option)
+        fits = False
     elif wanted is float:
         fits = isinstance(value, int | float)
     else:

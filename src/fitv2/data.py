@@ -1,7 +1,8 @@
 """Token datasets: Arrow IPC shards with a json card, read through `datasets` by memory map.
 
 A row is one variant of one picture: `tokens` (length × C float16, row by row), `rows`, `columns`,
-`label`, `source`. A picture's variants (as it is, mirrored) are neighbouring rows.
+`label`, `source`, `variant`. A picture's variants (as it is, mirrored, smaller, cropped) are
+neighbouring rows, counted from 0; pictures may have different numbers of them.
 """
 
 from collections.abc import Iterable
@@ -32,7 +33,6 @@ class DatasetCard:
     patch_size: int
     in_channels: int
     max_tokens: int
-    variants: int  # rows a picture
     pictures: dict[str, int]  # of each split
 
 
@@ -47,13 +47,15 @@ class ShardWriter:
     def _clear(self) -> None:
         self.bytes = 0
         self.tokens: list[np.ndarray] = []
-        self.columns: dict[str, list[Any]] = {k: [] for k in ("rows", "columns", "label", "source")}
+        self.columns: dict[str, list[Any]] = {
+            k: [] for k in ("rows", "columns", "label", "source", "variant")
+        }
 
-    def add(self, tokens: Tensor, label: int, source: str) -> None:
-        """One variant of a picture, tokens (rows, columns, C)."""
+    def add(self, tokens: Tensor, label: int, source: str, variant: int) -> None:
+        """One variant of a picture, tokens (rows, columns, C); its variants come in order from 0."""
         self.tokens.append(tokens.flatten(0, 1).half().cpu().numpy())
         self.bytes += self.tokens[-1].nbytes
-        row = (tokens.shape[0], tokens.shape[1], label, source)
+        row = (tokens.shape[0], tokens.shape[1], label, source, variant)
         for column, value in zip(self.columns.values(), row, strict=True):
             column.append(value)
         if self.bytes >= SHARD_BYTES:
@@ -97,9 +99,9 @@ class TokenDataset:
         if not parts:
             raise UserError(f"{folder} has no {split} pictures")
         self.rows = concatenate_datasets(parts).with_format("arrow")
-        self.pictures = self.card.pictures.get(split, 0)
-        if len(self.rows) != self.pictures * self.card.variants:
-            raise UserError(f"{folder} is incomplete: {len(self.rows)} rows of {split}")
+        self.first_rows = np.flatnonzero(self.rows.data.column("variant").to_numpy() == 0)
+        if len(self.first_rows) != self.card.pictures.get(split, 0):
+            raise UserError(f"{folder} is incomplete: it has {len(self.first_rows)} pictures of {split}")
         size = [self.rows.data.column(name).to_numpy() for name in ("rows", "columns")]
         self.sizes = np.stack(size, axis=1)  # (rows, 2)
         self.labels = self.rows.data.column("label").to_numpy()
@@ -128,15 +130,17 @@ class EndlessOrder:
     on the batch size, the number of processes or where a run was resumed.
     """
 
-    def __init__(self, pictures: int, variants: int, seed: int) -> None:
-        self.pictures, self.variants, self.seed = pictures, variants, seed
+    def __init__(self, first_rows: np.ndarray, rows: int, seed: int) -> None:
+        self.first_rows, self.seed = first_rows, seed
+        self.variants = np.diff(first_rows, append=rows)  # of each picture, all equally likely
         self._epoch = lru_cache(maxsize=2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng((self.seed, epoch))
-        variant = rng.integers(self.variants, size=self.pictures)
-        return rng.permutation(self.pictures) * self.variants + variant
+        variant = rng.integers(self.variants)
+        return rng.permutation(self.first_rows + variant)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Dataset rows at positions start…stop−1."""
-        return np.array([self._epoch(p // self.pictures)[p % self.pictures] for p in range(start, stop)])
+        pictures = len(self.first_rows)
+        return np.array([self._epoch(p // pictures)[p % pictures] for p in range(start, stop)])

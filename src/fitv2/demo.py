@@ -14,9 +14,10 @@ from fitv2.encode import encode
 from fitv2.errors import UserError
 from fitv2.figures import contact_sheet
 from fitv2.files import whole_file
-from fitv2.presets import Training, preset
+from fitv2.presets import preset
 from fitv2.runtime import default_device
 from fitv2.sample import Request, file_name, generate, load_codec
+from fitv2.settings import Sampling, Training
 from fitv2.tokens import Size
 from fitv2.train import train
 
@@ -59,7 +60,7 @@ def make_pictures(model: Any, card: Card, out: Path, share_bar: Bar) -> Path:
     made: list[tuple[Request, Image.Image]] = []
     with share_bar("six sizes, one batch", len(requests), "image") as progress:
         made_in_one_pack = generate(
-            model, codec, requests, guidance=card.guidance, steps=STEPS, progress=progress,
+            model, codec, requests, guidance=card.guidance, sampling=Sampling(steps=STEPS), progress=progress,
             tokens_a_pack=sum(rows * columns for rows, columns in (r.size for r in requests)),
         )  # fmt: skip
         for request, image in made_in_one_pack:

@@ -76,9 +76,9 @@ def encode(
             except UnusableImage as error:
                 skipped.append({"source": picture.source, "reason": str(error)})
                 continue
-            for size in fitted:
-                for tokens in tokens_of(size, codec, patch, mirror):
-                    writers[picture.split].add(tokens, labels[picture.label], picture.source)
+            variants = (tokens for size in fitted for tokens in tokens_of(size, codec, patch, mirror))
+            for i, tokens in enumerate(variants):
+                writers[picture.split].add(tokens, labels[picture.label], picture.source, i)
             counts[picture.split] += 1
         if not sum(counts.values()):
             raise UserError(f"none of the {len(pictures)} pictures in {source} can be used: {skipped[0]}")
@@ -92,7 +92,6 @@ def encode(
             patch_size=patch,
             in_channels=codec.channels,
             max_tokens=max(max_tokens),
-            variants=len(max_tokens) * (2 if mirror else 1),
             pictures=counts,
         )
         write_card(folder, card)

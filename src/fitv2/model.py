@@ -1,10 +1,11 @@
-"""The FiTv2 transformer (arXiv 2410.13925, section 3), on packed tokens.
+"""The FiTv2 transformer (arXiv 2410.13925, section 3) and FiT's (arXiv 2402.12376), on packed tokens.
 
 Shape suffixes: B images, T tokens in all, D width, H heads, K numbers a head, C numbers a token.
 """
 
+from copy import copy
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -13,15 +14,17 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear, silu
 
 from fitv2.attention import attention
-from fitv2.presets import Architecture, Prediction, preset
+from fitv2.config import from_dict
+from fitv2.presets import preset
 from fitv2.rope import rotate, rotation
+from fitv2.settings import Architecture, Path, Prediction, Rope
 from fitv2.tokens import PackedTokens
 
 EPS = 1e-6
 
 
 class TimeEmbedding(nn.Module):
-    """A sinusoid of t in [0, 1], not scaled, then a two-layer MLP."""
+    """A sinusoid of t as it is, in [0, 1] or a DDPM step, then a two-layer MLP."""
 
     frequencies = 256
 
@@ -70,11 +73,11 @@ class _Gated(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with QK-norm and 2-D RoPE."""
+    """Multi-head self-attention with 2-D RoPE; in FiTv2 queries and keys are normed per head."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.qk_norm = heads, qk_norm
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -84,7 +87,9 @@ class Attention(nn.Module):
         both = 2 * x_TD.shape[1]
         qk = linear(x_TD, self.qkv.weight[:both], self.qkv.bias[:both]).unflatten(1, (2 * self.heads, -1))
         v = linear(x_TD, self.qkv.weight[both:], self.qkv.bias[both:]).unflatten(1, (self.heads, -1))
-        q, k = rotate(layer_norm(qk, qk.shape[-1:], eps=EPS), rotation_T1P).chunk(2, dim=1)
+        if self.qk_norm:
+            qk = layer_norm(qk, qk.shape[-1:], eps=EPS)
+        q, k = rotate(qk, rotation_T1P).chunk(2, dim=1)
         return self.out(attention(q, k, v, packed).flatten(1))
 
 
@@ -108,19 +113,17 @@ def modulated(x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, packed: PackedTo
 
 
 class Block(nn.Module):
-    """Attention, then SwiGLU, each behind adaLN-Zero."""
+    """Attention, then SwiGLU, each behind adaLN-Zero. `modulation` is SiLU(c) (B, D) → (B, 6D)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, attention: Attention, mlp: SwiGLU, modulation: nn.Module) -> None:
         super().__init__()
-        self.attention = Attention(width, heads)
-        self.mlp = SwiGLU(width, int(2 * 4 * width / 3))
-        self.modulation = LoRAModulation(width, width // 4)
+        self.attention, self.mlp, self.modulation = attention, mlp, modulation
 
     def forward(
         self,
         x_TD: Tensor,
         packed: PackedTokens,
-        shared_B6D: Tensor,
+        shared_B6D: Tensor | float,
         silu_c_BD: Tensor,
         rotation_T1P: Tensor,
     ) -> Tensor:
@@ -136,22 +139,23 @@ class Block(nn.Module):
 class Head(nn.Module):
     """LayerNorm with shift and scale from c, then a linear map to the patch."""
 
-    def __init__(self, width: int, token_channels: int) -> None:
+    def __init__(self, width: int, output_channels: int) -> None:
         super().__init__()
         self.modulation = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, token_channels)
+        self.out = nn.Linear(width, output_channels)
 
     def forward(self, x_TD: Tensor, packed: PackedTokens, silu_c_BD: Tensor) -> Tensor:
-        """(T, D) → (T, C)."""
+        """(T, D) → (T, output channels)."""
         shift, scale = self.modulation(silu_c_BD).chunk(2, dim=1)
         return self.out(modulated(x_TD, shift, scale, packed))
 
 
 class FiT(ModelMixin, ConfigMixin):
-    """FiTv2. What its output means is `config.prediction`, read by `fitv2.flow`, not here.
+    """FiTv2 or FiT. What its output means is said by `architecture` and read by `fitv2.flow`, not here.
 
-    Arguments are those of `fitv2.presets.Architecture`. The null label of classifier-free guidance
-    is `num_classes`. Raises UserError when width/heads is not a multiple of 4.
+    Arguments are those of `fitv2.settings.Architecture`; `rope` are the fields of `fitv2.settings.Rope`.
+    The null label of classifier-free guidance is `num_classes`. Raises UserError for a shape that no
+    model can have.
     """
 
     @register_to_config
@@ -164,24 +168,47 @@ class FiT(ModelMixin, ConfigMixin):
         in_channels: int = 4,
         num_classes: int = 1000,
         prediction: Prediction = "velocity",
+        path: Path = "linear",
+        mlp_width: int | None = None,
+        adaln: Literal["lora", "full"] = "lora",
+        lora_rank: int | None = None,
+        qk_norm: bool = True,
+        time_shift: float = 1.0,
+        rope: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.architecture = Architecture(
-            depth, width, heads, patch_size, in_channels, num_classes, prediction
-        )
-        self.token_channels = patch_size**2 * in_channels
+            depth, width, heads, patch_size, in_channels, num_classes, prediction, path, mlp_width,
+            adaln, lora_rank, qk_norm, time_shift, from_dict(Rope, rope or {}),
+        )  # fmt: skip
+        self.token_channels = self.architecture.token_channels
         self.patch_embed = nn.Linear(self.token_channels, width)
         self.time_embed = TimeEmbedding(width)
         self.label_embed = nn.Embedding(num_classes + 1, width)
-        self.modulation = nn.Linear(width, 6 * width)  # shared by all blocks
-        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
-        self.head = Head(width, self.token_channels)
+        self.modulation = nn.Linear(width, 6 * width) if adaln == "lora" else None  # of all blocks
+        self.blocks = nn.ModuleList([self._block() for _ in range(depth)])
+        self.head = Head(width, self.architecture.output_channels)
         self.reset_parameters()
+
+    def _block(self) -> Block:
+        chosen, width = self.architecture, self.architecture.width
+        mlp = SwiGLU(width, chosen.mlp_width or 2 * 4 * width // 3)
+        own: nn.Module = nn.Linear(width, 6 * width)
+        if self.modulation is not None:
+            own = LoRAModulation(width, chosen.lora_rank or width // 4)
+        return Block(Attention(width, chosen.heads, chosen.qk_norm), mlp, own)
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "FiT":
-        """The architecture of a preset, with fields of `fitv2.presets.Architecture` changed."""
+        """The architecture of a preset, with fields of `fitv2.settings.Architecture` changed."""
         return cls(**asdict(replace(preset(name).model, **changes)))
+
+    def with_rope(self, rope: Rope) -> "FiT":
+        """The same weights, not copied, with other positions: for sizes that were not trained on."""
+        other = copy(self)
+        other.architecture = replace(self.architecture, rope=rope)
+        other.register_to_config(rope=asdict(rope))
+        return other
 
     def reset_parameters(self) -> None:
         """Xavier-uniform products, N(0, 0.02) embeddings; zero modulations and output (adaLN-Zero)."""
@@ -192,9 +219,11 @@ class FiT(ModelMixin, ConfigMixin):
         nn.init.normal_(self.label_embed.weight, std=0.02)
         nn.init.normal_(self.time_embed.up.weight, std=0.02)
         nn.init.normal_(self.time_embed.down.weight, std=0.02)
-        last = [block.modulation.up for block in cast(list[Block], self.blocks)]
-        for zero in (*last, self.modulation, self.head.modulation, self.head.out):
-            nn.init.zeros_(zero.weight)
+        own = [block.modulation for block in cast(list[Block], self.blocks)]
+        last = [module.up if isinstance(module, LoRAModulation) else module for module in own]
+        shared = [] if self.modulation is None else [self.modulation]
+        for zero in (*last, *shared, self.head.modulation, self.head.out):
+            nn.init.zeros_(cast(nn.Linear, zero).weight)
 
     @property
     def null_label(self) -> int:
@@ -202,10 +231,16 @@ class FiT(ModelMixin, ConfigMixin):
         return self.architecture.num_classes
 
     def forward(self, packed: PackedTokens, t_B: Tensor, label_B: Tensor) -> Tensor:
-        """Tokens at times `t_B` in [0, 1] (float32) with labels (int64) → prediction (T, C)."""
+        """Tokens at times `t_B` (float32 in [0, 1], or DDPM steps) with labels (int64) → prediction.
+
+        (T, C) in; (T, C) out, or (T, 2C) where a variance is predicted too.
+        """
+        shift = self.architecture.time_shift
+        t_B = shift * t_B / (1 + (shift - 1) * t_B)
         silu_c_BD = silu(self.time_embed(t_B) + self.label_embed(label_B))
-        shared_B6D = self.modulation(silu_c_BD)
-        rotation_T1P = rotation(packed.pos_T2, self.architecture.width // self.architecture.heads)
+        shared_B6D = 0.0 if self.modulation is None else self.modulation(silu_c_BD)
+        head_dim = self.architecture.width // self.architecture.heads
+        rotation_T1P = rotation(packed, head_dim, self.architecture.rope)
         x_TD = self.patch_embed(packed.x_TC.to(self.dtype))
         for block in self.blocks:
             x_TD = block(x_TD, packed, shared_B6D, silu_c_BD, rotation_T1P)

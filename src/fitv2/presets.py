@@ -4,101 +4,9 @@ Nothing heavy is imported here: the command line builds its help from these.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
-from fitv2.errors import UserError, nearest
-
-Prediction = Literal["velocity", "data"]
-
-
-def at_least(least: float, **values: float) -> None:
-    """UserError naming the option whose value is less."""
-    for name, value in values.items():
-        if value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What `fitv2.model.FiT` is built from."""
-
-    depth: int
-    """Transformer blocks."""
-    width: int
-    """Numbers a token holds inside the transformer."""
-    heads: int
-    """Attention heads; width/heads must be a multiple of 4."""
-    patch_size: int = 2
-    """Side of a token in latent pixels."""
-    in_channels: int = 4
-    """Channels of the latent."""
-    num_classes: int = 1000
-    """Labels, not counting the null label of guidance."""
-    prediction: Prediction = "velocity"
-    """What the output means; see `fitv2.flow`."""
-
-    def __post_init__(self) -> None:
-        """UserError for a shape that no model can have."""
-        at_least(1, depth=self.depth, width=self.width, heads=self.heads, patch_size=self.patch_size)
-        at_least(1, in_channels=self.in_channels, num_classes=self.num_classes)
-        if self.width % (4 * self.heads):
-            raise UserError(f"width {self.width} over {self.heads} heads is not a multiple of 4 numbers each")
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a model is trained. The defaults are the paper's."""
-
-    steps: int = 400_000
-    """Optimizer steps in all."""
-    batch_size: int = 256
-    """Images a step, whatever their sizes."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Muon is for the matrices of the blocks; the rest is AdamW's always."""
-    learning_rate: float = 1e-4
-    """After warm-up."""
-    warmup_steps: int = 5_000
-    """Steps over which the learning rate rises linearly from zero."""
-    decay_steps: int = 0
-    """Last steps, over which it falls linearly to zero."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
-    beta2: float = 0.999
-    """AdamW's second beta; the first is 0.9."""
-    clip: float = 1.0
-    """Largest gradient norm."""
-    ema_decay: float = 0.9999
-    """How much of the averaged weights is kept each step."""
-    label_dropout: float = 0.1
-    """Share of images trained without their label, for guidance."""
-    time_mean: float = 0.0
-    """Mean of the logit-normal times; below 0 is nearer to noise."""
-    time_std: float = 1.0
-    """Its standard deviation."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the matrix products; weights, optimizer, path and loss are float32 always."""
-    seed: int = 0
-    """All randomness of a run follows from it."""
-    minutes: float | None = None
-    """Stop after this long, even before `steps`."""
-    log_every: int = 10
-    """Steps between lines of the log."""
-    validate_every: int = 500
-    """Steps between validation losses."""
-    sample_every: int = 2_000
-    """Steps between sheets of samples."""
-    save_every: int = 1_000
-    """Steps between checkpoints."""
-    keep: int = 2
-    """Newest checkpoints that are kept."""
-
-    def __post_init__(self) -> None:
-        """UserError for settings that cannot work."""
-        at_least(1, steps=self.steps, batch_size=self.batch_size, keep=self.keep)
-        at_least(1, log_every=self.log_every, validate_every=self.validate_every)
-        at_least(1, sample_every=self.sample_every, save_every=self.save_every)
-        at_least(0, seed=self.seed, minutes=self.minutes or 0, learning_rate=self.learning_rate)
-        at_least(0, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
+from fitv2.errors import nearest
+from fitv2.settings import Architecture, Training
 
 
 @dataclass(frozen=True)
@@ -128,6 +36,13 @@ def _on_pixels(depth: int, width: int, heads: int) -> Architecture:
     return Architecture(depth, width, heads, 16, in_channels=3, num_classes=19, prediction="data")
 
 
+def _fit(depth: int, width: int, heads: int) -> Architecture:
+    """FiT v1 (arXiv 2402.12376)."""
+    return Architecture(
+        depth, width, heads, prediction="noise", path="ddpm", mlp_width=4 * width, adaln="full", qk_norm=False
+    )
+
+
 PRESETS = {
     "fitv2-b": Preset(
         "FiTv2-B/2 of the paper: 128M parameters. ImageNet, 2M steps: FID 4.30 with guidance 1.5.",
@@ -142,6 +57,15 @@ PRESETS = {
         "FiTv2-3B/2 of the paper: 3B parameters. ImageNet, 1M steps: FID 2.15, guidance 1.5.",
         Architecture(depth=40, width=2304, heads=24),
         Training(steps=1_000_000),
+    ),
+    "fit-b": Preset(
+        "FiT-B/2 of the first paper: 159M parameters, DDPM. ImageNet, 400k steps: FID 18.86, guidance 1.5.",
+        _fit(depth=12, width=768, heads=12),
+    ),
+    "fit-xl": Preset(
+        "FiT-XL/2 of the first paper: 824M parameters, DDPM. ImageNet, 2M steps: FID 4.21, guidance 1.5.",
+        _fit(depth=28, width=1152, heads=16),
+        Training(steps=2_000_000, warmup_steps=500),
     ),
     "small": Preset(
         "31M parameters on pixels, for one small GPU.",

@@ -3,23 +3,138 @@
 RoPE: Su et al., arXiv 2104.09864; its 2-D form as in FiT (arXiv 2402.12376). Angles are computed
 in float32 from integer positions at every forward pass: they are never a buffer that a cast to
 bfloat16 could round.
+
+On a grid with more rows or columns than were trained on, angles are scaled (FiTv2, section 3.4).
+Every method is a function from the stretch of each image to its frequencies. Shape suffixes: F
+frequencies of one axis, half of its numbers.
 """
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fitv2.errors import nearest
+from fitv2.settings import Rope
+from fitv2.tokens import PackedTokens
+
+Method = Callable[[Tensor, int, float, int], Tensor]  # (stretch_B, dims, base, train side) → (B, F)
+
 
 def frequencies(dims: int, base: float = 10000.0, device: torch.device | None = None) -> Tensor:
-    """Angles per position of one axis, (dims/2,) radians: base^(−2i/dims)."""
+    """Angles per position of one axis, (F,) radians: base^(−2i/dims)."""
     exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
     return 1.0 / base**exponents
 
 
-def rotation(pos_T2: Tensor, head_dim: int) -> Tensor:
-    """The unit complex numbers (T, 1, head_dim/2) that turn each pair of a head, rows first."""
-    per_axis = frequencies(head_dim // 2, device=pos_T2.device)
-    angles = (pos_T2[:, :, None].float() * per_axis).flatten(1)
-    return torch.polar(torch.ones_like(angles), angles)[:, None]
+def position_interpolation(stretch_B: Tensor, dims: int, base: float, train_side: int = 0) -> Tensor:
+    """PI: positions are squeezed into the trained range (Chen et al., arXiv 2306.15595)."""
+    return frequencies(dims, base, stretch_B.device) / stretch_B[:, None]
+
+
+def ntk(stretch_B: Tensor, dims: int, base: float, train_side: int = 0) -> Tensor:
+    """NTK-aware: the base grows to base·s^(D/(D−2)), so slow frequencies stretch and fast ones stay."""
+    bases_B = base * stretch_B ** (dims / (dims - 2))
+    exponents_F = torch.arange(0, dims, 2, dtype=torch.float32, device=stretch_B.device) / dims
+    return 1.0 / bases_B[:, None] ** exponents_F
+
+
+def yarn(stretch_B: Tensor, dims: int, base: float, train_side: int) -> Tensor:
+    """YaRN: frequencies with many turns within the trained side stay, those with few follow PI.
+
+    Peng et al., arXiv 2309.00071, section 3.2. Its scaling of the angles' length is in `magnitude`.
+    """
+    kept_F = _ramp(32, 1, dims, base, train_side).to(stretch_B.device)
+    interpolated = position_interpolation(stretch_B, dims, base)
+    return torch.lerp(interpolated, frequencies(dims, base, stretch_B.device), kept_F)
+
+
+def ntk_by_parts(stretch_B: Tensor, dims: int, base: float, train_side: int) -> Tensor:
+    """NTK-by-parts (arXiv 2309.00071, section 3.1), as the released code has it: PI, NTK, unscaled."""
+    to_ntk_F = _ramp(1.25, 0.75, dims, base, train_side).to(stretch_B.device)
+    kept_F = _ramp(16, 2, dims, base, train_side).to(stretch_B.device)
+    interpolated = position_interpolation(stretch_B, dims, base)
+    scaled = torch.lerp(interpolated, ntk(stretch_B, dims, base), to_ntk_F)
+    return torch.lerp(scaled, frequencies(dims, base, stretch_B.device), kept_F)
+
+
+def _ramp(most_turns: float, fewest_turns: float, dims: int, base: float, train_side: int) -> Tensor:
+    """1 for frequencies that turn often within the trained side, 0 for the slow ones, (F,).
+
+    Linear in between, over the index i of a frequency. It turns r times at i = D·ln(L/2πr) / 2·ln base;
+    the released code clamps that to D−1, although i ends at D/2−1.
+    """
+
+    def index(turns: float) -> float:
+        return dims * math.log(train_side / (2 * math.pi * turns)) / (2 * math.log(base))
+
+    low, high = max(math.floor(index(most_turns)), 0), min(math.ceil(index(fewest_turns)), dims - 1)
+    width = high - low if high != low else 0.001
+    return 1 - ((torch.arange(dims // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+
+
+METHODS: dict[str, Method] = {
+    "pi": position_interpolation,
+    "ntk": ntk,
+    "ntk-by-parts": ntk_by_parts,
+    "yarn": yarn,
+}
+
+
+def magnitude(rope: Rope, size_B2: Tensor) -> Tensor:
+    """What cos and sin of each image are multiplied by, (B,): its square scales the attention logits.
+
+    YaRN: 0.1·ln s + 1. `paper` (FiTv2, Eq. 15): logits × max(1, log of the pixels to the base of the
+    trained pixels). `pro1` and `pro2` are the released code's: √(ln 2n / ln m) where 2n > m, with n
+    the longer side and m the trained one, or n the tokens and m the trained ones. The 2 is its quirk:
+    they act at the trained size too.
+    """
+    size = size_B2.float()
+    side = float(rope.train_side or 1)
+    one = torch.ones_like(size[:, 0])
+    factor = one
+    if rope.extrapolation == "yarn":
+        stretch = (size.amax(1) / side).clamp_min(1)
+        factor = torch.where(stretch > 1, 0.1 * stretch.log() + 1, one)
+    if rope.attention_scale == "paper":
+        unit = float(rope.pixels_a_token)
+        logits = (size.prod(1) * unit**2).log() / math.log(side**2 * unit**2)
+        return factor * logits.clamp_min(1).sqrt()
+    if rope.attention_scale in ("pro1", "pro2"):
+        whole = rope.attention_scale == "pro2"
+        doubled = 2 * (size.prod(1) if whole else size.amax(1))
+        trained = side**2 if whole else side
+        return factor * torch.where(doubled > trained, (doubled.log() / math.log(trained)).sqrt(), one)
+    return factor
+
+
+def scaled_frequencies(rope: Rope, size_B2: Tensor, dims: int) -> Tensor:
+    """Angles per row and per column of each image, (B, 2, F) radians; `dims` numbers turn an axis."""
+    if rope.extrapolation == "none":
+        return frequencies(dims, rope.base, size_B2.device).expand(len(size_B2), 2, -1)
+    if rope.extrapolation not in METHODS:
+        raise nearest("extrapolation", rope.extrapolation, ["none", *METHODS])
+    assert rope.train_side is not None  # Rope sees to that
+    method = METHODS[rope.extrapolation]
+    length_B2 = size_B2 if rope.per_axis else size_B2.amax(1, keepdim=True).expand(-1, 2)
+    stretch_B2 = (length_B2.float() / rope.train_side).clamp_min(1.0)
+    return method(stretch_B2.flatten(), dims, rope.base, rope.train_side).unflatten(0, (-1, 2))
+
+
+def rotation(packed: PackedTokens, head_dim: int, rope: Rope) -> Tensor:
+    """The complex numbers (T, 1, head_dim/2) that turn each pair of a head, rows first."""
+    size_B2 = packed.size_B2
+    if rope.grid is not None:
+        size_B2 = torch.tensor([rope.grid], device=size_B2.device).expand_as(size_B2)
+    per_image = scaled_frequencies(rope, size_B2, head_dim // 2)
+    alike = rope.extrapolation == "none"
+    per_position = per_image[:1] if alike else packed.spread(per_image)  # (T or 1, 2, F)
+    angles = (packed.pos_T2[:, :, None].float() * per_position).flatten(1)
+    length = torch.ones_like(angles)
+    if (rope.extrapolation, rope.attention_scale) != ("none", "none"):
+        length = length * packed.spread(magnitude(rope, size_B2))[:, None]
+    return torch.polar(length, angles)[:, None]
 
 
 def rotate(x_THK: Tensor, rotation_T1P: Tensor) -> Tensor:

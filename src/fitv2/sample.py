@@ -3,22 +3,23 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 
-from fitv2 import solvers
 from fitv2.autoencoder import Autoencoder, load_autoencoder
 from fitv2.checkpoint import Card
-from fitv2.errors import nearest
-from fitv2.flow import noise, prediction_named
-from fitv2.guidance import velocity_of
+from fitv2.ddpm import denoise
+from fitv2.errors import UserError
+from fitv2.flow import flow_of, noise
+from fitv2.guidance import guided, velocity_of
 from fitv2.model import FiT
-from fitv2.runtime import default_device
+from fitv2.runtime import default_device, generator
+from fitv2.settings import Guidance, Sampling
 from fitv2.tokens import PackedTokens, Size, layout, unpack, unpatchify
+from fitv2.transport import transport
 
 DECODED_TOGETHER = 8  # an autoencoder's activations take far more memory than the transformer's
 
@@ -53,40 +54,25 @@ def generate(
     autoencoder: Autoencoder,
     requests: Sequence[Request],
     *,
-    guidance: float = 1.5,
-    solver: str = "heun",
-    steps: int = 25,
+    guidance: Guidance | float = 1.5,
+    sampling: Sampling = Sampling(),  # noqa: B008  frozen
     tokens_a_pack: int | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Iterator[tuple[Request, Image.Image]]:
     """Make the pictures pack by pack, in order. `progress` gets the share done, 0 to 1.
 
-    `dopri5` chooses its steps itself. Where the model predicts the data, the last of `steps` steps
-    is Euler's with every solver: it ends exactly at the prediction. Raises UserError for an unknown
-    solver.
+    Where the model predicts the data, the last of the steps is Euler's with every ODE solver: it ends
+    exactly at the prediction. Raises UserError for a solver that does not exist or does not fit.
     """
+    guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     batches = list(packs_of(requests, tokens_a_pack or tokens_at_once(model.device)))
     for i, batch in enumerate(batches):
 
         def report(part: float, before: int = i) -> None:
             progress((before + part) / len(batches))
 
-        images = _generate_pack(model, autoencoder, batch, guidance, solver, steps, report)
+        images = _generate_pack(model, autoencoder, batch, guidance, sampling, report)
         yield from zip(batch, images, strict=True)
-
-
-def solver_named(name: str, packed: PackedTokens) -> Callable[..., Tensor]:
-    """The solver of that name; dopri5 with a step size of its own for each image of `packed`."""
-    if name == "dopri5":
-        return partial(
-            solvers.dopri5,
-            spread=lambda value_B: packed.spread(value_B)[:, None],
-            mean=lambda value_TC: packed.mean_per_image(value_TC.mean(1)),
-        )
-    known = {"heun": solvers.heun, "euler": solvers.euler}
-    if name not in known:
-        raise nearest("solver", name, [*known, "dopri5"])
-    return known[name]
 
 
 def tokens_at_once(device: torch.device) -> int:
@@ -118,29 +104,42 @@ def _generate_pack(
     model: FiT,
     autoencoder: Autoencoder,
     requests: Sequence[Request],
-    guidance: float,
-    solver: str,
-    steps: int,
+    guidance: Guidance,
+    sampling: Sampling,
     progress: Callable[[float], None],
 ) -> list[Image.Image]:
     # Sorted by length, images of equal length are neighbours and are computed together.
     order = sorted(range(len(requests)), key=lambda i: requests[i].size[0] * requests[i].size[1])
     chosen = [requests[i] for i in order]
-    packed = layout([request.size for request in chosen])
-    start = noise(packed.lengths, model.token_channels, [(request.seed,) for request in chosen])
-    packed = packed.to(model.device)
+    packed = layout([request.size for request in chosen]).to(model.device)
     labels = torch.tensor([request.label for request in chosen], device=model.device)
-    solve = solver_named(solver, packed)
-    velocity = velocity_of(model, packed, labels, guidance)
-    times = torch.linspace(0, 1, steps + 1, device=model.device)
-    x_TC = start.to(model.device)
-    if prediction_named(model.architecture.prediction).ends_early:
-        x_TC = solve(velocity, x_TC, times[:-1], progress) if steps > 1 else x_TC
-        x_TC = solvers.euler(velocity, x_TC, times[-2:], progress)
-    else:
-        x_TC = solve(velocity, x_TC, times, progress)
+    generators = [generator(request.seed) for request in chosen]
+    x_TC = tokens_of(model, packed, labels, generators, guidance, sampling, progress)
     images = decode(unpack(packed.with_tokens(x_TC)), autoencoder, model.architecture.patch_size)
     return [image for _, image in sorted(zip(order, images, strict=True), key=lambda pair: pair[0])]
+
+
+def tokens_of(
+    model: FiT,
+    packed: PackedTokens,
+    label_B: Tensor,
+    generators: Sequence[Generator],
+    guidance: Guidance,
+    sampling: Sampling,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Tensor:
+    """Clean tokens (T, C) of images laid out like `packed`; each draws from its own generator."""
+    x_TC = noise(packed.lengths, model.token_channels, generators).to(model.device)
+    if model.architecture.path != "ddpm":
+        flow, velocity = flow_of(model.architecture), velocity_of(model, packed, label_B, guidance)
+        return transport(flow, velocity, packed, x_TC, generators, sampling, progress=progress)
+    solver = sampling.solver or "ddpm"
+    if solver not in ("ddpm", "ddim"):
+        raise UserError(f"{solver} follows a flow; this model is a DDPM: choose ddpm or ddim")
+    return denoise(
+        guided(model, packed, label_B, guidance), packed, x_TC, generators, solver=solver,
+        steps=sampling.steps or 250, eta=sampling.eta, progress=progress,
+    )  # fmt: skip
 
 
 def decode(tokens: Sequence[Tensor], autoencoder: Autoencoder, patch: int) -> list[Image.Image]:

@@ -1,9 +1,10 @@
-"""Solvers of dx/dt = velocity(x, t). They know nothing of images, guidance or models.
+"""Solvers of dx/dt = velocity(x, t) and of its stochastic relatives. They know nothing of images or models.
 
 `x` is any float tensor. Times run from `times[0]` to `times[-1]`, in either direction.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,40 +17,95 @@ def _quiet(_: float) -> None:
     pass
 
 
-def euler(velocity: Velocity, x: Tensor, times: Tensor, progress: Progress = _quiet) -> Tensor:
-    """Euler's method, first order: one evaluation a step. `times` is (steps+1,)."""
-    for i, (t, dt) in enumerate(zip(times[:-1], times.diff(), strict=True), 1):
-        x = x + dt * velocity(x, t)
-        progress(i / (len(times) - 1))
-    return x
+@dataclass(frozen=True)
+class Tableau:
+    """A Runge–Kutta method, as Butcher writes it. Stage i is at t + nodes[i]·dt."""
+
+    order: int
+    nodes: tuple[float, ...]
+    stages: tuple[tuple[float, ...], ...]  # of earlier slopes, for each stage but the first
+    weights: tuple[float, ...]
+    error: tuple[float, ...] = ()  # weights minus those of the embedded method, where there is one
+
+    @property
+    def last_is_next(self) -> bool:
+        """Whether the last stage's slope is the next step's first."""
+        return self.weights == (*self.stages[-1], 0.0) if self.stages else False
 
 
-def heun(velocity: Velocity, x: Tensor, times: Tensor, progress: Progress = _quiet) -> Tensor:
-    """Heun's method, second order: two evaluations a step. `times` is (steps+1,)."""
-    for i, (t, dt) in enumerate(zip(times[:-1], times.diff(), strict=True), 1):
-        slope = velocity(x, t)
-        x = x + dt / 2 * (slope + velocity(x + dt * slope, t + dt))
-        progress(i / (len(times) - 1))
-    return x
-
-
-# Dormand & Prince, "A family of embedded Runge–Kutta formulae" (1980), table 2. The last row is
-# also the fifth-order solution, so its slope is the next step's first.
-_DOPRI_C = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
-_DOPRI_A = (
-    (1 / 5,),
-    (3 / 40, 9 / 40),
-    (44 / 45, -56 / 15, 32 / 9),
-    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-)
-_DOPRI_ERROR = (  # fifth minus fourth order
-    71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40
+EULER = Tableau(1, (0,), (), (1,))
+HEUN = Tableau(2, (0, 1), ((1,),), (1 / 2, 1 / 2))
+MIDPOINT = Tableau(2, (0, 1 / 2), ((1 / 2,),), (0, 1))
+HEUN3 = Tableau(3, (0, 1 / 3, 2 / 3), ((1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4))
+# Kutta's 3/8 rule: what torchdiffeq, and so the released code, calls rk4.
+RK4 = Tableau(
+    4, (0, 1 / 3, 2 / 3, 1), ((1 / 3,), (-1 / 3, 1), (1, -1, 1)), (1 / 8, 3 / 8, 3 / 8, 1 / 8)
 )  # fmt: skip
 
+# Dormand & Prince, "A family of embedded Runge–Kutta formulae" (1980), table 2.
+DOPRI5 = Tableau(
+    order=5,
+    nodes=(0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
+    stages=(
+        (1 / 5,),
+        (3 / 40, 9 / 40),
+        (44 / 45, -56 / 15, 32 / 9),
+        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+    ),
+    weights=(35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0),
+    error=(71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
+)
+# Bogacki & Shampine, "A 3(2) pair of Runge–Kutta formulas" (1989).
+BOSH3 = Tableau(
+    order=3,
+    nodes=(0, 1 / 2, 3 / 4, 1),
+    stages=((1 / 2,), (0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
+    weights=(2 / 9, 1 / 3, 4 / 9, 0),
+    error=(-5 / 72, 1 / 12, 1 / 9, -1 / 8),
+)
+# Fehlberg, NASA TR R-315 (1969): the pair of orders 1 and 2.
+FEHLBERG2 = Tableau(
+    order=2,
+    nodes=(0, 1 / 2, 1),
+    stages=((1 / 2,), (1 / 256, 255 / 256)),
+    weights=(1 / 512, 255 / 256, 1 / 512),
+    error=(-1 / 512, 0, 1 / 512),
+)
+ADAPTIVE_HEUN = Tableau(2, (0, 1), ((1,),), (1 / 2, 1 / 2), error=(-1 / 2, 1 / 2))
 
-def dopri5(
+FIXED = {"heun": HEUN, "euler": EULER, "midpoint": MIDPOINT, "heun3": HEUN3, "rk4": RK4}
+ADAPTIVE = {"dopri5": DOPRI5, "bosh3": BOSH3, "fehlberg2": FEHLBERG2, "adaptive-heun": ADAPTIVE_HEUN}
+
+
+def fixed(
+    method: Tableau, velocity: Velocity, x: Tensor, times: Tensor, progress: Progress = _quiet
+) -> Tensor:
+    """The method's steps between neighbouring `times` (steps+1,)."""
+    for i, (t, dt) in enumerate(zip(times[:-1], times.diff(), strict=True), 1):
+        x, _ = _step(method, velocity, x, t, dt, dt, velocity(x, t))
+        progress(i / (len(times) - 1))
+    return x
+
+
+def _step(
+    method: Tableau, velocity: Velocity, x: Tensor, t: Tensor, step: Tensor, dt: Tensor, slope: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """One step and its slopes; `dt` is `step` in a shape that broadcasts against `x`."""
+    slopes = [slope]
+    for node, stage in zip(method.nodes[1:], method.stages, strict=True):
+        slopes.append(velocity(x + dt * _combine(stage, slopes), t + node * step))
+    return x + dt * _combine(method.weights, slopes), slopes
+
+
+def _combine(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+    terms = [w * slope for w, slope in zip(weights, slopes, strict=True) if w]
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
+
+
+def adaptive(
+    method: Tableau,
     velocity: Velocity,
     x: Tensor,
     times: Tensor,
@@ -61,7 +117,7 @@ def dopri5(
     atol: float = 1e-4,
     max_steps: int = 1000,
 ) -> Tensor:
-    """Dormand–Prince 5(4) with a step size of its own for each of B independent systems in `x`.
+    """An embedded method with a step size of its own for each of B independent systems in `x`.
 
     So a system's solution does not depend on its neighbours. `velocity` gets times (B,); `spread`
     repeats (B,) over a system's entries so that it broadcasts against `x`, `mean` averages `x` over
@@ -72,35 +128,30 @@ def dopri5(
     norm = lambda value, scale: mean((value / scale).square()).sqrt()  # noqa: E731
     t = torch.full_like(mean(x), start)
     slope = velocity(x, t)
-    step = _first_step(velocity, x, t, slope, stop - start, norm, spread, rtol, atol)
+    step = _first_step(method, velocity, x, t, slope, stop - start, norm, spread, rtol, atol)
     for _ in range(max_steps):
         remaining = stop - t
         last = step.abs() >= remaining.abs()
         step = torch.where(last, remaining, step)
-        slopes, dt = [slope], spread(step)
-        for c, row in zip(_DOPRI_C, _DOPRI_A, strict=True):
-            x_next = x + dt * _combine(row, slopes)
-            slopes.append(velocity(x_next, t + c * step))
+        dt = spread(step)
+        x_next, slopes = _step(method, velocity, x, t, step, dt, slope)
+        next_slope = slopes[-1] if method.last_is_next else velocity(x_next, t + step)
         scale = atol + rtol * torch.maximum(x.abs(), x_next.abs())
-        error = norm(dt * _combine(_DOPRI_ERROR, slopes), scale)
+        error = norm(dt * _combine(method.error, slopes), scale)
         accepted = error <= 1
         t = torch.where(accepted, torch.where(last, torch.full_like(t, stop), t + step), t)
         keep = spread(accepted)
-        x, slope = torch.where(keep, x_next, x), torch.where(keep, slopes[-1], slope)
-        step = step * (0.9 * error.clamp_min(1e-10) ** -0.2).clamp(0.2, 10.0)
+        x, slope = torch.where(keep, x_next, x), torch.where(keep, next_slope, slope)
+        step = step * (0.9 * error.clamp_min(1e-10) ** (-1 / method.order)).clamp(0.2, 10.0)
         done = (t - start) / (stop - start)
         progress(float(done.min()))
         if bool((done == 1).all()):
             return x
-    raise FloatingPointError(f"dopri5 did not reach t={stop} in {max_steps} steps")
-
-
-def _combine(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
-    terms = [w * slope for w, slope in zip(weights, slopes, strict=True) if w]
-    return torch.stack(terms).sum(0)
+    raise FloatingPointError(f"the solver did not reach t={stop} in {max_steps} steps")
 
 
 def _first_step(
+    method: Tableau,
     velocity: Velocity,
     x: Tensor,
     t: Tensor,
@@ -118,5 +169,48 @@ def _first_step(
     h0 = h0.clamp_max(abs(span)).copysign(torch.tensor(span))
     d2 = norm(velocity(x + spread(h0) * slope, t + h0) - slope, scale) / h0.abs()
     steepest = torch.maximum(d1, d2)
-    h1 = torch.where(steepest <= 1e-15, h0.abs().mul(1e-3).clamp_min(1e-6), (0.01 / steepest) ** 0.2)
+    h1 = (0.01 / steepest) ** (1 / method.order)
+    h1 = torch.where(steepest <= 1e-15, h0.abs().mul(1e-3).clamp_min(1e-6), h1)
     return torch.minimum(100 * h0.abs(), h1).clamp_max(abs(span)).copysign(torch.tensor(span))
+
+
+# Stochastic -------------------------------------------------------------------------------------
+
+
+def euler_maruyama(
+    drift: Velocity,
+    strength: Callable[[Tensor], Tensor],
+    x: Tensor,
+    times: Tensor,
+    draw: Callable[[], Tensor],
+    progress: Progress = _quiet,
+) -> Tensor:
+    """dx = drift·dt + √(2·strength(t))·dW, half an order; `draw` gives standard normal tensors like `x`.
+
+    Running backwards, `drift` must be that of the reversed process.
+    """
+    for i, (t, dt) in enumerate(zip(times[:-1], times.diff(), strict=True), 1):
+        kick = (2 * strength(t) * dt.abs()).sqrt() * draw()
+        x = x + dt * drift(x, t) + kick
+        progress(i / (len(times) - 1))
+    return x
+
+
+def stochastic_heun(
+    drift: Velocity,
+    strength: Callable[[Tensor], Tensor],
+    x: Tensor,
+    times: Tensor,
+    draw: Callable[[], Tensor],
+    progress: Progress = _quiet,
+) -> Tensor:
+    """The same with Heun's step for the drift, after the noise of the step is in (SiT's)."""
+    for i, (t, dt) in enumerate(zip(times[:-1], times.diff(), strict=True), 1):
+        x = x + (2 * strength(t) * dt.abs()).sqrt() * draw()
+        slope = drift(x, t)
+        x = x + dt / 2 * (slope + drift(x + dt * slope, t + dt))
+        progress(i / (len(times) - 1))
+    return x
+
+
+STOCHASTIC = {"euler-maruyama": euler_maruyama, "stochastic-heun": stochastic_heun}

@@ -29,7 +29,8 @@ class PackedTokens:
     pos_T2: Tensor  # (row, column) within the image, int64
     image_T: Tensor  # the image a token belongs to, int64
     cu_seqlens: Tensor  # (B+1,) int32: the first token of each image, then T
-    sizes: tuple[Size, ...]  # on the host, so that no length is ever read back from a device
+    size_B2: Tensor  # (rows, columns) of each image, int64
+    sizes: tuple[Size, ...]  # the same on the host, so that no length is ever read back from a device
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -47,7 +48,8 @@ class PackedTokens:
 
     def to(self, device: torch.device | str) -> PackedTokens:
         """The pack on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("x_TC", "pos_T2", "image_T", "cu_seqlens")}
+        names = ("x_TC", "pos_T2", "image_T", "cu_seqlens", "size_B2")
+        moved = {name: getattr(self, name).to(device) for name in names}
         return replace(self, **moved)
 
     def spread(self, value_B: Tensor) -> Tensor:
@@ -152,6 +154,7 @@ def layout(sizes: Sequence[Size], channels: int = 0) -> PackedTokens:
         pos_T2=torch.cat(positions),
         image_T=torch.repeat_interleave(torch.arange(len(sizes)), lengths),
         cu_seqlens=cu_seqlens,
+        size_B2=torch.tensor(sizes).view(-1, 2),
         sizes=tuple((int(rows), int(columns)) for rows, columns in sizes),
     )
 
@@ -180,8 +183,16 @@ def concatenate(packs: Sequence[PackedTokens]) -> PackedTokens:
         pos_T2=torch.cat([p.pos_T2 for p in packs]),
         image_T=torch.cat([p.image_T + n for p, n in zip(packs, first_image, strict=True)]),
         cu_seqlens=torch.cat([*starts, packs[-1].cu_seqlens[-1:] + first_token[-1]]),
+        size_B2=torch.cat([p.size_B2 for p in packs]),
         sizes=tuple(size for p in packs for size in p.sizes),
     )
+
+
+def select(packed: PackedTokens, images: Sequence[int]) -> PackedTokens:
+    """The pack of some of the images, in the given order. Raises ValueError when there are none."""
+    chosen = layout([packed.sizes[i] for i in images]).to(packed.x_TC.device)
+    pieces = packed.x_TC.split(packed.lengths)
+    return chosen.with_tokens(torch.cat([pieces[i] for i in images]))
 
 
 def patchify(image_BCHW: Tensor, patch: int) -> Tensor:

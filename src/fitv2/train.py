@@ -21,15 +21,17 @@ from torch import Tensor
 from fitv2.autoencoder import load_autoencoder
 from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint, save_model
 from fitv2.data import EndlessOrder, TokenDataset
+from fitv2.ddpm import DDPM
 from fitv2.errors import UserError
 from fitv2.figures import contact_sheet, loss_curve
 from fitv2.files import whole_file, whole_folder
-from fitv2.flow import PathSample, logit_normal_times, loss_per_image, noise, path_sample, prediction_named
+from fitv2.flow import Flow, PathSample, flow_of, noise
 from fitv2.model import FiT
-from fitv2.presets import Architecture, Preset, Training
+from fitv2.presets import Preset
 from fitv2.runs import cut_log, read_log, settle
 from fitv2.runtime import default_device, derive_seed, generator
 from fitv2.sample import Request, generate
+from fitv2.settings import Architecture, Sampling, Training
 from fitv2.tokens import PackedTokens
 
 # First numbers of the keys that randomness is derived from: (seed, purpose, …).
@@ -88,7 +90,8 @@ class Trainer:
         # float32: what the optimizer changes
         self.master = (start or FiT(**asdict(architecture))).to(self.device).train()
         self.codec = load_autoencoder(self.card.autoencoder, self.device)
-        self.validation = list(held_out(data, self.config.batch_size))
+        self.objective = objective_of(architecture, self.config)
+        self.validation = list(held_out(data, self.config.batch_size, self.objective))
         # Last of what can fail on wrong input: a run folder is only made for a run that can start.
         settle(run, Preset(preset.about, architecture, preset.training), dataset.card, init)
         self.ema = deepcopy(self.master).eval().requires_grad_(False)
@@ -98,8 +101,7 @@ class Trainer:
             self.model = torch.nn.Module.to(deepcopy(self.master), dtype)
         self.optimizers = optimizers(self.master, self.config)
         seed = derive_seed(self.config.seed, ORDER)
-        self.order = EndlessOrder(dataset.pictures, dataset.card.variants, seed)
-        self.prediction = prediction_named(architecture.prediction)
+        self.order = EndlessOrder(dataset.first_rows, len(dataset.rows), seed)
         self.step = 0
         newest = newest_checkpoint(run)
         if newest:
@@ -111,7 +113,7 @@ class Trainer:
         config, started = self.config, time.monotonic()
         sample, labels = self.batch(self.step * config.batch_size, config.batch_size)
         output = self.model(sample.noisy, sample.t_B, labels)
-        loss = loss_per_image(output, sample, self.prediction).mean()
+        loss = self.objective.loss(output, sample).mean()
         loss.backward()
         value, norm = loss.item(), self.clipped_norm()
         if not math.isfinite(value + norm):
@@ -138,9 +140,9 @@ class Trainer:
         order = self.dataset.by_length(rows)
         packed, labels = self.dataset.batch(rows[order])
         keys = [(self.config.seed, CORRUPTION, start + int(i)) for i in order]
-        sample, dropped = corrupted(packed, keys, self.config)
+        sample, dropped = corrupted(packed, keys, self.objective, self.config.label_dropout)
         labels = torch.where(dropped, self.master.null_label, labels)
-        return to_device(sample, self.device), labels.to(self.device)
+        return sample.to(self.device), labels.to(self.device)
 
     def clipped_norm(self) -> float:
         """Take over the gradients in float32 and clip them; their norm before."""
@@ -171,9 +173,9 @@ class Trainer:
         """The averaged model's loss on held-out pictures, with fixed noise and evenly spread times."""
         losses = []
         for held, labels in self.validation:
-            sample = to_device(held, self.device)
+            sample = held.to(self.device)
             output = self.ema(sample.noisy, sample.t_B, labels.to(self.device))
-            losses.append(loss_per_image(output, sample, self.prediction))
+            losses.append(self.objective.loss(output, sample))
         return float(torch.cat(losses).mean())
 
     def draw(self) -> None:
@@ -188,7 +190,7 @@ class Trainer:
         requests = [Request(int(label), size, 0) for size in sizes for label in labels]
         made = [
             (self.card.labels[request.label], image)
-            for request, image in generate(self.ema, self.codec, requests, steps=20)
+            for request, image in generate(self.ema, self.codec, requests, sampling=Sampling(steps=20))
         ]
         rows = [made[i : i + len(labels)] for i in range(0, len(made), len(labels))]
         with whole_file(self.run / "samples" / f"step-{self.step:07d}.png") as partial:
@@ -235,8 +237,12 @@ class Trainer:
 
 
 def starting_model(name: str, architecture: Architecture, labels: tuple[str, ...]) -> FiT:
-    """The model `name`; UserError when it has another architecture or other labels."""
+    """The model `name` with the positions of `architecture`, which hold no weights.
+
+    Raises UserError when it has another architecture else, or other labels.
+    """
     model, card = load_model(name)
+    model = model.with_rope(architecture.rope)
     theirs = asdict(model.architecture)
     differing = [key for key, value in asdict(architecture).items() if theirs[key] != value]
     if card.labels != labels:
@@ -281,45 +287,43 @@ def learning_rate(config: Training, step: int) -> float:
     return config.learning_rate * warm * left
 
 
+def objective_of(architecture: Architecture, training: Training) -> Flow | DDPM:
+    """What a model of this architecture is trained on."""
+    return DDPM() if architecture.path == "ddpm" else flow_of(architecture, training)
+
+
 def corrupted(
-    data: PackedTokens, keys: Sequence[tuple[int, ...]], config: Training
+    data: PackedTokens, keys: Sequence[tuple[int, ...]], objective: Flow | DDPM, label_dropout: float
 ) -> tuple[PathSample, Tensor]:
     """A path sample, and which labels to drop (B,): each image's draws come from its own key."""
-    normals, chances, noises = [], [], []
+    times, chances, noises = [], [], []
     for key, length in zip(keys, data.lengths, strict=True):
         rng = generator(*key)
-        normals.append(torch.randn((), generator=rng))
+        times.append(objective.draw_time(rng))
         chances.append(torch.rand((), generator=rng))
         noises.append(torch.randn(length, data.x_TC.shape[1], generator=rng))
-    t_B = logit_normal_times(torch.stack(normals), config.time_mean, config.time_std)
-    return path_sample(data, torch.cat(noises), t_B), torch.stack(chances) < config.label_dropout
+    sample = objective.sample(data, torch.cat(noises), torch.stack(times))
+    return sample, torch.stack(chances) < label_dropout
 
 
-def held_out(data: Path, count: int) -> Iterator[tuple[PathSample, Tensor]]:
+def held_out(data: Path, count: int, objective: Flow | DDPM) -> Iterator[tuple[PathSample, Tensor]]:
     """All held-out pictures as they are (not mirrored), `count` at a time; none if there are none.
 
-    Each has its own noise, the same every time, and their times cover [0, 1] evenly.
+    Each has its own noise, the same every time, and their times cover the training's evenly.
     """
     if not any(data.glob("validation-*.arrow")):
         return
     dataset = TokenDataset(data, "validation")
-    rows = np.arange(dataset.pictures) * dataset.card.variants
+    rows = dataset.first_rows
     rows = rows[dataset.by_length(rows)]
     order = torch.randperm(len(rows), generator=generator(VALIDATION))
-    times = (order + 0.5) / len(rows)
+    times = objective.spaced((order + 0.5) / len(rows))
     for start in range(0, len(rows), count):
         chosen = rows[start : start + count]
         packed, labels = dataset.batch(chosen)
-        start_TC = noise(packed.lengths, dataset.token_channels, [(VALIDATION, int(r)) for r in chosen])
-        yield path_sample(packed, start_TC, times[start : start + count]), labels
-
-
-def to_device(sample: PathSample, device: torch.device) -> PathSample:
-    """The sample on `device`."""
-    return PathSample(
-        sample.noisy.to(device),
-        *(x.to(device) for x in (sample.t_B, sample.data_TC, sample.noise_TC)),
-    )
+        rngs = [generator(VALIDATION, int(r)) for r in chosen]
+        start_TC = noise(packed.lengths, dataset.token_channels, rngs)
+        yield objective.sample(packed, start_TC, times[start : start + count]), labels
 
 
 @contextmanager
