@@ -10,7 +10,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from fitv2.encode import encode
+from fitv2.flow import noise
 from fitv2.model import FiT
+from fitv2.runtime import generator
 
 torch.set_num_threads(1)
 os.environ["FITV2_DEVICE"] = "cpu"  # tests marked gpu name theirs
@@ -30,6 +32,11 @@ def randomized(model, seed=0):
         for parameter in model.parameters():
             parameter.normal_(std=0.1, generator=generator)
     return model
+
+
+def noise_of(packed, channels, first=0):
+    """Noise tokens for a pack, image i's from the key (first + i,)."""
+    return noise(packed.lengths, channels, [generator(first + i) for i in range(len(packed.sizes))])
 
 
 @pytest.fixture(scope="session")

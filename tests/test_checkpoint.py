@@ -1,45 +1,14 @@
-import json
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fitv2.checkpoint import Card, find_model, from_released, load_model, released_forward, save_model
+from fitv2.checkpoint import Card, find_model, load_model, save_model
 from fitv2.errors import UserError
+from fitv2.settings import Rope
 
-GOLDEN = Path(__file__).parent / "golden"
 CARD = Card(labels=("flags", "flowers", "fruit", "cards", "birds"), autoencoder="pixels", max_tokens=16)
-
-
-def golden():
-    config = json.loads((GOLDEN / "manifest.json").read_text())["v2_forward"]["config"]
-    case = load_file(GOLDEN / "v2_forward.safetensors")
-    return config, case, {name[2:]: value for name, value in case.items() if name.startswith("w.")}
-
-
-def test_forward_equals_the_released_code():
-    config, case, weights = golden()
-    model = from_released(config, weights)
-    out = released_forward(model, *(case[name] for name in ("x", "t", "y", "grid", "mask", "size")))
-    assert (out - case["out"]).abs().max() / case["out"].abs().max() < 1e-5
-    assert case["out"].abs().max() > 0.1
-
-
-def test_released_weights_must_be_complete():
-    config, _, weights = golden()
-    del weights["blocks.1.mlp.fc2.bias"]
-    with pytest.raises(UserError, match=r"blocks\.1\.mlp\.down\.bias"):
-        from_released(config, weights)
-
-
-def test_a_released_grid_that_is_not_row_by_row_is_refused():
-    config, case, weights = golden()
-    model = from_released(config, weights)
-    with pytest.raises(UserError, match="row by row"):
-        released_forward(
-            model, case["x"], case["t"], case["y"], case["grid"].flip(1), case["mask"], case["size"]
-        )
 
 
 def test_saved_model_loads_the_same(model, tmp_path):
@@ -47,6 +16,12 @@ def test_saved_model_loads_the_same(model, tmp_path):
     again, card = load_model(tmp_path)
     assert card == CARD
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_positions_and_everything_else_of_the_model_come_back(model, tmp_path):
+    rope = Rope("yarn", train_side=4, grid=(3, 5))
+    save_model(model.with_rope(rope), CARD, tmp_path)
+    assert load_model(tmp_path)[0].architecture == replace(model.architecture, rope=rope)
 
 
 def test_half_precision_weights_load_as_float32(model, tmp_path):

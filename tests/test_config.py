@@ -1,10 +1,11 @@
+import json
 from dataclasses import asdict
 
 import pytest
 
 from fitv2.config import from_dict, read_json
 from fitv2.errors import UserError
-from fitv2.presets import Architecture
+from fitv2.settings import Architecture, Rope
 
 
 def test_from_dict_is_the_inverse_of_asdict():
@@ -12,12 +13,20 @@ def test_from_dict_is_the_inverse_of_asdict():
     assert from_dict(Architecture, asdict(architecture)) == architecture
 
 
+def test_values_inside_values_come_back():
+    rope = Rope("ntk", train_side=16, grid=(20, 30))
+    architecture = Architecture(depth=2, width=32, heads=2, rope=rope)
+    assert from_dict(Architecture, json.loads(json.dumps(asdict(architecture)))) == architecture
+    with pytest.raises(UserError, match=r"grid of Rope is \[1, 2, 3\]"):
+        from_dict(Rope, {"grid": [1, 2, 3]})
+
+
 def test_unknown_key_names_the_nearest():
     with pytest.raises(UserError, match="unknown key of Architecture 'widht': did you mean width"):
         from_dict(Architecture, {"depth": 2, "widht": 32, "heads": 2})
 
 
-@pytest.mark.parametrize(("key", "value"), [("depth", "2"), ("prediction", "noise"), ("width", None)])
+@pytest.mark.parametrize(("key", "value"), [("depth", "2"), ("prediction", "image"), ("width", None)])
 def test_a_value_of_another_type_is_named(key, value):
     with pytest.raises(UserError, match=f"{key} of Architecture is {value!r}"):
         from_dict(Architecture, {"depth": 2, "width": 32, "heads": 2} | {key: value})

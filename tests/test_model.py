@@ -1,13 +1,27 @@
 import pytest
 import torch
 
-from conftest import randomized
+from conftest import noise_of, randomized
 from fitv2.errors import UserError
 from fitv2.flow import noise
 from fitv2.model import FiT, _Gated
+from fitv2.runtime import generator
+from fitv2.settings import Rope
 from fitv2.tokens import concatenate, layout
 
-RELEASED = {"fitv2-b": 128_149_072, "fitv2-xl": 671_045_776, "fitv2-3b": 2_971_928_080}
+RELEASED = {
+    "fitv2-b": 128_149_072,
+    "fitv2-xl": 671_045_776,
+    "fitv2-3b": 2_971_928_080,
+    "fit-b": 158_664_224,
+    "fit-xl": 823_599_392,
+}
+TINY = {"depth": 2, "width": 32, "heads": 2, "patch_size": 1, "in_channels": 6, "num_classes": 5}
+VARIANTS = {
+    "fitv2": {},
+    "fit": {"path": "ddpm", "prediction": "noise", "adaln": "full", "qk_norm": False, "mlp_width": 128},
+    "scaled by image": {"rope": {"extrapolation": "ntk", "attention_scale": "pro2", "train_side": 4}},
+}
 SIZES = [(1, 1), (2, 7), (7, 2), (16, 16), (3, 5)]
 
 
@@ -20,10 +34,13 @@ def test_parameter_counts_are_the_released_ones(name, count):
 
 def pack_of(sizes, channels=6):
     packed = layout(sizes)
-    return packed.with_tokens(noise(packed.lengths, channels, [(7, *size) for size in sizes]))
+    keys = [generator(7, *size) for size in sizes]
+    return packed.with_tokens(noise(packed.lengths, channels, keys))
 
 
-def test_packed_equals_each_image_alone_forward_and_backward(model):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_equals_each_image_alone_forward_and_backward(variant):
+    model = randomized(FiT(**TINY, **VARIANTS[variant])).eval()
     times, labels = torch.linspace(0, 1, len(SIZES)), torch.arange(len(SIZES)) % 6
     weights = dict(model.named_parameters())
 
@@ -54,22 +71,24 @@ def test_order_in_the_pack_does_not_matter(model):
 
 def test_a_transposed_grid_is_another_image(model):
     wide, high = layout([(2, 7)]), layout([(7, 2)])
-    x = noise([14], 6, [(0,)])
+    x = noise_of(wide, 6)
     t, label = torch.tensor([0.5]), torch.tensor([0])
     difference = model(wide.with_tokens(x), t, label) - model(high.with_tokens(x), t, label)
     assert difference.abs().max() > 1e-3
 
 
-def test_starts_at_zero_and_learns_everything():
+@pytest.mark.parametrize("variant", ["fitv2", "fit"])
+def test_starts_at_zero_and_learns_everything(variant):
     """adaLN-Zero: the output is zero at first, and yet every parameter gets a gradient soon."""
     torch.manual_seed(0)
-    model = FiT(depth=2, width=32, heads=2, patch_size=1, in_channels=6, num_classes=5)
+    model = FiT(**TINY, **VARIANTS[variant])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     packed, t, labels = pack_of(SIZES), torch.linspace(0.1, 0.9, len(SIZES)), torch.arange(len(SIZES))
     assert model(packed, t, labels).abs().max() == 0
     for _ in range(4):
         optimizer.zero_grad()
-        (model(packed, t, labels) - packed.x_TC).square().mean().backward()
+        output = model(packed, t, labels)
+        (output - packed.x_TC.repeat(1, output.shape[1] // 6)).square().mean().backward()
         optimizer.step()
     silent = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert not silent
@@ -88,6 +107,25 @@ def test_saved_folder_rebuilds_the_model(model, tmp_path):
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
     again = FiT.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_other_positions_share_the_weights_and_leave_the_model_as_it_was(model):
+    rope = Rope("ntk", train_side=2)
+    scaled = model.with_rope(rope)
+    assert scaled.patch_embed.weight is model.patch_embed.weight
+    assert (scaled.architecture.rope, model.architecture.rope) == (rope, Rope())
+    assert FiT.from_config(scaled.config).architecture.rope == rope
+    assert FiT.from_config(model.config).architecture.rope == Rope()
+    packed, t, label = pack_of([(2, 7)]), torch.tensor([0.5]), torch.tensor([0])
+    assert (scaled(packed, t, label) - model(packed, t, label)).abs().max() > 1e-4
+
+
+def test_time_shift_moves_what_the_model_sees(model):
+    shifted = FiT(**model.config | {"time_shift": 3.0})
+    shifted.load_state_dict(model.state_dict())
+    packed, label = pack_of([(2, 3)]), torch.tensor([0])
+    same = model(packed, torch.tensor([3 * 0.25 / (1 + 2 * 0.25)]), label)
+    torch.testing.assert_close(shifted(packed, torch.tensor([0.25]), label), same)
 
 
 def test_heads_that_do_not_fit_are_refused():

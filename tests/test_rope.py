@@ -1,12 +1,19 @@
+import math
+
+import pytest
 import torch
 
-from fitv2.rope import frequencies, rotate, rotation
+from fitv2.rope import METHODS, frequencies, magnitude, rotate, rotation, scaled_frequencies
+from fitv2.settings import Rope
 from fitv2.tokens import layout
+
+GRID = layout([(8, 13)])  # position (row, column) is token 13·row + column
 
 
 def turned(positions, head_dim=8, seed=0):
     x = torch.randn(1, 2, head_dim, generator=torch.Generator().manual_seed(seed))
-    return rotate(x.expand(len(positions), -1, -1), rotation(torch.tensor(positions), head_dim))
+    tokens = [13 * row + column for row, column in positions]
+    return rotate(x.expand(len(positions), -1, -1), rotation(GRID, head_dim, Rope())[tokens])
 
 
 def test_frequencies_are_those_of_the_paper():
@@ -22,7 +29,7 @@ def test_rows_turn_the_first_half_and_columns_the_second():
 
 def test_pairs_are_interleaved():
     x = torch.tensor([[[1.0, 0, 1, 0, 0, 0, 0, 0]]])
-    result = rotate(x, rotation(torch.tensor([[1, 0]]), 8))[0, 0]
+    result = rotate(x, rotation(GRID, 8, Rope())[13:14])[0, 0]
     one, tenth = torch.tensor(1.0), torch.tensor(0.01)
     expected = torch.stack([one.cos(), one.sin(), tenth.cos(), tenth.sin()])
     torch.testing.assert_close(result[:4], expected)
@@ -36,6 +43,86 @@ def test_scores_depend_on_relative_position_alone():
 
 
 def test_angles_are_float32_whatever_the_model_is():
-    result = rotate(torch.ones(6, 1, 8, dtype=torch.bfloat16), rotation(layout([(2, 3)]).pos_T2, 8))
-    assert rotation(layout([(2, 3)]).pos_T2, 8).dtype == torch.complex64
+    turns = rotation(layout([(2, 3)]), 8, Rope("yarn", train_side=2))
+    result = rotate(torch.ones(6, 1, 8, dtype=torch.bfloat16), turns)
+    assert turns.dtype == torch.complex64
     assert result.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_within_the_trained_size_nothing_is_scaled(method):
+    rope, size_B2 = Rope(method, train_side=16), torch.tensor([[16, 16], [3, 9]])
+    plain = frequencies(36).expand(2, 2, -1)
+    torch.testing.assert_close(scaled_frequencies(rope, size_B2, 36), plain)
+    assert torch.equal(magnitude(rope, size_B2), torch.ones(2))
+
+
+def test_interpolation_squeezes_every_frequency_and_ntk_the_slow_ones():
+    size_B2 = torch.tensor([[32, 32]])
+    pi = scaled_frequencies(Rope("pi", train_side=16), size_B2, 36)[0, 0]
+    torch.testing.assert_close(pi, frequencies(36) / 2)
+    ratio = scaled_frequencies(Rope("ntk", train_side=16), size_B2, 36)[0, 0] / frequencies(36)
+    assert ratio[0] == 1
+    assert ratio[-1].item() == pytest.approx(1 / 2, rel=1e-5)
+    assert (ratio.diff() < 0).all()
+
+
+@pytest.mark.parametrize("method", ["yarn", "ntk-by-parts"])
+def test_blends_keep_fast_frequencies_and_interpolate_slow_ones(method):
+    # Sides of which every ramp lies inside the frequencies.
+    rope = Rope(method, train_side=4096)
+    ratio = scaled_frequencies(rope, torch.tensor([[16384, 16384]]), 96)[0, 0] / frequencies(96)
+    assert ratio[0].item() == pytest.approx(1)
+    assert ratio[-1].item() == pytest.approx(1 / 4, rel=1e-4)
+    assert (ratio.diff() <= 1e-6).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_per_axis_scales_each_by_its_own_length_and_jointly_both_by_the_longer(method):
+    size_B2 = torch.tensor([[10, 30], [30, 30]])
+    alone = scaled_frequencies(Rope(method, train_side=16), size_B2, 36)
+    joint = scaled_frequencies(Rope(method, per_axis=False, train_side=16), size_B2, 36)
+    torch.testing.assert_close(alone[0, 0], frequencies(36))
+    torch.testing.assert_close(alone[0, 1], alone[1, 1])
+    torch.testing.assert_close(joint[0], alone[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_of_one_batch_are_scaled_each_by_its_own_size(method):
+    rope = Rope(method, attention_scale="pro2", train_side=4)
+    sizes = [(2, 3), (5, 9), (4, 4)]
+    together = rotation(layout(sizes), 16, rope)
+    alone = [rotation(layout([size]), 16, rope) for size in sizes]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_a_grid_scales_every_image_alike():
+    rope = Rope("ntk", train_side=4, grid=(8, 12))
+    small = rotation(layout([(2, 3)]), 16, rope)
+    large = rotation(layout([(8, 12)]), 16, Rope("ntk", train_side=4))
+    torch.testing.assert_close(small[4], large[13])  # both are (1, 1)
+
+
+def test_attention_scale_of_the_paper_multiplies_the_logits():
+    """Eq. 15 at 320×320 px for a model of 256×256: logits × log(320²)/log(256²)."""
+    rope = Rope(attention_scale="paper", train_side=16)
+    large, trained = magnitude(rope, torch.tensor([[20, 20], [16, 16]])).square()
+    assert large.item() == pytest.approx(math.log(320**2) / math.log(256**2), rel=1e-5)
+    assert trained == 1
+
+
+def test_attention_scale_of_the_code_acts_at_the_trained_size_too():
+    """cos and sin × √(ln(2·h·w)/ln(L²)); pro1 takes sides in place of areas."""
+    size_B2 = torch.tensor([[16, 16], [10, 30], [4, 8]])
+    pro2 = magnitude(Rope(attention_scale="pro2", train_side=16), size_B2)
+    expected = [math.sqrt(math.log(2 * n) / math.log(256)) for n in (256, 300)]
+    assert pro2.tolist() == pytest.approx([*expected, 1.0])
+    pro1 = magnitude(Rope(attention_scale="pro1", train_side=16), size_B2)
+    expected = [math.sqrt(math.log(2 * n) / math.log(16)) for n in (16, 30)]
+    assert pro1.tolist() == pytest.approx([*expected, 1.0])
+
+
+def test_yarn_lengthens_by_the_longer_side():
+    rope = Rope("yarn", train_side=16)
+    expected = [0.1 * math.log(30 / 16) + 1, 1.0]
+    assert magnitude(rope, torch.tensor([[10, 30], [16, 4]])).tolist() == pytest.approx(expected)

@@ -10,7 +10,7 @@ from fitv2.presets import Architecture, Training, preset
 from fitv2.runs import cut_log, read_log, settle
 
 DEBUG = preset("debug")
-DATA = DatasetCard(("a", "b"), "pixels", 16, 3, 64, 1, {"train": 9})
+DATA = DatasetCard(("a", "b"), "pixels", 16, 3, 64, {"train": 9})
 
 
 def test_run_json_rebuilds_the_preset(tmp_path):

@@ -5,8 +5,10 @@ import torch
 from conftest import randomized
 from fitv2.autoencoder import Pixels
 from fitv2.checkpoint import Card
+from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.sample import Request, file_name, generate, packs_of
+from fitv2.settings import Guidance, Sampling
 
 SIZES = [(2, 2), (1, 4), (3, 2), (2, 2)]
 
@@ -17,12 +19,23 @@ def pixel_model():
     return randomized(FiT(**shape)).eval()
 
 
-def pictures(model, requests, **options):
-    return {r: np.array(image) for r, image in generate(model, Pixels(), requests, steps=4, **options)}
+def pictures(model, requests, solver=None, steps=4, **options):
+    made = generate(model, Pixels(), requests, sampling=Sampling(solver, steps), **options)
+    return {request: np.array(image) for request, image in made}
 
 
-@pytest.mark.parametrize("solver", ["heun", "euler", "dopri5"])
-def test_a_seed_gives_the_same_picture_in_any_company(pixel_model, solver):
+@pytest.fixture(scope="module")
+def ddpm_model():
+    shape = {"depth": 2, "width": 32, "heads": 2, "patch_size": 4, "in_channels": 3, "num_classes": 5}
+    return randomized(FiT(**shape, path="ddpm", prediction="noise")).eval()
+
+
+@pytest.mark.parametrize(
+    "solver", ["heun", "euler", "dopri5", "euler-maruyama", "stochastic-heun", "ddpm", "ddim"]
+)
+def test_a_seed_gives_the_same_picture_in_any_company(pixel_model, ddpm_model, solver):
+    if solver in ("ddpm", "ddim"):
+        pixel_model = ddpm_model
     requests = [Request(i, size, seed=i) for i, size in enumerate(SIZES)]
     together = pictures(pixel_model, requests, solver=solver)
     backwards = pictures(pixel_model, requests[::-1], solver=solver, tokens_a_pack=6)
@@ -50,10 +63,39 @@ def test_same_call_same_bytes(pixel_model):
 
 def test_solvers_agree_when_steps_are_fine(pixel_model):
     request = Request(1, (2, 2), 3)
-    fine = [np.array(next(generate(pixel_model, Pixels(), [request], solver=solver, steps=200))[1])
-            for solver in ("heun", "euler", "dopri5")]  # fmt: skip
+    fine = [pictures(pixel_model, [request], solver, 200)[request] for solver in ("heun", "euler", "dopri5")]
     for other in fine[1:]:
         assert np.abs(fine[0].astype(int) - other).mean() < 2
+
+
+@pytest.mark.parametrize("solver", ["euler-maruyama", "ddpm"])
+def test_a_stochastic_picture_depends_on_its_seed_alone(pixel_model, ddpm_model, solver):
+    model = ddpm_model if solver == "ddpm" else pixel_model
+    one, other = Request(0, (2, 2), 0), Request(0, (2, 2), 1)
+    first, again = (pictures(model, [one, other], solver) for _ in range(2))
+    assert (first[one] == again[one]).all()
+    assert (first[one] != first[other]).any()
+
+
+def test_a_solver_that_does_not_fit_is_refused(pixel_model, ddpm_model):
+    request = [Request(0, (1, 1), 0)]
+    with pytest.raises(UserError, match="choose ddpm or ddim"):
+        pictures(ddpm_model, request, "heun")
+    with pytest.raises(UserError, match="unknown solver 'ddpm'"):
+        pictures(pixel_model, request, "ddpm")
+    with pytest.raises(UserError, match="a divisor of 1000"):
+        pictures(ddpm_model, request, "ddim", 300)
+
+
+def test_guidance_settings_change_the_picture(pixel_model):
+    request = Request(0, (2, 2), 0)
+    settings = (
+        Guidance(3.0), Guidance(3.0, channels=1), Guidance(3.0, power=2.0), Guidance(3.0, interval=(0.3, 0.7))
+    )  # fmt: skip
+    made = [pictures(pixel_model, [request], guidance=each)[request] for each in settings]
+    assert len({image.tobytes() for image in made}) == 4
+    plain = pictures(pixel_model, [request], guidance=3.0)[request]
+    assert (plain == made[0]).all()
 
 
 def test_packs_are_filled_in_order():

@@ -13,9 +13,11 @@ from fitv2.checkpoint import checkpoints, load_model, newest_checkpoint
 from fitv2.data import TokenDataset
 from fitv2.encode import encode
 from fitv2.errors import UserError
-from fitv2.presets import Training, preset
+from fitv2.flow import Flow
+from fitv2.presets import preset
 from fitv2.runs import read_log
 from fitv2.sample import Request, generate, load_codec
+from fitv2.settings import Sampling, Training
 from fitv2.train import Trainer, held_out, learning_rate, train
 
 DEBUG = preset("debug")
@@ -137,7 +139,7 @@ def held_out_set(folder, tmp_path):
 
 def test_validation_is_the_same_every_time_and_whatever_the_batch(folder, tmp_path):
     data = held_out_set(folder, tmp_path)
-    pieces = {count: list(held_out(data, count)) for count in (1, 5, 100)}
+    pieces = {count: list(held_out(data, count, Flow())) for count in (1, 5, 100)}
     for batches in pieces.values():
         times = torch.cat([sample.t_B for sample, _ in batches])
         torch.testing.assert_close(times.sort().values, (torch.arange(12) + 0.5) / 12)
@@ -151,6 +153,29 @@ def test_validation_is_the_same_every_time_and_whatever_the_batch(folder, tmp_pa
     assert losses[0] == losses[1] > 0
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"path": "ddpm", "prediction": "noise", "adaln": "full", "qk_norm": False},
+        {"path": "gvp", "prediction": "velocity"},
+        {"path": "vp", "prediction": "noise"},
+        {"path": "linear", "prediction": "score"},
+    ],
+    ids=lambda model: "-".join(map(str, model.values())),
+)
+def test_every_objective_trains_and_samples(folder, tmp_path, model):
+    data = held_out_set(folder, tmp_path)
+    weight = "velocity" if model["prediction"] in ("noise", "score") and model["path"] != "ddpm" else "none"
+    chosen = settings(steps=2, validate_every=2, sample_every=10, times="uniform", loss_weight=weight)
+    train(replace(chosen, model=replace(chosen.model, **model)), data, tmp_path / "run")
+    lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "validation" in line]
+    assert math.isfinite(lines[-1]["validation"])
+    made, card = load_model(tmp_path / "run")
+    codec, _ = load_codec(made, card)
+    ((_, image),) = generate(made, codec, [Request(1, (2, 3), 0)], sampling=Sampling(steps=2))
+    assert image.size == (48, 32)
+
+
 def test_latents_of_an_autoencoder_train_and_sample(folder, tiny_vae, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("vae").symlink_to(tiny_vae)
@@ -160,7 +185,7 @@ def test_latents_of_an_autoencoder_train_and_sample(folder, tiny_vae, tmp_path, 
     model, card = load_model(tmp_path / "run")
     codec, unit = load_codec(model, card)
     assert (model.architecture.in_channels, model.architecture.patch_size, unit) == (4, 2, 16)
-    ((_, image),) = generate(model, codec, [Request(1, (2, 3), 0)], steps=2)
+    ((_, image),) = generate(model, codec, [Request(1, (2, 3), 0)], sampling=Sampling(steps=2))
     assert image.size == (48, 32)
 
 

@@ -69,11 +69,18 @@ class Card:
 def save_model(model: FiT, card: Card, folder: Path) -> None:
     """Write a model folder."""
     model.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(0o644)  # safetensors makes files that only their owner can read
+    write_config(model, folder)
+    write_json(folder / CARD, asdict(card))
+
+
+def write_config(model: FiT, folder: Path) -> None:
+    """Write config.json, which rebuilds the model."""
+    model.save_config(folder)
     config = read_json(folder / "config.json")
     config.pop("_name_or_path", None)  # where it was loaded from is nobody else's business
     write_json(folder / "config.json", config)
-    (folder / WEIGHTS).chmod(0o644)  # safetensors makes files that only their owner can read
-    write_json(folder / CARD, asdict(card))
 
 
 def load_model(name: str | Path) -> tuple[FiT, Card]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import tyro
 from tqdm import tqdm
@@ -111,6 +111,30 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """Turn a released checkpoint or released latents into a folder of ours, or a model back.
+
+    SOURCE is a .safetensors or .bin file of FiT or FiTv2 (whlzy/FiT), or a folder with from_16_to_256
+    and its like. Every bit is kept. Latents that cannot be used are listed in OUT/skipped.jsonl; the exit
+    status is then 3.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """A released file or folder; with --to-released a model folder, a run, or a shipped model's name."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """New folder; with --to-released a new .safetensors file."""
+    to_released: bool = False
+    """From ours to the released names."""
+    post_trained: Literal["by-name", "yes", "no"] = "by-name"
+    """Whether the checkpoint was post-trained to 1024 tokens, which its shapes cannot tell. by-name: if
+    its name or its folder's has "hr" in it, as the released ones have."""
+    heads: int | None = None
+    """Attention heads of a model that is none of the released ones."""
+    autoencoder: str = "stabilityai/sd-vae-ft-ema"
+    """What the latents are decoded with: a hub name or a local folder."""
+
+
+@dataclass(frozen=True)
 class Demo:
     """Make pictures at six sizes with the shipped model, then train it for another minute."""
 
@@ -193,6 +217,8 @@ def sample(options: Sample) -> int:
 def rope_for(options: Sample, own: Rope, trained: int) -> Rope:
     """The model's own positions, unless the options ask for others."""
     if options.extrapolation is None and options.attention_scale is None:
+        if options.train_side is not None or not options.per_axis:
+            raise UserError("--train-side and --no-per-axis do nothing without --extrapolation")
         return own
     return replace(
         own,
@@ -246,6 +272,41 @@ def new_bar(training: Training, done: int) -> Any:
 _TIME_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{remaining} left{postfix}]"
 
 
+def convert(options: Convert) -> int:
+    """Run `fitv2 convert`."""
+    from fitv2.convert import convert_checkpoint, convert_latents, convert_to_released, find_latents
+
+    if options.to_released:
+        convert_to_released(options.source, options.out)
+        print(f"{options.out}: {options.source} under the released names")
+        return 0
+    if not options.source.exists():
+        raise UserError(f"{options.source} does not exist")
+    if not options.source.is_dir():
+        post_trained = {"by-name": None, "yes": True, "no": False}[options.post_trained]
+        taken_for = convert_checkpoint(
+            options.source, options.out, post_trained=post_trained, heads=options.heads,
+            autoencoder=options.autoencoder,
+        )  # fmt: skip
+        print(f"{options.out}: {options.source.name} as {taken_for}")
+        return 0
+    latents = find_latents(options.source)
+    if latents is None:
+        raise UserError(
+            f"{options.source} has none of from_16_to_256, greater_than_256_resize, greater_than_256_crop"
+            " (or 1024); to turn a model into a released one, add --to-released"
+        )
+    kept, skipped = convert_latents(
+        latents, options.out, autoencoder=options.autoencoder,
+        progress=lambda pictures, total: tqdm(pictures, "convert", total, unit="image"),
+    )  # fmt: skip
+    print(f"{options.out}: {kept} pictures")
+    if not skipped:
+        return 0
+    print(f"{skipped} pictures left out: see {options.out}/skipped.jsonl", file=sys.stderr)
+    return FINISHED_WITH_SKIPS
+
+
 def demo(options: Demo) -> int:
     """Run `fitv2 demo`."""
     from fitv2.demo import demo
@@ -258,6 +319,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "encode": (Encode, encode),
     "train": (Train, train),
     "sample": (Sample, sample),
+    "convert": (Convert, convert),
     "demo": (Demo, demo),
 }
 

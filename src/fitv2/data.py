@@ -5,6 +5,7 @@ A row is one variant of one picture: `tokens` (length × C float16, row by row),
 neighbouring rows, counted from 0; pictures may have different numbers of them.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -82,6 +83,12 @@ class ShardWriter:
 def write_card(folder: Path, card: DatasetCard) -> None:
     """Write the card, last: a folder without one is no dataset."""
     write_json(folder / CARD, asdict(card))
+
+
+def write_skipped(folder: Path, skipped: list[dict[str, str]]) -> None:
+    """Write skipped.jsonl: what could not be used, and why."""
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped]
+    (folder / "skipped.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 class TokenDataset:

@@ -1,7 +1,6 @@
 """Pictures into a token dataset: read, resize under the token budget, autoencode, patchify, write."""
 
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fitv2.autoencoder import Autoencoder, load_autoencoder
-from fitv2.data import DatasetCard, ShardWriter, write_card
+from fitv2.data import DatasetCard, ShardWriter, write_card, write_skipped
 from fitv2.errors import UserError
 from fitv2.files import whole_folder
 from fitv2.images import UnusableImage, flexible_resize, load_rgb
@@ -84,8 +83,7 @@ def encode(
             raise UserError(f"none of the {len(pictures)} pictures in {source} can be used: {skipped[0]}")
         for writer in writers.values():
             writer.flush()
-        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped]
-        (folder / "skipped.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_skipped(folder, skipped)
         card = DatasetCard(
             labels=tuple(labels),
             autoencoder=codec.name,

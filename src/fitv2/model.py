@@ -207,7 +207,8 @@ class FiT(ModelMixin, ConfigMixin):
         """The same weights, not copied, with other positions: for sizes that were not trained on."""
         other = copy(self)
         other.architecture = replace(self.architecture, rope=rope)
-        other.register_to_config(rope=asdict(rope))
+        defaults = [name for name in self.config.get("_use_default_values", []) if name != "rope"]
+        other.register_to_config(rope=asdict(rope), _use_default_values=defaults)
         return other
 
     def reset_parameters(self) -> None:

@@ -32,15 +32,15 @@ class Release:
     guidance: float
 
 
-_POST_TRAINED = Rope("ntk", train_side=16)  # NTK-aware, per image and per axis
+POST_TRAINED = Rope("ntk", train_side=16)  # NTK-aware, per image and per axis
 _XL, _3B = PRESETS["fitv2-xl"].model, PRESETS["fitv2-3b"].model
 
 RELEASES = {
     "fit-xl": Release("FiT-XL/2", PRESETS["fit-xl"].model, 256, 1.5),
     "fitv2-xl": Release("FiTv2-XL/2", _XL, 256, 1.5),
     "fitv2-3b": Release("FiTv2-3B/2", _3B, 256, 1.5),
-    "fitv2-xl-hr": Release("FiTv2-XL/2 post-trained", replace(_XL, rope=_POST_TRAINED), 1024, 1.65),
-    "fitv2-3b-hr": Release("FiTv2-3B/2 post-trained", replace(_3B, rope=_POST_TRAINED), 1024, 1.6),
+    "fitv2-xl-hr": Release("FiTv2-XL/2 post-trained", replace(_XL, rope=POST_TRAINED), 1024, 1.65),
+    "fitv2-3b-hr": Release("FiTv2-3B/2 post-trained", replace(_3B, rope=POST_TRAINED), 1024, 1.6),
 }
 
 # The constructor arguments that change what is computed, with the values that can be read.

@@ -100,9 +100,13 @@ def _stochastic(
 
     solve = solvers.STOCHASTIC[sampling.solver or ""]
     if to_noise:
-        # The first step is exact: what the path holds at the last time, given the data.
+        # The first step is exact: what the path holds at the last time, given the data. The last is the
+        # ODE's, because the noise of some forms (sbdm: (1−t)/t) is without bound at t = 0.
         alpha, sigma = flow.path.coefficients(times[-1])
-        return solve(drift, strength, alpha * x_TC + sigma * draw(), times.flip(0), draw, progress)
+        size = sampling.last_step_size
+        times = torch.linspace(stop, start + size, steps, device=x_TC.device)
+        x_TC = solve(drift, strength, alpha * x_TC + sigma * draw(), times, draw, progress)
+        return x_TC - size * velocity(x_TC, times[-1])
     x_TC = solve(drift, strength, x_TC, times, draw, progress)
     return _last_step(flow, velocity, drift, packed, x_TC, times[-1], sampling)
 

@@ -1,0 +1,186 @@
+"""Flows whose answer is known: data N(m, s²) in every number, with its exact velocity."""
+
+import math
+
+import pytest
+import torch
+
+from conftest import noise_of
+from fitv2.errors import UserError
+from fitv2.flow import Flow
+from fitv2.paths import PATHS
+from fitv2.runtime import generator
+from fitv2.settings import Sampling
+from fitv2.tokens import layout
+from fitv2.transport import SOLVERS, log_likelihood, stochastic_interval, transport
+
+MEAN, STD = 0.4, 0.6
+FORMS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing")
+
+
+def gaussian(flow, packed):
+    """The velocity of the flow to N(MEAN, STD²), for times () and (B,)."""
+
+    def velocity(x, t):
+        t = packed.spread(t.expand(len(packed.sizes)))[:, None].to(x.dtype)
+        (alpha, sigma), (alpha_rate, sigma_rate) = flow.path.coefficients(t), flow.path.derivatives(t)
+        variance = alpha**2 * STD**2 + sigma**2
+        slope = (alpha * alpha_rate * STD**2 + sigma * sigma_rate) / variance
+        return alpha_rate * MEAN + slope * (x - alpha * MEAN)
+
+    return velocity
+
+
+def moved(flow, packed, x, sampling, to_noise=False, first=0):
+    rngs = [generator(first + i) for i in range(len(packed.sizes))]
+    return transport(flow, gaussian(flow, packed), packed, x, rngs, sampling, to_noise=to_noise)
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if "stoch" not in name and "maru" not in name])
+def test_odes_map_noise_to_the_data_and_back(path, solver):
+    """The exact flow of a Gaussian is x0 → MEAN + STD·x0."""
+    flow, packed = Flow(path), layout([(3, 4), (1, 2)])
+    noise = noise_of(packed, 3)
+    sampling = Sampling(solver, steps=2000 if solver == "euler" else 200, rtol=1e-5, atol=1e-6)
+    data = moved(flow, packed, noise, sampling)
+    torch.testing.assert_close(data, MEAN + STD * noise, rtol=1e-3, atol=1e-3)
+    back = moved(flow, packed, data, sampling, to_noise=True)
+    torch.testing.assert_close(back, noise, rtol=3e-3, atol=3e-3)
+
+
+def test_the_way_back_of_a_model_that_predicts_data_starts_beside_it():
+    flow, packed = Flow(prediction="data"), layout([(3, 4)])
+    noise = noise_of(packed, 3)
+    back = moved(flow, packed, MEAN + STD * noise, Sampling(steps=100), to_noise=True)
+    torch.testing.assert_close(back, noise, rtol=0.01, atol=0.01)
+
+
+PICTURES, TOKENS = 8, 12_500  # 100,000 numbers: the error of a mean is STD/316, of a variance STD²/224
+
+
+STOCHASTIC = ["euler-maruyama", "stochastic-heun"]
+SDES = [(path, form, solver, "mean") for path in PATHS for form in FORMS for solver in STOCHASTIC]
+SDES += [("linear", form, "euler-maruyama", last) for form in FORMS for last in ("tweedie", "euler", "none")]
+
+
+@pytest.mark.parametrize(("path", "form", "solver", "last_step"), SDES)
+def test_every_sde_has_the_mean_and_variance_of_the_data(path, form, solver, last_step):
+    flow, packed = Flow(path), layout([(1, TOKENS)] * PICTURES)
+    # The last step adds no noise: the longer it is, the less of the variance is there.
+    sampling = Sampling(solver, 400, diffusion=form, last_step=last_step, last_step_size=0.002)
+    data = moved(flow, packed, noise_of(packed, 1, first=100), sampling)
+    assert data.mean().item() == pytest.approx(MEAN, abs=0.012)
+    assert data.std().item() == pytest.approx(STD, abs=0.015)
+    eighths = data.flatten().sort().values[[TOKENS, -TOKENS]].tolist()  # the shape is Gaussian too
+    assert eighths == pytest.approx([MEAN - 1.1503 * STD, MEAN + 1.1503 * STD], abs=0.03)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("solver", STOCHASTIC)
+def test_an_sde_run_backwards_turns_data_into_noise(form, solver):
+    flow, packed = Flow(), layout([(1, TOKENS)] * PICTURES)
+    data = MEAN + STD * noise_of(packed, 1, first=50)
+    steps = 1600 if form == "sbdm" else 400  # its noise is strong where it ends
+    noise = moved(flow, packed, data, Sampling(solver, steps, diffusion=form), to_noise=True)
+    assert noise.mean().item() == pytest.approx(0, abs=0.015)
+    assert noise.std().item() == pytest.approx(1, abs=0.015)
+
+
+def test_an_sde_forgets_where_it_started_and_an_ode_does_not():
+    flow, packed = Flow(), layout([(1, TOKENS)])
+    start = noise_of(packed, 1)
+
+    def correlation(sampling):
+        data = moved(flow, packed, start, sampling, first=9)
+        return torch.corrcoef(torch.stack([start.flatten(), data.flatten()]))[0, 1].item()
+
+    assert correlation(Sampling("heun", 50)) == pytest.approx(1, abs=1e-4)
+    strong = Sampling("euler-maruyama", 200, diffusion="constant", diffusion_norm=4.0)
+    assert abs(correlation(strong)) < 0.1
+
+
+def test_intervals_are_those_of_the_released_code():
+    """(path, prediction, form, last step) → where the SDE starts and stops."""
+    for path, prediction, form, last, expected in (
+        ("linear", "velocity", "sigma", "mean", (0.0, 0.96)),
+        ("linear", "velocity", "sbdm", "mean", (1e-3, 0.96)),
+        ("gvp", "noise", "sigma", "mean", (1e-3, 0.96)),
+        ("vp", "velocity", "sbdm", "mean", (0.0, 0.96)),
+        ("linear", "velocity", "sigma", "none", (0.0, 0.999)),
+    ):
+        settings = Sampling("euler-maruyama", diffusion=form, last_step=last)
+        assert stochastic_interval(Flow(path, prediction), settings) == pytest.approx(expected)
+
+
+def test_the_number_of_velocities_is_the_number_of_steps():
+    flow, packed, calls = Flow(), layout([(1, 2)]), []
+    exact = gaussian(flow, packed)
+
+    def counting(x, t):
+        calls.append(float(t))
+        return exact(x, t)
+
+    noise = noise_of(packed, 3)
+    transport(flow, counting, packed, noise, [generator(0)], Sampling("euler-maruyama", 250))
+    assert len(calls) == 250
+    assert calls[-1] == pytest.approx(0.96)
+
+
+def test_wrong_requests_are_refused():
+    packed = layout([(1, 2)])
+    with pytest.raises(UserError, match="did you mean heun"):
+        moved(Flow(), packed, noise_of(packed, 3), Sampling("huen"))
+    with pytest.raises(UserError, match="at least 2"):
+        moved(Flow(), packed, noise_of(packed, 3), Sampling("euler-maruyama", 1))
+
+
+def known_log_density(data, lengths):
+    per_number = -0.5 * ((data - MEAN) / STD) ** 2 - math.log(STD) - 0.5 * math.log(2 * math.pi)
+    return torch.stack([image.sum() for image in per_number.split(lengths)])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("solver", ["dopri5", "heun"])
+def test_log_likelihood_of_a_gaussian(path, solver):
+    """To 1e-3 a dimension; its velocity has a diagonal Jacobian, so one probe is exact."""
+    flow, packed = Flow(path), layout([(3, 4), (1, 2), (5, 5)])
+    data = packed.with_tokens(MEAN + STD * noise_of(packed, 3))
+    rngs = [generator(i) for i in range(3)]
+    sampling = Sampling(solver, 200, rtol=1e-6, atol=1e-6)
+    ours = log_likelihood(flow, gaussian(flow, packed), data, rngs, sampling)
+    dimensions = torch.tensor(data.lengths) * 3
+    error = (ours - known_log_density(data.x_TC, data.lengths)).abs() / dimensions
+    assert error.max() < 1e-3
+
+
+def test_log_likelihood_of_a_correlated_gaussian_takes_more_probes():
+    """Data A·z with A not diagonal: the estimate is right on average, and closer with more probes."""
+    flow, packed = Flow(), layout([(1, 1)] * 64)
+    a = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    covariance = a @ a.T
+
+    def velocity(x, t):
+        t = float(t.flatten()[0])
+        at = t**2 * covariance + (1 - t) ** 2 * torch.eye(2)
+        return x @ torch.linalg.solve(at, t * covariance - (1 - t) * torch.eye(2))
+
+    data = packed.with_tokens(noise_of(packed, 2) @ a.T)
+    exact = torch.distributions.MultivariateNormal(torch.zeros(2), covariance).log_prob(data.x_TC)
+    errors = []
+    for probes in (1, 64):
+        rngs = [generator(i) for i in range(64)]
+        settings = Sampling("heun", 100)
+        ours = log_likelihood(flow, velocity, data, rngs, settings, probes=probes)
+        errors.append((ours - exact).abs().mean().item())
+        assert (ours - exact).mean().abs() < 4 * errors[-1] / 8 + 1e-3  # unbiased
+    assert errors[1] < 0.2 * errors[0]  # an eighth is expected
+
+
+def test_log_likelihood_does_not_depend_on_the_neighbours():
+    flow, packed = Flow(), layout([(3, 4), (1, 2)])
+    data = packed.with_tokens(noise_of(packed, 3))
+    both = log_likelihood(flow, gaussian(flow, packed), data, [generator(5), generator(6)])
+    small = layout([(1, 2)]).with_tokens(data.x_TC[12:])
+    alone = log_likelihood(flow, gaussian(flow, small), small, [generator(6)])
+    torch.testing.assert_close(both[1:], alone)
