@@ -6,7 +6,7 @@ neighbouring rows, counted from 0; pictures may have different numbers of them.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -94,9 +94,10 @@ def write_skipped(folder: Path, skipped: list[dict[str, str]]) -> None:
 class TokenDataset:
     """One split of a token dataset. Raises UserError when the folder holds none."""
 
-    def __init__(self, folder: Path, split: str = "train") -> None:
+    def __init__(self, folder: Path | str, split: str = "train") -> None:
         from datasets import Dataset, concatenate_datasets
 
+        folder = Path(folder)
         self.card = from_dict(DatasetCard, read_json(folder / CARD))
         shards = sorted(folder.glob(f"{split}-*.arrow"))
         try:
@@ -118,7 +119,7 @@ class TokenDataset:
         """Numbers a token."""
         return self.card.patch_size**2 * self.card.in_channels
 
-    def batch(self, rows: np.ndarray) -> tuple[PackedTokens, Tensor]:
+    def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[PackedTokens, Tensor]:
         """These rows as one pack in the given order, float32, and their labels (B,)."""
         tokens = self.rows[rows]["tokens"].combine_chunks().flatten().flatten().to_numpy()
         content = torch.from_numpy(tokens.astype(np.float32).reshape(-1, self.token_channels))

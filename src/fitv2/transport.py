@@ -22,6 +22,7 @@ SOLVERS = (*solvers.FIXED, *solvers.ADAPTIVE, *solvers.STOCHASTIC)
 Solve = Callable[..., Tensor]  # (velocity, x, times, progress) → x
 
 
+@torch.no_grad()
 def transport(
     flow: Flow,
     velocity: Velocity,
@@ -46,7 +47,8 @@ def transport(
     start, stop = flow.interval()
     steps = sampling.steps or 25
     if to_noise:
-        # Where the velocity is undefined at data, so near to it that the difference is not seen.
+        # Where the velocity is undefined at data, so near to it that the difference is not seen. A model
+        # whose predicted data are off by e has a velocity off by e/(1−t) there.
         times = torch.linspace(stop - 1e-3 if flow.ends_early else stop, start, steps + 1)
         return solve(velocity, x_TC, times.to(x_TC.device), progress)
     times = torch.linspace(start, stop, steps + 1, device=x_TC.device)
