@@ -56,7 +56,12 @@ def test_the_way_back_of_a_model_that_predicts_data_starts_beside_it():
     torch.testing.assert_close(back, noise, rtol=0.01, atol=0.01)
 
 
-PICTURES, TOKENS = 8, 12_500  # 100,000 numbers: the error of a mean is STD/316, of a variance STD²/224
+PICTURES, TOKENS, CHANNELS = (
+    8,
+    500,
+    20,
+)  # 80,000 numbers: standard error of their mean STD/283, of std STD/400
+EIGHTH = TOKENS * CHANNELS
 
 
 STOCHASTIC = ["euler-maruyama", "stochastic-heun"]
@@ -69,10 +74,10 @@ def test_every_sde_has_the_mean_and_variance_of_the_data(path, form, solver, las
     flow, packed = Flow(path), layout([(1, TOKENS)] * PICTURES)
     # The last step adds no noise: the longer it is, the less of the variance is there.
     sampling = Sampling(solver, 400, diffusion=form, last_step=last_step, last_step_size=0.002)
-    data = moved(flow, packed, noise_of(packed, 1, first=100), sampling)
+    data = moved(flow, packed, noise_of(packed, CHANNELS, first=100), sampling)
     assert data.mean().item() == pytest.approx(MEAN, abs=0.012)
     assert data.std().item() == pytest.approx(STD, abs=0.015)
-    eighths = data.flatten().sort().values[[TOKENS, -TOKENS]].tolist()  # the shape is Gaussian too
+    eighths = data.flatten().sort().values[[EIGHTH, -EIGHTH]].tolist()  # the shape is Gaussian too
     assert eighths == pytest.approx([MEAN - 1.1503 * STD, MEAN + 1.1503 * STD], abs=0.03)
 
 
@@ -80,7 +85,7 @@ def test_every_sde_has_the_mean_and_variance_of_the_data(path, form, solver, las
 @pytest.mark.parametrize("solver", STOCHASTIC)
 def test_an_sde_run_backwards_turns_data_into_noise(form, solver):
     flow, packed = Flow(), layout([(1, TOKENS)] * PICTURES)
-    data = MEAN + STD * noise_of(packed, 1, first=50)
+    data = MEAN + STD * noise_of(packed, CHANNELS, first=50)
     steps = 1600 if form == "sbdm" else 400  # its noise is strong where it ends
     noise = moved(flow, packed, data, Sampling(solver, steps, diffusion=form), to_noise=True)
     assert noise.mean().item() == pytest.approx(0, abs=0.015)
@@ -89,7 +94,7 @@ def test_an_sde_run_backwards_turns_data_into_noise(form, solver):
 
 def test_an_sde_forgets_where_it_started_and_an_ode_does_not():
     flow, packed = Flow(), layout([(1, TOKENS)])
-    start = noise_of(packed, 1)
+    start = noise_of(packed, CHANNELS)
 
     def correlation(sampling):
         data = moved(flow, packed, start, sampling, first=9)
