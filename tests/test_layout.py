@@ -10,8 +10,8 @@ import fitv2
 PACKAGE = Path(fitv2.__file__).parent
 LEVELS = [
     {"errors"},
-    {"config", "files", "images", "paths", "runtime", "settings", "solvers", "tokens"},
-    {"attention", "autoencoder", "data", "figures", "flow", "presets", "rope"},
+    {"arguments", "config", "files", "images", "paths", "runtime", "settings", "solvers", "tokens"},
+    {"attention", "autoencoder", "bars", "data", "figures", "flow", "presets", "rope"},
     {"ddpm", "model", "runs"},
     {"guidance", "released", "transport"},
     {"checkpoint"},

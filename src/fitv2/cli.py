@@ -1,18 +1,17 @@
 """The command `fitv2`. Parses first and imports after, so that help and mistakes answer at once."""
 
-import contextlib
-import dataclasses
-import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal
 
 import tyro
 from tqdm import tqdm
 
 from fitv2 import __version__
+from fitv2.arguments import parse
+from fitv2.bars import share_bar, training_bar
 from fitv2.errors import UserError, nearest
 from fitv2.presets import PRESETS, Preset, preset
 from fitv2.settings import (
@@ -25,8 +24,6 @@ from fitv2.settings import (
     Training,
     at_least,
 )
-
-Options = TypeVar("Options")
 
 FINISHED_WITH_SKIPS = 3  # exit status: all done, but pictures were left out
 FROM_DATA = ("--patch-size", "--in-channels", "--num-classes")  # no choice when training
@@ -230,48 +227,6 @@ def rope_for(options: Sample, own: Rope, trained: int) -> Rope:
     )
 
 
-@contextlib.contextmanager
-def share_bar(title: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
-    """A progress bar that is told the share done, 0 to 1."""
-    with tqdm(desc=title, total=total, unit=unit, bar_format=_SHARE_BAR) as bar:
-
-        def progress(share: float) -> None:
-            bar.update(share * total - bar.n)
-
-        yield progress
-
-
-_SHARE_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
-
-
-@contextlib.contextmanager
-def training_bar(training: Training) -> Iterator[Callable[..., None]]:
-    """A bar over the steps, or over the seconds when the run is limited by time."""
-    with contextlib.ExitStack() as stack:
-        bars: list[Any] = []
-
-        def report(progress: Any) -> None:
-            if not bars:  # only now: a run that cannot start shows its reason and no bar
-                bars.append(stack.enter_context(new_bar(training, progress.step - 1)))
-            (bar,) = bars
-            rate = f"{progress.images_per_second:.0f}"
-            bar.set_postfix({"step": progress.step, "loss": f"{progress.loss:.4f}", "image/s": rate})
-            elapsed = min(bar.total, bar.format_dict["elapsed"])
-            bar.update((progress.step if training.minutes is None else elapsed) - bar.n)
-
-        yield report
-
-
-def new_bar(training: Training, done: int) -> Any:
-    """The bar of a run that has `done` steps behind it."""
-    if training.minutes is None:
-        return tqdm(desc="train", total=training.steps, initial=done, unit="step")
-    return tqdm(desc="train", total=round(60 * training.minutes), bar_format=_TIME_BAR)
-
-
-_TIME_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{remaining} left{postfix}]"
-
-
 def convert(options: Convert) -> int:
     """Run `fitv2 convert`."""
     from fitv2.convert import convert_checkpoint, convert_latents, convert_to_released, find_latents
@@ -324,24 +279,6 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
 }
 
 
-def parse(kind: type[Options], arguments: list[str], default: Options | None) -> Options:
-    """The options of a command. Every mistake becomes a UserError of one line."""
-    known = list(option_names(kind))
-    for argument in arguments:
-        name = argument.split("=")[0]
-        if name.startswith("--") and name not in known:
-            raise nearest("option", name, known)
-    message = io.StringIO()
-    program = f"fitv2 {kind.__name__.lower()}"
-    try:
-        with contextlib.redirect_stderr(message):
-            return cast(Options, tyro.cli(kind, args=arguments, default=default, prog=program))
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(f"{first_part(message.getvalue())} (see {program} --help)") from None
-
-
 def train_defaults(arguments: list[str]) -> Train:
     """The options of `fitv2 train` with the settings of its preset, which comes first.
 
@@ -354,31 +291,6 @@ def train_defaults(arguments: list[str]) -> Train:
             raise UserError(f"{argument} follows from the data: choose it in fitv2 encode")
     chosen = preset("clipart" if arguments[0].startswith("-") else arguments[0])
     return Train(tyro.MISSING, tyro.MISSING, tyro.MISSING, None, chosen.model, chosen.training)
-
-
-def option_names(kind: type) -> Iterator[str]:
-    """All options of a command, as they are typed."""
-    yield "--help"
-    for option in dataclasses.fields(kind):
-        inner = getattr(option.type, "__origin__", option.type)
-        if dataclasses.is_dataclass(inner):
-            yield from option_names(inner)  # type: ignore[arg-type]
-        else:
-            name = option.name.replace("_", "-")
-            yield f"--{name}"
-            if option.type is bool:
-                yield f"--no-{name}"
-
-
-def first_part(box: str) -> str:
-    """What a boxed error message says before its first rule, in one line."""
-    lines = [line.strip("│╭╮╰╯|+ \n") for line in box.splitlines()]
-    said: list[str] = []
-    for line in lines[1:]:
-        if not line.strip("─-"):
-            break
-        said.append(line)
-    return " ".join(said) or box.strip()
 
 
 def overview() -> str:

@@ -1,0 +1,51 @@
+"""Progress bars of the commands. What they measure knows nothing of them: it calls a function."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from fitv2.settings import Training
+
+
+@contextlib.contextmanager
+def share_bar(title: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
+    """A progress bar that is told the share done, 0 to 1."""
+    with tqdm(desc=title, total=total, unit=unit, bar_format=_SHARE_BAR) as bar:
+
+        def progress(share: float) -> None:
+            bar.update(share * total - bar.n)
+
+        yield progress
+
+
+_SHARE_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
+
+
+@contextlib.contextmanager
+def training_bar(training: Training) -> Iterator[Callable[..., None]]:
+    """A bar over the steps, or over the seconds when the run is limited by time."""
+    with contextlib.ExitStack() as stack:
+        bars: list[Any] = []
+
+        def report(progress: Any) -> None:
+            if not bars:  # only now: a run that cannot start shows its reason and no bar
+                bars.append(stack.enter_context(new_bar(training, progress.step - 1)))
+            (bar,) = bars
+            rate = f"{progress.images_per_second:.0f}"
+            bar.set_postfix({"step": progress.step, "loss": f"{progress.loss:.4f}", "image/s": rate})
+            elapsed = min(bar.total, bar.format_dict["elapsed"])
+            bar.update((progress.step if training.minutes is None else elapsed) - bar.n)
+
+        yield report
+
+
+def new_bar(training: Training, done: int) -> Any:
+    """The bar of a run that has `done` steps behind it."""
+    if training.minutes is None:
+        return tqdm(desc="train", total=training.steps, initial=done, unit="step")
+    return tqdm(desc="train", total=round(60 * training.minutes), bar_format=_TIME_BAR)
+
+
+_TIME_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{remaining} left{postfix}]"
