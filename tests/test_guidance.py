@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conftest import noise_of, randomized
+from fitv2.errors import UserError
 from fitv2.guidance import guided, velocity_of
 from fitv2.model import FiT
 from fitv2.settings import Guidance
@@ -38,6 +39,11 @@ def test_channels_that_are_not_guided_are_conditional(model):
     expected = unconditional + 3 * (conditional - unconditional)
     torch.testing.assert_close(result[:, :4], expected[:, :4], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(result[:, 4:], conditional[:, 4:], rtol=1e-5, atol=1e-5)
+
+
+def test_more_channels_than_there_are_is_refused(model):
+    with pytest.raises(UserError, match="--guidance-channels is 7; the latent has 6"):
+        guided(model, layout(SIZES), LABELS, Guidance(3.0, channels=7))
 
 
 def test_power_cosine_falls_from_noise_to_data(model):

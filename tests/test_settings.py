@@ -26,6 +26,7 @@ TINY = {"depth": 1, "width": 32, "heads": 2}
         (lambda: Guidance(interval=(0.5, 0.5)), "times go from 0"),
         (lambda: Guidance(channels=0), "--guidance-channels is 0"),
         (lambda: Sampling(steps=0), "--steps is 0"),
+        (lambda: Sampling(rtol=float("nan")), "--rtol is nan"),
         (lambda: Sampling(last_step_size=1.0), "--last-step-size is 1.0"),
         (lambda: Training(batch_size=0), "--batch-size is 0"),
     ],

@@ -25,7 +25,7 @@ Solver = Literal[
 def at_least(least: float, **values: float) -> None:
     """UserError naming the option whose value is less."""
     for name, value in values.items():
-        if value < least:
+        if not value >= least:  # so that NaN is refused too
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
 
 
