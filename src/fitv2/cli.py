@@ -187,8 +187,8 @@ def sample(options: Sample) -> int:
         options.guidance or 0.0, options.guidance_channels, options.guidance_power, options.guidance_interval
     )
     model, card = load_model(options.model)
-    model = model.with_rope(rope_for(options, model.architecture.rope, card.square[0]))
     codec, unit = load_codec(model, card)
+    model = model.with_rope(rope_for(options, model.architecture.rope, card.square[0], unit))
     named = [card.label_index(text) for text in options.label] or range(len(card.labels))
     labels = dict.fromkeys(named)  # each once, however often it is asked for
     sizes = dict.fromkeys([parse_size(text, unit) for text in options.size] or [card.square])
@@ -211,8 +211,11 @@ def sample(options: Sample) -> int:
     return 0
 
 
-def rope_for(options: Sample, own: Rope, trained: int) -> Rope:
-    """The model's own positions, unless the options ask for others."""
+def rope_for(options: Sample, own: Rope, trained: int, unit: int) -> Rope:
+    """The model's own positions, unless the options ask for others.
+
+    `trained` is the side of the largest square trained on, in tokens of `unit` pixels. Raises UserError.
+    """
     if options.extrapolation is None and options.attention_scale is None:
         if options.train_side is not None or not options.per_axis:
             raise UserError("--train-side and --no-per-axis do nothing without --extrapolation")
@@ -222,7 +225,8 @@ def rope_for(options: Sample, own: Rope, trained: int) -> Rope:
         extrapolation=own.extrapolation if options.extrapolation is None else options.extrapolation,
         attention_scale=options.attention_scale or "none",
         per_axis=own.per_axis if options.extrapolation is None else options.per_axis,
-        train_side=options.train_side or own.train_side or trained,
+        train_side=next(s for s in (options.train_side, own.train_side, trained) if s is not None),
+        pixels_a_token=unit,
         grid=None,
     )
 

@@ -3,6 +3,7 @@
 Nothing heavy is imported here: the command line builds its help from these.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -194,7 +195,11 @@ class Guidance:
         """UserError for an interval that is none."""
         start, stop = self.interval
         if not 0 <= start < stop <= 1:
-            raise UserError(f"guidance from {start} to {stop}: times go from 0 (noise) to 1 (data)")
+            raise UserError(
+                f"--guidance-interval is {start} {stop}; it must be two rising times, 0 (noise) to 1 (data)"
+            )
+        if not math.isfinite(self.scale):
+            raise UserError(f"--guidance is {self.scale}; it must be a finite number")
         at_least(1, guidance_channels=1 if self.channels is None else self.channels)
 
 
