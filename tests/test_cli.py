@@ -66,6 +66,7 @@ def test_skipped_pictures_show_in_the_exit_status(folder, tmp_path, capsys):
         (["sample", "clipart", "--solver", "hean"], "heun"),
         (["sample", "clipart", "--solver", "ddpm"], "unknown solver 'ddpm'"),
         (["sample", "clipart", "--extrapolation", "ntk", "--train-side", "0"], "--train-side is 0"),
+        (["sample", "clipart", "--guidance-channels", "9"], "the latent has 3"),
         (["sample", "clipart", "--guidance", "nan"], "--guidance is nan"),
         (["sample", "clipart", "--guidance-interval", "0.9", "0.1"], "two rising times"),
         (["convert", "nowhere.bin", "out"], "nowhere.bin does not exist"),

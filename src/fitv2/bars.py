@@ -12,10 +12,15 @@ from fitv2.settings import Training
 @contextlib.contextmanager
 def share_bar(title: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
     """A progress bar that is told the share done, 0 to 1."""
-    with tqdm(desc=title, total=total, unit=unit, bar_format=_SHARE_BAR) as bar:
+    with contextlib.ExitStack() as stack:
+        bars: list[Any] = []
 
         def progress(share: float) -> None:
-            bar.update(share * total - bar.n)
+            if not bars:  # only now: what cannot start shows its reason and no bar
+                bars.append(
+                    stack.enter_context(tqdm(desc=title, total=total, unit=unit, bar_format=_SHARE_BAR))
+                )
+            bars[0].update(share * total - bars[0].n)
 
         yield progress
 
