@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fitv2.data import EndlessOrder, TokenDataset
+from fitv2.data import TokenDataset
 from fitv2.errors import UserError
 
 
@@ -25,30 +25,6 @@ def test_by_length_sorts(tokens):
     rows = np.arange(len(dataset.sizes))
     lengths = dataset.sizes[rows[dataset.by_length(rows)]].prod(axis=1)
     assert (np.diff(lengths) >= 0).all()
-
-
-def test_every_picture_once_an_epoch():
-    first = np.array([0, 3, 4, 8])  # 3, 1, 4 and 2 variants
-    order = EndlessOrder(first, 10, seed=0)
-    seen = np.concatenate([order.rows(4 * epoch, 4 * epoch + 4) for epoch in range(300)])
-    pictures = np.searchsorted(first, seen, side="right") - 1
-    assert (np.sort(pictures.reshape(-1, 4), axis=1) == np.arange(4)).all()
-    assert set(seen) == set(range(10))
-    of_last = np.bincount(seen)[8:]  # its two variants are equally likely
-    assert of_last.min() > 110
-
-
-def test_epochs_differ():
-    order = EndlessOrder(np.arange(0, 30, 3), 30, seed=0)
-    assert len({tuple(order.rows(e * 10, e * 10 + 10)) for e in range(5)}) == 5
-
-
-def test_a_position_does_not_depend_on_how_it_is_reached():
-    order, other = (EndlessOrder(np.arange(0, 30, 3), 30, seed=0) for _ in range(2))
-    whole = order.rows(0, 40)
-    pieces = np.concatenate([other.rows(start, start + 7) for start in (0, 7, 14, 21, 28)])
-    assert (pieces == whole[:35]).all()
-    assert not (EndlessOrder(np.arange(0, 30, 3), 30, seed=1).rows(0, 40) == whole).all()
 
 
 def damaged(tokens, tmp_path, damage):

@@ -10,7 +10,18 @@ import fitv2
 PACKAGE = Path(fitv2.__file__).parent
 LEVELS = [
     {"errors"},
-    {"arguments", "config", "files", "images", "paths", "runtime", "settings", "solvers", "tokens"},
+    {
+        "arguments",
+        "config",
+        "files",
+        "images",
+        "packing",
+        "paths",
+        "runtime",
+        "settings",
+        "solvers",
+        "tokens",
+    },
     {"attention", "autoencoder", "bars", "data", "figures", "flow", "presets", "rope"},
     {"ddpm", "model", "runs"},
     {"guidance", "released", "transport"},

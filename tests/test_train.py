@@ -14,6 +14,7 @@ from fitv2.data import TokenDataset
 from fitv2.encode import encode
 from fitv2.errors import UserError
 from fitv2.flow import Flow
+from fitv2.packing import FixedCount
 from fitv2.presets import preset
 from fitv2.runs import read_log
 from fitv2.sample import Request, generate, load_codec
@@ -209,13 +210,24 @@ def test_a_damaged_checkpoint_is_named(tokens, tmp_path):
 def test_batch_does_not_depend_on_its_size(tokens, tmp_path):
     """What a picture meets (time, noise, dropped label) follows from its position alone."""
     trainer = Trainer(settings(steps=1), TokenDataset(tokens), tokens, tmp_path / "run", None)
-    whole, _ = trainer.batch(0, 8)
-    first, _ = trainer.batch(0, 4)
-    second, _ = trainer.batch(4, 4)
+    images = trainer.dataset.images
+    whole, _ = trainer.batch(FixedCount(images, 8, seed=0).step(0))
+    first, second = (trainer.batch(FixedCount(images, 4, seed=0).step(i))[0] for i in (0, 1))
     times = torch.cat([first.t_B, second.t_B])
     assert torch.equal(whole.t_B.sort().values, times.sort().values)
     noisy = torch.cat([first.noise_TC, second.noise_TC])
     assert torch.equal(whole.noise_TC.flatten().sort().values, noisy.flatten().sort().values)
+
+
+def test_a_token_budget_resumes_to_the_same_weights(tokens, tmp_path):
+    run = lambda steps: settings(steps=steps, tokens_a_step=40, precision="float32")  # noqa: E731
+    whole = train(run(6), tokens, tmp_path / "whole")
+    train(run(3), tokens, tmp_path / "parts")
+    parts = train(run(6), tokens, tmp_path / "parts")
+    assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(parts), strict=True))
+    trainer = Trainer(run(7), TokenDataset(tokens), tokens, tmp_path / "parts", None)
+    sizes = [trainer.batch(trainer.sampler.step(step))[0].noisy.x_TC.shape[0] for step in range(8)]
+    assert 24 < min(sizes) <= max(sizes) <= 40
 
 
 def test_learning_rate_warms_up_holds_and_decays():

@@ -8,7 +8,6 @@ neighbouring rows, counted from 0; pictures may have different numbers of them.
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from fitv2.config import from_dict, read_json
 from fitv2.errors import UserError
 from fitv2.files import write_json
+from fitv2.packing import Images
 from fitv2.tokens import PackedTokens, layout
 
 CARD = "dataset.json"
@@ -115,6 +115,11 @@ class TokenDataset:
         self.labels = self.rows.data.column("label").to_numpy()
 
     @property
+    def images(self) -> Images:
+        """What planning needs to know of the pictures."""
+        return Images(self.first_rows, self.sizes.prod(axis=1))
+
+    @property
     def token_channels(self) -> int:
         """Numbers a token."""
         return self.card.patch_size**2 * self.card.in_channels
@@ -129,26 +134,3 @@ class TokenDataset:
     def by_length(self, rows: Iterable[int]) -> np.ndarray:
         """The order of `rows` (positions in it) by image length: the fastest to compute with."""
         return np.argsort(self.sizes[np.fromiter(rows, int)].prod(axis=1), kind="stable")
-
-
-class EndlessOrder:
-    """Every picture once an epoch, in an order that depends on (seed, epoch) alone.
-
-    The training stream is one endless sequence of positions; what is at a position never depends
-    on the batch size, the number of processes or where a run was resumed.
-    """
-
-    def __init__(self, first_rows: np.ndarray, rows: int, seed: int) -> None:
-        self.first_rows, self.seed = first_rows, seed
-        self.variants = np.diff(first_rows, append=rows)  # of each picture, all equally likely
-        self._epoch = lru_cache(maxsize=2)(self._shuffled)
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng((self.seed, epoch))
-        variant = rng.integers(self.variants)
-        return rng.permutation(self.first_rows + variant)
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Dataset rows at positions start…stop−1."""
-        pictures = len(self.first_rows)
-        return np.array([self._epoch(p // pictures)[p % pictures] for p in range(start, stop)])

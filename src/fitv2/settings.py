@@ -126,6 +126,9 @@ class Training:
     """Optimizer steps in all."""
     batch_size: int = 256
     """Images a step, whatever their sizes."""
+    tokens_a_step: int | None = None
+    """Instead, as many images as fill so many tokens: steps of nearly equal work [default: batch-size
+    images]."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Muon is for the matrices of the blocks; the rest is AdamW's always."""
     learning_rate: float = 1e-4
@@ -175,6 +178,7 @@ class Training:
         at_least(1, log_every=self.log_every, validate_every=self.validate_every)
         at_least(1, sample_every=self.sample_every, save_every=self.save_every)
         at_least(0, seed=self.seed, minutes=self.minutes or 0, learning_rate=self.learning_rate)
+        at_least(1, tokens_a_step=1 if self.tokens_a_step is None else self.tokens_a_step)
         at_least(0, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
 
 

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from fitv2.autoencoder import load_autoencoder
 from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint, save_model
-from fitv2.data import EndlessOrder, TokenDataset
+from fitv2.data import TokenDataset
 from fitv2.ddpm import DDPM
 from fitv2.errors import UserError
 from fitv2.figures import contact_sheet, loss_curve
 from fitv2.files import whole_file, whole_folder
 from fitv2.flow import Flow, PathSample, flow_of, noise
 from fitv2.model import FiT
+from fitv2.packing import FixedCount, Step, TokenBudget
 from fitv2.presets import Preset
 from fitv2.runs import cut_log, read_log, settle
 from fitv2.runtime import default_device, derive_seed, generator
@@ -92,6 +93,10 @@ class Trainer:
         self.codec = load_autoencoder(self.card.autoencoder, self.device)
         self.objective = objective_of(architecture, self.config)
         self.validation = list(held_out(data, self.config.batch_size, self.objective))
+        seed, budget = derive_seed(self.config.seed, ORDER), self.config.tokens_a_step
+        self.sampler: FixedCount | TokenBudget = FixedCount(dataset.images, self.config.batch_size, seed)
+        if budget is not None:
+            self.sampler = TokenBudget(dataset.images, budget, seed)
         # Last of what can fail on wrong input: a run folder is only made for a run that can start.
         settle(run, Preset(preset.about, architecture, preset.training), dataset.card, init)
         self.ema = deepcopy(self.master).eval().requires_grad_(False)
@@ -100,8 +105,6 @@ class Trainer:
         if dtype != torch.float32:  # not FiT.to: diffusers' warns of modules that there are none of
             self.model = torch.nn.Module.to(deepcopy(self.master), dtype)
         self.optimizers = optimizers(self.master, self.config)
-        seed = derive_seed(self.config.seed, ORDER)
-        self.order = EndlessOrder(dataset.first_rows, len(dataset.rows), seed)
         self.step = 0
         newest = newest_checkpoint(run)
         if newest:
@@ -111,7 +114,7 @@ class Trainer:
     def advance(self, report: Callable[[Progress], None]) -> None:
         """One step, and what is due after it."""
         config, started = self.config, time.monotonic()
-        sample, labels = self.batch(self.step * config.batch_size, config.batch_size)
+        sample, labels = self.batch(self.sampler.step(self.step))
         output = self.model(sample.noisy, sample.t_B, labels)
         loss = self.objective.loss(output, sample).mean()
         loss.backward()
@@ -122,7 +125,7 @@ class Trainer:
             )
         self.update()
         self.step += 1
-        rate = config.batch_size / (time.monotonic() - started)
+        rate = len(labels) / (time.monotonic() - started)
         report(Progress(self.step, value, rate))
         if self.step % config.log_every == 0:
             line = {"loss": value, "gradient_norm": norm, "images_per_second": round(rate, 1)}
@@ -134,12 +137,11 @@ class Trainer:
         if self.step % config.sample_every == 0:
             self.draw()
 
-    def batch(self, start: int, count: int) -> tuple[PathSample, Tensor]:
-        """The pictures at positions start… of the endless order, corrupted."""
-        rows = self.order.rows(start, start + count)
-        order = self.dataset.by_length(rows)
-        packed, labels = self.dataset.batch(rows[order])
-        keys = [(self.config.seed, CORRUPTION, start + int(i)) for i in order]
+    def batch(self, chosen: Step) -> tuple[PathSample, Tensor]:
+        """The pictures of a step, corrupted."""
+        order = self.dataset.by_length(chosen.rows)
+        packed, labels = self.dataset.batch(chosen.rows[order])
+        keys = [(self.config.seed, CORRUPTION, int(key)) for key in chosen.keys[order]]
         sample, dropped = corrupted(packed, keys, self.objective, self.config.label_dropout)
         labels = torch.where(dropped, self.master.null_label, labels)
         return sample.to(self.device), labels.to(self.device)

@@ -1,0 +1,146 @@
+"""Which images a step takes: a fixed number, or as many as fill a budget of tokens.
+
+Both are functions of (seed, step) alone, so a run may stop anywhere and go on with any number of
+processes. Every image comes once an epoch. A dataset row is one variant of an image (its mirror
+image, a crop); each epoch takes one variant of each image, all equally likely.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from fitv2.errors import UserError
+
+FILL = 0.995  # share of the budget that an average pack is planned to fill
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The images of a dataset, as far as planning needs them."""
+
+    first_rows: np.ndarray  # the first row of each image
+    lengths: np.ndarray  # tokens of each row
+
+    @property
+    def variants(self) -> np.ndarray:
+        """Rows of each image."""
+        return np.diff(self.first_rows, append=len(self.lengths))
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """One row of each image."""
+        return self.first_rows + rng.integers(self.variants)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The images of one step."""
+
+    rows: np.ndarray  # of the dataset
+    keys: np.ndarray  # a number for each, which no other image of the run has: its randomness follows
+
+
+class FixedCount:
+    """So many images a step, whatever their sizes: as the paper trains."""
+
+    def __init__(self, images: Images, count: int, seed: int) -> None:
+        self.images, self.count, self.seed = images, count, seed
+        self._epoch = lru_cache(maxsize=2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, epoch))
+        return rng.permutation(self.images.draw(rng))
+
+    def step(self, step: int) -> Step:
+        """Images step·count to (step+1)·count of an endless sequence of epochs."""
+        keys = np.arange(step * self.count, (step + 1) * self.count)
+        epochs, places = np.divmod(keys, len(self.images.first_rows))
+        rows = [self._epoch(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        return Step(np.concatenate(rows), keys)
+
+
+class TokenBudget:
+    """At most `budget` tokens a step, in packs of nearly equal size.
+
+    An epoch has always as many packs, however its variants fall, so a step's number tells its epoch.
+    Images are dealt out in strata of equal length, the longest first, each time to the emptiest packs
+    (longest processing time first, Graham 1969, a stratum at a time): packs differ by few tokens, so
+    every step and every rank has equal work. Raises UserError when an image is longer than the budget.
+    """
+
+    def __init__(self, images: Images, budget: int, seed: int) -> None:
+        longest = int(images.lengths.max())
+        if longest > budget:
+            raise UserError(f"--tokens-a-step is {budget}; the longest image has {longest} tokens")
+        self.images, self.budget, self.seed = images, budget, seed
+        self.packs = self._packs_an_epoch()
+        self._epoch = lru_cache(maxsize=2)(self.plan)
+
+    def _packs_an_epoch(self) -> int:
+        """Enough for the tokens of an epoch to fill `FILL` of them, and of any epoch (six deviations) all.
+
+        More where packs hold so few images that some dealt packs are above the budget.
+        """
+        lengths, first_rows = self.images.lengths.astype(np.float64), self.images.first_rows
+        mean = np.add.reduceat(lengths, first_rows) / self.images.variants
+        square = np.add.reduceat(lengths**2, first_rows) / self.images.variants
+        most = mean.sum() + 6 * np.sqrt(np.maximum(square - mean**2, 0).sum())
+        packs = int(np.ceil(max(mean.sum() / FILL, most) / self.budget))
+        drawn = np.sort(lengths[self.images.draw(np.random.default_rng((self.seed, 0)))])[::-1]
+        while dealt(drawn, packs)[1].max() > self.budget:
+            packs = int(np.ceil(packs * 1.002))
+        return packs
+
+    def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The epoch's images ordered by pack, their rows, and where each pack begins (packs+1,)."""
+        rng = np.random.default_rng((self.seed, epoch))
+        rows = self.images.draw(rng)
+        shuffled = rng.permutation(len(rows))
+        longest_first = shuffled[np.argsort(-self.images.lengths[rows[shuffled]], kind="stable")]
+        lengths = self.images.lengths[rows[longest_first]].astype(np.int64)
+        pack, filled = dealt(lengths, self.packs)
+        relieve(pack, filled, lengths, self.budget)
+        pack = rng.permutation(self.packs)[pack]  # else the first packs would always hold the longest
+        order = np.argsort(pack, kind="stable")
+        bounds = np.searchsorted(pack[order], np.arange(self.packs + 1))
+        images = longest_first[order]
+        return images, rows[images], bounds
+
+    def step(self, step: int) -> Step:
+        """Pack number `step` of an endless sequence of epochs."""
+        epoch, pack = divmod(step, self.packs)
+        images, rows, bounds = self._epoch(epoch)
+        inside = slice(bounds[pack], bounds[pack + 1])
+        return Step(rows[inside], epoch * len(self.images.first_rows) + images[inside])
+
+
+def dealt(lengths: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pack of each image, and each pack's tokens. `lengths` fall."""
+    pack = np.empty(len(lengths), dtype=np.int64)
+    filled = np.zeros(packs, dtype=lengths.dtype)
+    for start in range(0, len(lengths), packs):
+        stratum = slice(start, start + packs)
+        emptiest = np.argsort(filled, kind="stable")[: len(lengths[stratum])]
+        pack[stratum] = emptiest
+        filled[emptiest] += lengths[stratum]
+    return pack, filled
+
+
+def relieve(pack: np.ndarray, filled: np.ndarray, lengths: np.ndarray, budget: int) -> None:
+    """Swap images of packs above the budget with shorter ones of the emptiest, or move them there.
+
+    In place. Hardly ever needed: only if an epoch deals worse than the one the packs were counted by.
+    """
+    while filled.max() > budget:
+        full, emptiest = int(filled.argmax()), int(filled.argmin())
+        here, there = np.flatnonzero(pack == full), np.flatnonzero(pack == emptiest)
+        gains = lengths[here][:, None] - np.append(lengths[there], 0)[None]  # the last column is a move
+        fits = (gains > 0) & (gains <= budget - filled[emptiest])
+        if not fits.any():
+            raise UserError(f"--tokens-a-step {budget} is too small for images of these lengths")
+        i, j = np.unravel_index(np.where(fits, gains, 0).argmax(), gains.shape)
+        pack[here[i]] = emptiest
+        if j < len(there):
+            pack[there[j]] = full
+        filled[full] -= gains[i, j]
+        filled[emptiest] += gains[i, j]

@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+
+from fitv2.errors import UserError
+from fitv2.packing import FixedCount, Images, TokenBudget, dealt, relieve
+
+
+def images(pictures=4_000, variants=2, seed=0, low=60, high=256):
+    """Lengths of ImageNet-like pictures: most near the limit, some far below."""
+    rng = np.random.default_rng([seed, 1, 2, 3])  # numpy pads with zeros: (0,) and (0, 0) are one seed
+    common = rng.choice([234, 224, 240, 256], pictures)
+    lengths = np.where(rng.random(pictures) < 0.8, common, rng.integers(low, high + 1, pictures))
+    rows = np.repeat(lengths, variants)
+    rows[1::variants] = high  # the cropped variant
+    return Images(np.arange(0, pictures * variants, variants), rows)
+
+
+UNEVEN = Images(np.array([0, 3, 4, 8]), np.array([5, 6, 7, 3, 1, 2, 3, 4, 9, 9]))  # 3, 1, 4, 2 variants
+
+
+@pytest.mark.parametrize("sampler", [FixedCount(UNEVEN, 4, 0), TokenBudget(UNEVEN, 30, 0)])
+def test_every_image_once_an_epoch_and_every_variant_in_time(sampler):
+    steps = [sampler.step(i) for i in range(400)]
+    assert all(len(step.rows) == 4 for step in steps)  # each pack holds all four
+    rows = np.concatenate([step.rows for step in steps])
+    of_image = np.searchsorted(UNEVEN.first_rows, rows, side="right") - 1
+    assert (np.sort(of_image.reshape(-1, 4), axis=1) == np.arange(4)).all()
+    counts = np.bincount(rows, minlength=10)
+    assert (counts[8:] > 160).all()
+    assert (counts[4:8] > 70).all()
+    keys = np.concatenate([step.keys for step in steps])
+    assert len(np.unique(keys)) == len(keys) == 1600
+
+
+def test_a_fixed_count_goes_on_over_the_end_of_an_epoch():
+    by_three, by_five = (FixedCount(UNEVEN, count, seed=3) for count in (3, 5))
+    threes = np.concatenate([by_three.step(i).rows for i in range(20)])
+    fives = np.concatenate([by_five.step(i).rows for i in range(12)])
+    assert (threes == fives).all()
+    assert not (threes == np.concatenate([FixedCount(UNEVEN, 3, 4).step(i).rows for i in range(20)])).all()
+
+
+@pytest.mark.parametrize("budget", [8_192, 16_384, 65_536])
+def test_packs_are_full_equal_and_within_the_budget(budget):
+    many = images(40_000)
+    sampler = TokenBudget(many, budget, seed=0)
+    for epoch in range(3):
+        chosen, rows, bounds = sampler.plan(epoch)
+        assert (np.sort(chosen) == np.arange(40_000)).all()
+        assert (np.searchsorted(many.first_rows, rows, side="right") - 1 == chosen).all()
+        filled = np.add.reduceat(many.lengths[rows], bounds[:-1])
+        assert filled.max() <= budget
+        assert filled.sum() / (budget * sampler.packs) > 0.99
+        assert filled.min() > 0.95 * filled.max()
+
+
+def test_a_step_is_a_function_of_seed_and_number():
+    first, second = (TokenBudget(images(), 4_096, seed=1) for _ in range(2))
+    ahead = second.step(500)
+    for i in range(0, 501, 100):
+        step = first.step(i)
+    assert (step.rows == ahead.rows).all()
+    assert (step.keys == ahead.keys).all()
+    other = TokenBudget(images(), 4_096, seed=2).step(500)
+    assert len(other.rows) != len(ahead.rows) or (other.rows != ahead.rows).any()
+
+
+def test_neighbours_in_a_pack_change_from_epoch_to_epoch():
+    sampler = TokenBudget(images(400), 4_096, seed=0)
+    packs = [frozenset(sampler.step(i).keys % 400) for i in range(3 * sampler.packs)]
+    assert len(set(packs)) == len(packs)
+
+
+def test_an_image_above_the_budget_is_named():
+    with pytest.raises(UserError, match="--tokens-a-step is 200; the longest image has 256 tokens"):
+        TokenBudget(images(), 200, seed=0)
+
+
+def test_a_budget_for_everything_is_one_pack():
+    sampler = TokenBudget(UNEVEN, 1000, seed=0)
+    assert sampler.packs == 1
+    assert len(sampler.step(7).rows) == 4
+
+
+def test_dealing_evens_out():
+    pack, filled = dealt(np.array([9, 8, 7, 5, 3, 1]), 3)
+    assert filled.tolist() == [np.array([9, 8, 7, 5, 3, 1])[pack == i].sum() for i in range(3)]
+    assert filled.max() - filled.min() <= 3
+
+
+def test_relieving_swaps_and_moves():
+    lengths = np.array([6, 5, 4, 3])
+    pack, filled = np.array([0, 0, 1, 1]), np.array([11, 7])
+    relieve(pack, filled, lengths, 10)
+    assert filled.max() <= 10
+    assert filled.tolist() == [lengths[pack == i].sum() for i in range(2)]
+    pack, filled = np.array([0, 0, 0, 1]), np.array([15, 3])
+    relieve(pack, filled, lengths, 11)
+    assert filled.max() <= 11
+    assert filled.tolist() == [lengths[pack == i].sum() for i in range(2)]
+    with pytest.raises(UserError, match="too small"):
+        relieve(np.array([0, 0]), np.array([11]), np.array([6, 5]), 10)
