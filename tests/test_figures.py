@@ -2,7 +2,7 @@ import numpy as np
 from PIL import Image
 
 from conftest import picture
-from fitv2.figures import contact_sheet, loss_curve
+from fitv2.figures import contact_sheet, dataset_plots, loss_curve
 
 
 def test_sheet_shows_every_picture_unscaled():
@@ -18,3 +18,9 @@ def test_loss_curve_is_a_picture(tmp_path):
     loss_curve(lines, tmp_path / "loss.png", "title")
     loss_curve([], tmp_path / "empty.png", "a run that ended before its first line")
     assert Image.open(tmp_path / "loss.png").size == (960, 540)
+
+
+def test_dataset_plots_are_a_picture_for_many_labels_too(tmp_path):
+    labels = {f"label {i}": i for i in range(100)}
+    dataset_plots(np.array([4, 16]), np.array([1.0, 2.0]), labels, tmp_path / "plots.png", "title")
+    assert Image.open(tmp_path / "plots.png").size == (1500, 450)

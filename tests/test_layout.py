@@ -27,7 +27,7 @@ LEVELS = [
     {"guidance", "released", "transport"},
     {"checkpoint"},
     {"convert", "encode", "sample"},
-    {"train"},
+    {"inspection", "train"},
     {"demo"},
     {"cli"},
     {"__init__", "__main__"},

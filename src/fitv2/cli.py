@@ -132,6 +132,23 @@ class Convert:
 
 
 @dataclass(frozen=True)
+class Inspect:
+    """Show what a folder of tokens holds, and check that every shard is whole.
+
+    Prints counts; writes plots.png and samples.png into OUT.
+    """
+
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder of tokens, made by `fitv2 encode` or `fitv2 convert`."""
+    out: Path = Path("inspection")
+    """Folder for the pictures."""
+    samples: int = 24
+    """Pictures to decode; 0 needs no autoencoder."""
+    seed: int = 0
+    """Which pictures."""
+
+
+@dataclass(frozen=True)
 class Demo:
     """Make pictures at six sizes with the shipped model, then train it for another minute."""
 
@@ -266,6 +283,23 @@ def convert(options: Convert) -> int:
     return FINISHED_WITH_SKIPS
 
 
+def inspect(options: Inspect) -> int:
+    """Run `fitv2 inspect`."""
+    from fitv2.inspection import draw, sheet, survey, table, wrong_shards
+
+    at_least(0, samples=options.samples, seed=options.seed)
+    card, splits = survey(options.data)
+    print(table(card, splits))
+    wrong = list(wrong_shards(options.data, card, lambda names: tqdm(names, "check", unit="shard")))
+    if wrong:
+        raise UserError("; ".join(wrong))
+    draw(card, splits, options.out / "plots.png", str(options.data))
+    if options.samples:
+        sheet(options.data, card, options.samples, options.seed, options.out / "samples.png")
+    print(f"every shard is whole; pictures in {options.out}")
+    return 0
+
+
 def demo(options: Demo) -> int:
     """Run `fitv2 demo`."""
     from fitv2.demo import demo
@@ -279,6 +313,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "train": (Train, train),
     "sample": (Sample, sample),
     "convert": (Convert, convert),
+    "inspect": (Inspect, inspect),
     "demo": (Demo, demo),
 }
 

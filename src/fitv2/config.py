@@ -41,6 +41,8 @@ def _checked(name: str, value: Any, wanted: Any) -> Any:
         if len(kinds) == len(value):
             return tuple(_checked(name, item, kind) for item, kind in zip(value, kinds, strict=True))
         wanted = typing.Never
+    if origin is dict and isinstance(value, dict):
+        return {key: _checked(f"{name}, {key}", item, arguments[1]) for key, item in value.items()}
     if origin is typing.Literal:
         fits = value in arguments
     elif origin in (types.UnionType, typing.Union):

@@ -206,7 +206,8 @@ def convert_latents(
             raise UserError(f"none of the {len(latents.pictures)} latents can be used: {skipped[:1]}")
         writer.flush()
         write_skipped(folder, skipped)
-        write_card(folder, DatasetCard(labels, autoencoder, 2, 4, latents.max_tokens, {"train": kept}))
+        card = DatasetCard(labels, autoencoder, 2, 4, latents.max_tokens, {"train": kept}, writer.shards)
+        write_card(folder, card)
     return kept, len(skipped)
 
 

@@ -5,6 +5,7 @@ A row is one variant of one picture: `tokens` (length × C float16, row by row),
 neighbouring rows, counted from 0; pictures may have different numbers of them.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +27,14 @@ SHARD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
+class Shard:
+    """What a whole shard is known by."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class DatasetCard:
     """What the tokens of a dataset are."""
 
@@ -35,6 +44,7 @@ class DatasetCard:
     in_channels: int
     max_tokens: int
     pictures: dict[str, int]  # of each split
+    shards: dict[str, Shard]  # by file name
 
 
 class ShardWriter:
@@ -42,7 +52,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, split: str) -> None:
         self.folder, self.split = folder, split
-        self.shards = 0
+        self.shards: dict[str, Shard] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -73,11 +83,17 @@ class ShardWriter:
         ends = np.cumsum([0, *(len(array) for array in self.tokens)], dtype=np.int32)
         tokens = pa.ListArray.from_arrays(ends, pa.FixedSizeListArray.from_arrays(numbers, channels))
         table = pa.table({"tokens": tokens, **self.columns})
-        path = self.folder / f"{self.split}-{self.shards:05d}.arrow"
+        path = self.folder / f"{self.split}-{len(self.shards):05d}.arrow"
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
             stream.write_table(table)
-        self.shards += 1
+        self.shards[path.name] = Shard(path.stat().st_size, digest(path))
         self._clear()
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_card(folder: Path, card: DatasetCard) -> None:
@@ -99,7 +115,15 @@ class TokenDataset:
 
         folder = Path(folder)
         self.card = from_dict(DatasetCard, read_json(folder / CARD))
-        shards = sorted(folder.glob(f"{split}-*.arrow"))
+        names = sorted(name for name in self.card.shards if name.startswith(f"{split}-"))
+        shards = [folder / name for name in names]
+        for shard in shards:
+            held = shard.stat().st_size if shard.exists() else 0
+            if held != self.card.shards[shard.name].bytes:
+                raise UserError(
+                    f"{shard} is damaged: it has {held} of {self.card.shards[shard.name].bytes} bytes;"
+                    " encode again"
+                )
         try:
             parts = [Dataset.from_file(str(shard)) for shard in shards]
         except (OSError, ValueError) as error:

@@ -91,6 +91,7 @@ def encode(
             in_channels=codec.channels,
             max_tokens=max(max_tokens),
             pictures=counts,
+            shards={name: shard for writer in writers.values() for name, shard in writer.shards.items()},
         )
         write_card(folder, card)
     return Report(counts, len(skipped))

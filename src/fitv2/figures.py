@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fitv2.files import whole_file
@@ -65,3 +66,25 @@ def loss_curve(lines: Sequence[dict[str, Any]], out: Path, title: str) -> None:
         axes.legend()
     with whole_file(out) as partial:
         figure.savefig(partial, dpi=120)
+
+
+def dataset_plots(
+    tokens: np.ndarray, aspects: np.ndarray, labels: dict[str, int], out: Path, title: str
+) -> None:
+    """Plot what a dataset holds: tokens a picture, aspect ratios (columns over rows), pictures a label."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    lengths, shapes, counts = figure.subplots(1, 3)
+    lengths.hist(tokens, bins=40, color="#08519c")
+    lengths.set(xlabel="tokens", ylabel="pictures, with their variants", title="length")
+    shapes.hist(aspects, bins=40, color="#08519c")
+    shapes.set(xlabel="columns / rows", title="aspect ratio")
+    most = sorted(labels.items(), key=lambda pair: -pair[1])[:30]
+    counts.bar(range(len(most)), [count for _, count in most], color="#08519c")
+    counts.set_xticks(range(len(most)), [name[:18] for name, _ in most], rotation=90, fontsize=8)
+    some = f"the {len(most)} commonest of {len(labels)} labels"
+    counts.set(title="labels" if len(most) == len(labels) else some)
+    figure.suptitle(title)
+    with whole_file(out) as partial:
+        figure.savefig(partial, dpi=100)

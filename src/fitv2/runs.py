@@ -24,7 +24,9 @@ def settle(run: Path, preset: Preset, data: DatasetCard, init: str | None) -> No
     Only FREE settings may change. Raises UserError naming the others.
     """
     path = run / "run.json"
-    described = {"data": json.loads(json.dumps(asdict(data))), "init": init, **asdict(preset)}
+    tokens = json.loads(json.dumps(asdict(data)))
+    del tokens["shards"]  # the same pictures encoded elsewhere are the same data
+    described = {"data": tokens, "init": init, **json.loads(json.dumps(asdict(preset)))}
     if path.exists():
         before = read_json(path)
         if not all(isinstance(before.get(part), dict) for part in ("data", "model", "training")):

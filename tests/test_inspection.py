@@ -1,0 +1,59 @@
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fitv2.cli import run
+from fitv2.errors import UserError
+from fitv2.inspection import sheet, survey, table, wrong_shards
+
+
+@pytest.fixture
+def copied(tokens, tmp_path):
+    return shutil.copytree(tokens, tmp_path / "set")
+
+
+def test_the_table_counts_what_is_there(tokens):
+    card, (split,) = survey(tokens)
+    assert (split.name, split.pictures, len(split.sizes)) == ("train", 12, 24)
+    text = table(card, [split])
+    assert "at most 16 tokens, 2 labels, 1 shards" in text
+    row = text.splitlines()[-1].split()
+    lengths = split.sizes.prod(axis=1)
+    spread = [lengths.min(), int(np.median(lengths)), lengths.max()]
+    assert row[:6] == ["train", "12", "24", *map(str, spread)]
+
+
+def test_pictures_are_drawn(tokens, tmp_path, capsys):
+    assert run(["inspect", str(tokens), "--out", str(tmp_path / "out"), "--samples", "10"]) == 0
+    assert "every shard is whole" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out" / "plots.png").size == (1500, 450)
+    assert Image.open(tmp_path / "out" / "samples.png").width > 200
+
+
+def test_samples_are_the_pictures(tokens, tmp_path):
+    card, _ = survey(tokens)
+    sheet(tokens, card, 4, 0, tmp_path / "a.png")
+    sheet(tokens, card, 4, 0, tmp_path / "b.png")
+    sheet(tokens, card, 4, 1, tmp_path / "c.png")
+    one, same, other = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert one == same != other
+
+
+def test_a_changed_byte_is_found_and_its_shard_named(copied):
+    shard = copied / "train-00000.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    card, _ = survey(copied)
+    assert [*wrong_shards(copied, card)] == [f"{shard} is damaged: its bytes are not those that were written"]
+    with pytest.raises(UserError, match=r"train-00000\.arrow is damaged"):
+        run(["inspect", str(copied), "--samples", "0"])
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"x" * 100)])
+def test_a_missing_or_cut_shard_is_named_at_once(copied, damage):
+    damage(copied / "train-00000.arrow")
+    with pytest.raises(UserError, match=r"train-00000\.arrow is damaged: it has (0|100) of \d+ bytes"):
+        survey(copied)
