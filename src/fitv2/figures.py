@@ -58,7 +58,7 @@ def loss_curve(lines: Sequence[dict[str, Any]], out: Path, title: str) -> None:
             markersize=3,
             label="held-out pictures, times spread evenly",
         )
-    axes.set(title=title, xlabel="step", ylabel="velocity error (mean square)", yscale="log")
+    axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:.2g}")
     axes.grid(alpha=0.3, which="both")
