@@ -17,7 +17,7 @@ Output = Callable[[Tensor, Tensor], Tensor]  # (x (T, C) float32, t () or (B,)) 
 
 
 def guided(model: FiT, packed: PackedTokens, label_B: Tensor, guidance: Guidance) -> Output:
-    """What the model says of images laid out like `packed`: out∅ + w(t)·(out_label − out∅).
+    """What the model says of images laid out like `packed`, float32: out∅ + w(t)·(out_label − out∅).
 
     The channels that are not guided, and a predicted variance, are those with the label. Where an
     image's time lies outside the interval (Kynkäänniemi et al., arXiv 2404.07724), and at scale 1, it
@@ -33,7 +33,7 @@ def guided(model: FiT, packed: PackedTokens, label_B: Tensor, guidance: Guidance
         progress_B = 1 - t_B / STEPS if chosen.path == "ddpm" else t_B  # from noise to data
         inside = _inside(guidance, progress_B)
         if not inside or guidance.scale == 1.0:
-            return model(state, t_B, label_B)
+            return model(state, t_B, label_B).float()
         conditional, unconditional = _both(model, state, t_B, label_B, inside)
         strength_T1 = packed.spread(_strength(guidance, progress_B))[:, None]
         first, rest = conditional.split([guided_numbers, conditional.shape[1] - guided_numbers], dim=1)
