@@ -23,7 +23,7 @@ LEVELS = [
         "tokens",
     },
     {"attention", "autoencoder", "bars", "data", "figures", "flow", "presets", "rope"},
-    {"ddpm", "model", "runs"},
+    {"ddpm", "model", "options", "runs"},
     {"guidance", "released", "transport"},
     {"checkpoint"},
     {"convert", "encode", "sample"},

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fitv2.config import from_dict
 from fitv2.errors import UserError, nearest
 from fitv2.model import FiT
 from fitv2.presets import PRESETS
@@ -145,13 +146,16 @@ def _rope(given: Mapping[str, Any]) -> Rope:
         if None in (given["max_pe_len_h"], given["max_pe_len_w"]):
             raise UserError(f"custom_freqs={name!r} without online_rope needs max_pe_len_h and max_pe_len_w")
         grid = (int(given["max_pe_len_h"]), int(given["max_pe_len_w"]))
-    return Rope(
-        extrapolation,  # type: ignore[arg-type]
-        per_axis=bool(given["decouple"]),
-        attention_scale=attention_scale,  # type: ignore[arg-type]
-        train_side=given["ori_max_pe_len"],
-        grid=grid,
-        base=float(given["rope_theta"]),
+    return from_dict(
+        Rope,
+        {
+            "extrapolation": extrapolation,
+            "attention_scale": attention_scale,
+            "per_axis": bool(given["decouple"]),
+            "train_side": given["ori_max_pe_len"],
+            "grid": grid,
+            "base": float(given["rope_theta"]),
+        },
     )
 
 
