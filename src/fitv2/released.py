@@ -236,8 +236,7 @@ def _shapes(architecture: Architecture) -> dict[str, torch.Size]:
 
 def _refuse(wrong: list[str]) -> None:
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise UserError(f"not the tensors of this model: {'; '.join(wrong[:4])}{more}")
+        raise UserError(f"not the tensors of this model: {'; '.join(wrong)}")
 
 
 # Recognition ------------------------------------------------------------------------------------
@@ -271,7 +270,16 @@ def recognised(released: Weights, heads: int | None = None) -> Architecture:
         )
     except (KeyError, ValueError) as error:
         raise UserError(f"these are not weights of a released FiT: {error} is missing or odd") from error
-    return _plain(architecture)
+    architecture = _plain(architecture)
+    if heads is None:  # else a lost block would look like a smaller model
+        known = [
+            p.model
+            for p in PRESETS.values()
+            if p.model.width == width and p.model.adaln == architecture.adaln
+        ]
+        if known and architecture not in known:
+            ours(known[0], released)
+    return architecture
 
 
 def _heads(width: int) -> int:

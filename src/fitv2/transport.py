@@ -106,6 +106,8 @@ def _stochastic(
         # ODE's, because the noise of some forms (sbdm: (1−t)/t) is without bound at t = 0.
         alpha, sigma = flow.path.coefficients(times[-1])
         size = sampling.last_step_size
+        if start + size >= stop:
+            raise UserError(f"--last-step-size is {size}; towards noise it must leave room between both ends")
         times = torch.linspace(stop, start + size, steps, device=x_TC.device)
         x_TC = solve(drift, strength, alpha * x_TC + sigma * draw(), times, draw, progress)
         return x_TC - size * velocity(x_TC, times[-1])
@@ -116,7 +118,8 @@ def _stochastic(
 def stochastic_interval(flow: Flow, sampling: Sampling) -> tuple[float, float]:
     """From where to where an SDE is followed: the score is infinite at data, some forms at noise.
 
-    As in the released code, with one difference: it has no margin for VP and fails there.
+    As in the released code where that keeps a margin; where it keeps none (VP, sbdm, no last step) and
+    mostly fails, 1e-3.
     """
     start, _ = flow.interval()
     if sampling.diffusion == "sbdm" and flow.path_name != "vp":
@@ -163,6 +166,8 @@ def log_likelihood(
     each image's own generator: unbiased, and exact where the Jacobian is diagonal. `velocity` must not
     be guided. The estimate is of the density of latents, not of pixels.
     """
+    if sampling.solver in solvers.STOCHASTIC or probes < 1:
+        raise UserError("a likelihood needs an ODE solver and at least one probe")
     channels = data.x_TC.shape[1]
     shape = (probes, channels)
     drawn = [
