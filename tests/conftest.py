@@ -13,6 +13,7 @@ from fitv2.encode import encode
 from fitv2.flow import noise
 from fitv2.model import FiT
 from fitv2.runtime import generator
+from fitv2.settings import Encoding
 
 torch.set_num_threads(1)
 os.environ["FITV2_DEVICE"] = "cpu"  # tests marked gpu name theirs
@@ -54,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
 def tokens(folder, tmp_path_factory) -> Path:
     """That folder, encoded in pixels, at most 16 tokens a picture."""
     out = tmp_path_factory.mktemp("tokens") / "set"
-    encode(folder, out, max_tokens=(16,))
+    encode(folder, out, Encoding(max_tokens=(16,)), workers=0)
     return out
 
 

@@ -224,9 +224,11 @@ def test_latents_become_pictures_with_all_their_variants(latents, tmp_path):
     packed, _ = dataset.batch(torch.arange(8).numpy())
     whole = load_file(latents / "from_16_to_16" / "a.safetensors")["feature"]
     torch.testing.assert_close(packed.x_TC[:12], whole.half().float().flatten(0, 2), rtol=0, atol=0)
-    card = dataset.card
-    assert (card.autoencoder, card.patch_size, card.in_channels) == ("stabilityai/sd-vae-ft-ema", 2, 4)
-    assert card.labels[7] == "cock"
+    assert dataset.cropped.tolist() == [0] * 6 + [1] * 2
+    about = dataset.card.about
+    assert (about.autoencoder, about.scale, about.shift) == ("stabilityai/sd-vae-ft-ema", 0.18215, 0)
+    assert (about.patch_size, about.in_channels, about.max_tokens) == (2, 4, 16)
+    assert about.labels[7] == "cock"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ from PIL import Image
 
 from fitv2.cli import run
 from fitv2.errors import UserError
-from fitv2.inspection import sheet, survey, table, wrong_shards
+from fitv2.inspection import MOST_LABELS, label_lines, sheet, survey, table
 
 
 @pytest.fixture
@@ -16,13 +17,25 @@ def copied(tokens, tmp_path):
 
 def test_the_table_counts_what_is_there(tokens):
     card, (split,) = survey(tokens)
-    assert (split.name, split.pictures, len(split.sizes)) == ("train", 12, 24)
-    text = table(card, [split])
-    assert "at most 16 tokens, 2 labels, 1 shards" in text
-    row = text.splitlines()[-1].split()
+    assert (split.name, len(split.labels), len(split.sizes)) == ("train", 12, 24)
+    lines = table(card, [split]).splitlines()
+    assert "at most 16 tokens" in lines[0]
+    assert lines[1].startswith("1 shards, ")
     lengths = split.sizes.prod(axis=1)
     spread = [lengths.min(), int(np.median(lengths)), lengths.max()]
-    assert row[:6] == ["train", "12", "24", *map(str, spread)]
+    assert lines[4].split()[:7] == ["train", "12", "24", "0", *map(str, spread)]
+    assert [line.split() for line in lines[-2:]] == [["blue", "6"], ["red", "6"]]
+
+
+def test_of_many_labels_the_commonest_and_the_rarest_are_shown(tokens):
+    _, (split,) = survey(tokens)
+    counts = np.arange(100)
+    many = replace(split, labels=np.repeat(counts, counts))
+    lines = [line.split() for line in label_lines(tuple(f"l{i}" for i in range(100)), [many])]
+    assert lines[1] == ["l99", "99"]
+    assert lines[MOST_LABELS // 2 + 1] == ["…", "60", "more", "…"]
+    assert lines[-1] == ["l0", "0"]
+    assert len(lines) == MOST_LABELS + 2
 
 
 def test_pictures_are_drawn(tokens, tmp_path, capsys):
@@ -46,8 +59,6 @@ def test_a_changed_byte_is_found_and_its_shard_named(copied):
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    card, _ = survey(copied)
-    assert [*wrong_shards(copied, card)] == [f"{shard} is damaged: its bytes are not those that were written"]
     with pytest.raises(UserError, match=r"train-00000\.arrow is damaged"):
         run(["inspect", str(copied), "--samples", "0"])
 

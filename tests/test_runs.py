@@ -4,13 +4,14 @@ from dataclasses import replace
 import pytest
 
 from fitv2.config import from_dict, read_json
-from fitv2.data import DatasetCard
 from fitv2.errors import UserError
 from fitv2.presets import Architecture, Training, preset
 from fitv2.runs import cut_log, read_log, settle
+from fitv2.shards import About, DatasetCard
 
 DEBUG = preset("debug")
-DATA = DatasetCard(("a", "b"), "pixels", 16, 3, 64, {"train": 9}, {})
+ABOUT = About(("a", "b"), "pixels", 1.0, 0.0, 16, 3, 64, {"shard_size": 9})
+DATA = DatasetCard(2, ABOUT, {"train": 9}, {"train": 18}, {"train": 90}, {}, {})
 
 
 def test_run_json_rebuilds_the_preset(tmp_path):
@@ -18,7 +19,8 @@ def test_run_json_rebuilds_the_preset(tmp_path):
     values = read_json(tmp_path / "run" / "run.json")
     assert from_dict(Architecture, values["model"]) == DEBUG.model
     assert from_dict(Training, values["training"]) == DEBUG.training
-    assert from_dict(DatasetCard, values["data"] | {"shards": {}}) == DATA
+    data = {key: value for key, value in values["data"].items() if key not in ("pictures", "rows")}
+    assert from_dict(About, data) == replace(ABOUT, encoding={})
 
 
 def test_only_when_may_change_not_what(tmp_path):
@@ -32,7 +34,7 @@ def test_only_when_may_change_not_what(tmp_path):
     with pytest.raises(UserError, match="another init"):
         settle(run, DEBUG, DATA, "clipart")
     with pytest.raises(UserError, match="another labels"):
-        settle(run, DEBUG, replace(DATA, labels=("b", "a")), None)
+        settle(run, DEBUG, replace(DATA, about=replace(ABOUT, labels=("b", "a"))), None)
     assert read_json(run / "run.json")["training"]["seed"] == 0
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fitv2.checkpoint import checkpoints, load_model, newest_checkpoint
-from fitv2.data import TokenDataset
+from fitv2.data import Steps, TokenDataset
 from fitv2.encode import encode
 from fitv2.errors import UserError
 from fitv2.flow import Flow
@@ -18,7 +18,7 @@ from fitv2.packing import FixedCount
 from fitv2.presets import preset
 from fitv2.runs import read_log
 from fitv2.sample import Request, generate, load_codec
-from fitv2.settings import Sampling, Training
+from fitv2.settings import Encoding, Sampling, Training
 from fitv2.train import Trainer, held_out, learning_rate, train
 
 DEBUG = preset("debug")
@@ -134,7 +134,7 @@ def held_out_set(folder, tmp_path):
     (tmp_path / "source").mkdir()
     for split in ("train", "validation"):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "source" / f"{split}.parquet")
-    encode(tmp_path / "source", tmp_path / "set", max_tokens=(16,))
+    encode(tmp_path / "source", tmp_path / "set", Encoding(max_tokens=(16,)), workers=0)
     return tmp_path / "set"
 
 
@@ -180,7 +180,7 @@ def test_every_objective_trains_and_samples(folder, tmp_path, model):
 def test_latents_of_an_autoencoder_train_and_sample(folder, tiny_vae, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("vae").symlink_to(tiny_vae)
-    encode(folder, Path("set"), autoencoder="vae", max_tokens=(16,))
+    encode(folder, Path("set"), Encoding("vae", (16,)), workers=0)
     train(settings(steps=2, sample_every=2), Path("set"), Path("run"))
     monkeypatch.chdir("/")  # the run remembers its autoencoder by its full path
     model, card = load_model(tmp_path / "run")
@@ -210,9 +210,11 @@ def test_a_damaged_checkpoint_is_named(tokens, tmp_path):
 def test_batch_does_not_depend_on_its_size(tokens, tmp_path):
     """What a picture meets (time, noise, dropped label) follows from its position alone."""
     trainer = Trainer(settings(steps=1), TokenDataset(tokens), tokens, tmp_path / "run", None)
-    images = trainer.dataset.images
-    whole, _ = trainer.batch(FixedCount(images, 8, seed=0).step(0))
-    first, second = (trainer.batch(FixedCount(images, 4, seed=0).step(i))[0] for i in (0, 1))
+    eights, fours = (
+        Steps(trainer.dataset, FixedCount(trainer.dataset.images(), count, seed=0)) for count in (8, 4)
+    )
+    whole, _ = trainer.corrupted(eights[0])
+    first, second = (trainer.corrupted(fours[i])[0] for i in (0, 1))
     times = torch.cat([first.t_B, second.t_B])
     assert torch.equal(whole.t_B.sort().values, times.sort().values)
     noisy = torch.cat([first.noise_TC, second.noise_TC])
@@ -226,7 +228,7 @@ def test_a_token_budget_resumes_to_the_same_weights(tokens, tmp_path):
     parts = train(run(6), tokens, tmp_path / "parts")
     assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(parts), strict=True))
     trainer = Trainer(run(7), TokenDataset(tokens), tokens, tmp_path / "parts", None)
-    sizes = [trainer.batch(trainer.sampler.step(step))[0].noisy.x_TC.shape[0] for step in range(8)]
+    sizes = [len(trainer.steps[step].packed.x_TC) for step in range(8)]
     assert 24 < min(sizes) <= max(sizes) <= 40
 
 

@@ -1,7 +1,7 @@
 """Between pixels and latents. An autoencoder owns its statistics: what it returns is ready to train on."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,9 +18,14 @@ class Autoencoder(Protocol):
     name: str  # what `load_autoencoder` rebuilds it from
     channels: int
     downsample: int
+    scale: float  # latents are (the autoencoder's own − shift) · scale
+    shift: float
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Latents with about zero mean and unit variance, deterministic."""
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents with about zero mean and unit variance: the mean of their distribution.
+
+        With `noise`, standard normal of the latents' shape, that sample of it.
+        """
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, not clipped."""
@@ -32,9 +37,10 @@ class Pixels:
     name = "pixels"
     channels = 3
     downsample = 1
+    scale, shift = 1.0, 0.0
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """The pixels themselves."""
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The pixels themselves; their distribution has no width."""
         return pixels
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -43,7 +49,7 @@ class Pixels:
 
 
 class KLAutoencoder:
-    """Any diffusers `AutoencoderKL`. Encodes to the mean of its posterior."""
+    """Any diffusers `AutoencoderKL`."""
 
     def __init__(self, model: "AutoencoderKL", name: str) -> None:
         self.name = name
@@ -54,10 +60,13 @@ class KLAutoencoder:
         self.shift: float = getattr(model.config, "shift_factor", None) or 0.0
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """(posterior mean − shift) · scale."""
-        pixels = pixels.to(self.model.device, self.model.dtype)
-        return (self.model.encode(pixels).latent_dist.mode() - self.shift) * self.scale
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(posterior mean, or a sample − shift) · scale."""
+        posterior = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist
+        latents = posterior.mean.float()
+        if noise is not None:
+            latents = latents + posterior.std.float() * noise.to(latents.device)
+        return (latents - self.shift) * self.scale
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
@@ -66,7 +75,9 @@ class KLAutoencoder:
         return self.model.decode(latents / self.scale + self.shift).sample
 
 
-def load_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencoder:
+def load_autoencoder(
+    name: str, device: torch.device | str = "cpu", precision: Literal["float32", "bfloat16"] = "float32"
+) -> Autoencoder:
     """`"pixels"`, or a diffusers `AutoencoderKL` from a local folder or a hub name.
 
     Raises UserError when there is none of that name.
@@ -81,4 +92,5 @@ def load_autoencoder(name: str, device: torch.device | str = "cpu") -> Autoencod
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"autoencoder {name!r} cannot be loaded: {reason}") from error
     # A local folder by its full path: a run may be sampled from anywhere.
-    return KLAutoencoder(model.to(device), str(Path(name).resolve()) if Path(name).is_dir() else name)
+    model = model.to(device, getattr(torch, precision))
+    return KLAutoencoder(model, str(Path(name).resolve()) if Path(name).is_dir() else name)

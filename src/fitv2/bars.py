@@ -29,6 +29,35 @@ _SHARE_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{
 
 
 @contextlib.contextmanager
+def stages_bar(unit: str, shown: bool = True) -> Iterator[Callable[[str, int, int | None], None]]:
+    """One bar for stages after one another: told the stage, how many are done, and of how many.
+
+    What was done before a stage began counts for no speed. The last stage's bar stays.
+    """
+    bars: dict[str, Any] = {}
+
+    def progress(stage: str, done: int, total: int | None) -> None:
+        if stage not in bars:  # only now: what cannot start shows its reason and no bar
+            clear()
+            bars[stage] = tqdm(
+                desc=stage, total=total, initial=done, unit=unit, disable=not shown, smoothing=0.05
+            )
+        bars[stage].update(done - bars[stage].n)
+
+    def clear() -> None:
+        while bars:
+            _, bar = bars.popitem()
+            bar.leave = False
+            bar.close()
+
+    try:
+        yield progress
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+@contextlib.contextmanager
 def training_bar(training: Training) -> Iterator[Callable[..., None]]:
     """A bar over the steps, or over the seconds when the run is limited by time."""
     with contextlib.ExitStack() as stack:

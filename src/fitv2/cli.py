@@ -1,7 +1,7 @@
 """The command `fitv2`. Parses first and imports after, so that help and mistakes answer at once."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from fitv2 import __version__
 from fitv2.arguments import parse
-from fitv2.bars import share_bar, training_bar
+from fitv2.bars import share_bar, stages_bar, training_bar
 from fitv2.errors import UserError, nearest
 from fitv2.options import Convert, Demo, Encode, Inspect, Sample, Train
 from fitv2.presets import PRESETS, Preset, preset
@@ -23,19 +23,22 @@ FROM_DATA = ("--patch-size", "--in-channels", "--num-classes")  # no choice when
 def encode(options: Encode) -> int:
     """Run `fitv2 encode`."""
     from fitv2.encode import encode
+    from fitv2.runtime import ranks
 
-    at_least(1, max_tokens=min(options.max_tokens, default=0), patch_size=options.patch_size or 1)
-    report = encode(
-        options.source, options.out, autoencoder=options.autoencoder, patch_size=options.patch_size,
-        max_tokens=options.max_tokens, mirror=options.mirror,
-        progress=lambda pictures, total: tqdm(pictures, "encode", total, unit="image"),
-    )  # fmt: skip
+    at_least(0, workers=options.workers or 0)
+    rank, world = ranks()
+    with stages_bar("image", shown=rank == 0) as progress:
+        report = encode(
+            options.source, options.out, options.encoding, workers=options.workers, progress=progress
+        )
+    if report is None:  # another process is still at work, and will say the rest
+        return 0
     counts = ", ".join(f"{count} {split}" for split, count in report.encoded.items())
     print(f"{options.out}: {counts} pictures")
     if not report.skipped:
         return 0
     print(f"{report.skipped} pictures left out: see {options.out}/skipped.jsonl", file=sys.stderr)
-    return FINISHED_WITH_SKIPS
+    return FINISHED_WITH_SKIPS if world == 1 else 0  # torchrun takes any other status for a failure
 
 
 def train(options: Train) -> int:
@@ -45,7 +48,7 @@ def train(options: Train) -> int:
     training = options.training
     chosen = Preset(preset(options.preset).about, options.model, training)
     with training_bar(training) as report:
-        newest = train(chosen, options.data, options.out, init=options.init, report=report)
+        newest = train(chosen, options.data, options.out, init=options.init, report=report, check=checking)
     print(f"checkpoint {newest}, log {options.out}/log.jsonl, curve {options.out}/loss.png")
     return 0
 
@@ -145,15 +148,15 @@ def convert(options: Convert) -> int:
 
 def inspect(options: Inspect) -> int:
     """Run `fitv2 inspect`."""
-    from fitv2.inspection import draw, sheet, survey, table, wrong_shards
+    from fitv2.data import require_whole
+    from fitv2.inspection import draw, sheet, survey, table
+    from fitv2.stores import Store
 
     at_least(0, samples=options.samples, seed=options.seed)
     card, splits = survey(options.data)
     print(table(card, splits))
-    wrong = list(wrong_shards(options.data, card, lambda names: tqdm(names, "check", unit="shard")))
-    if wrong:
-        raise UserError("; ".join(wrong))
-    draw(card, splits, options.out / "plots.png", str(options.data))
+    require_whole(Store(options.data), card, checking)
+    draw(card, splits, options.out / "plots.png", options.data)
     if options.samples:
         sheet(options.data, card, options.samples, options.seed, options.out / "samples.png")
     print(f"every shard is whole; pictures in {options.out}")
@@ -176,6 +179,11 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "inspect": (Inspect, inspect),
     "demo": (Demo, demo),
 }
+
+
+def checking(names: Iterable[str], total: int) -> Iterable[str]:
+    """A bar over the files of a dataset."""
+    return tqdm(names, "check", total, unit="file", leave=False)
 
 
 def train_defaults(arguments: list[str]) -> Train:

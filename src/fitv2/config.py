@@ -33,6 +33,8 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
 
 def _checked(name: str, value: Any, wanted: Any) -> Any:
     """`value` if it is of the type; json's lists as tuples, its whole numbers as floats too."""
+    if wanted is Any:
+        return value
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
         return from_dict(typing.cast(type, wanted), value)
@@ -62,9 +64,15 @@ def _checked(name: str, value: Any, wanted: Any) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """The json object in `path`; UserError when it is missing or damaged."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path, path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
+
+
+def parse_json(path: Path | str, content: bytes) -> dict[str, Any]:
+    """The json object in the content of `path`; UserError when it is damaged."""
+    try:
+        values = json.loads(content)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):

@@ -18,16 +18,18 @@ from torch import Tensor
 
 from fitv2.checkpoint import CARD, WEIGHTS, Card, find_model, write_config
 from fitv2.config import read_json
-from fitv2.data import DatasetCard, ShardWriter, write_card, write_skipped
 from fitv2.errors import UserError
 from fitv2.files import whole_file, whole_folder, write_json
 from fitv2.model import FiT
 from fitv2.released import POST_TRAINED, RELEASES, ours, recognised, to_released
 from fitv2.settings import Architecture, Rope
+from fitv2.shards import About, Shard, ShardRows, finish, shard_name
 from fitv2.tokens import layout
 
 READ_AHEAD = 512  # pictures
 AUTOENCODER = "stabilityai/sd-vae-ft-ema"
+LATENT_SCALE = 0.18215  # of the released latents
+SHARD_BYTES = 64 << 20
 Progress = Callable[[Iterable[list[Path]], int], Iterable[list[Path]]]
 
 
@@ -189,7 +191,9 @@ def convert_latents(
     skipped, kept = [], 0
     labels = imagenet_labels()
     with whole_folder(out) as folder:
-        writer = ShardWriter(folder, "train")
+        about = About(labels, autoencoder, LATENT_SCALE, 0.0, 2, 4, latents.max_tokens)
+        shards: dict[str, Shard] = {}
+        collected = ShardRows()
         for picture, files in zip(
             progress(latents.pictures, len(latents.pictures)), _read_ahead(latents.pictures), strict=True
         ):
@@ -200,15 +204,24 @@ def convert_latents(
                 skipped.append({"source": str(picture[0].name), "reason": str(error)})
                 continue
             for i, (tokens, label) in enumerate(rows):
-                writer.add(tokens, label, picture[0].stem, i)
+                crop = picture[i // 2].parent.name.endswith("_crop")  # a file holds both flips
+                collected.add(tokens.half().numpy(), label, picture[0].stem, i, crop)
             kept += 1
+            if collected.bytes >= SHARD_BYTES:
+                collected = _written(folder, about, shards, collected)
         if not kept:
             raise UserError(f"none of the {len(latents.pictures)} latents can be used: {skipped[:1]}")
-        writer.flush()
-        write_skipped(folder, skipped)
-        card = DatasetCard(labels, autoencoder, 2, 4, latents.max_tokens, {"train": kept}, writer.shards)
-        write_card(folder, card)
+        _written(folder, about, shards, collected)
+        finish(folder, about, shards, skipped)
     return kept, len(skipped)
+
+
+def _written(folder: Path, about: About, shards: dict[str, Shard], rows: ShardRows) -> ShardRows:
+    """Write what was collected, if anything, and begin anew."""
+    if rows.tokens:
+        name = shard_name("train", len(shards))
+        shards[name] = rows.write(folder / name, about)
+    return ShardRows()
 
 
 def _read_ahead(pictures: list[list[Path]]) -> Iterator[list[dict[str, Tensor] | UserError]]:

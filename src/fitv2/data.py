@@ -1,160 +1,180 @@
-"""Token datasets: Arrow IPC shards with a json card, read through `datasets` by memory map.
-
-A row is one variant of one picture: `tokens` (length × C float16, row by row), `rows`, `columns`,
-`label`, `source`, `variant`. A picture's variants (as it is, mirrored, smaller, cropped) are
-neighbouring rows, counted from 0; pictures may have different numbers of them.
-"""
+"""Reading token datasets: rows as packs, from a folder or straight from remote storage."""
 
 import hashlib
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fitv2.config import from_dict, read_json
+from fitv2.config import from_dict, parse_json
 from fitv2.errors import UserError
-from fitv2.files import write_json
-from fitv2.packing import Images
+from fitv2.packing import Images, Step
+from fitv2.shards import CARD, FORMAT, DatasetCard, File, index_name, shards_of
+from fitv2.stores import Store
 from fitv2.tokens import PackedTokens, layout
 
-CARD = "dataset.json"
-SHARD_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What a whole shard is known by."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class DatasetCard:
-    """What the tokens of a dataset are."""
-
-    labels: tuple[str, ...]
-    autoencoder: str
-    patch_size: int
-    in_channels: int
-    max_tokens: int
-    pictures: dict[str, int]  # of each split
-    shards: dict[str, Shard]  # by file name
-
-
-class ShardWriter:
-    """Collects rows of one split and writes them as shards of about `SHARD_BYTES`."""
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self.folder, self.split = folder, split
-        self.shards: dict[str, Shard] = {}
-        self._clear()
-
-    def _clear(self) -> None:
-        self.bytes = 0
-        self.tokens: list[np.ndarray] = []
-        self.columns: dict[str, list[Any]] = {
-            k: [] for k in ("rows", "columns", "label", "source", "variant")
-        }
-
-    def add(self, tokens: Tensor, label: int, source: str, variant: int) -> None:
-        """One variant of a picture, tokens (rows, columns, C); its variants come in order from 0."""
-        self.tokens.append(tokens.flatten(0, 1).half().cpu().numpy())
-        self.bytes += self.tokens[-1].nbytes
-        row = (tokens.shape[0], tokens.shape[1], label, source, variant)
-        for column, value in zip(self.columns.values(), row, strict=True):
-            column.append(value)
-        if self.bytes >= SHARD_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what was collected."""
-        if not self.tokens:
-            return
-        import pyarrow as pa
-
-        channels = self.tokens[0].shape[1]
-        numbers = pa.array(np.concatenate(self.tokens).ravel())
-        ends = np.cumsum([0, *(len(array) for array in self.tokens)], dtype=np.int32)
-        tokens = pa.ListArray.from_arrays(ends, pa.FixedSizeListArray.from_arrays(numbers, channels))
-        table = pa.table({"tokens": tokens, **self.columns})
-        path = self.folder / f"{self.split}-{len(self.shards):05d}.arrow"
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
-            stream.write_table(table)
-        self.shards[path.name] = Shard(path.stat().st_size, digest(path))
-        self._clear()
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_card(folder: Path, card: DatasetCard) -> None:
-    """Write the card, last: a folder without one is no dataset."""
-    write_json(folder / CARD, asdict(card))
-
-
-def write_skipped(folder: Path, skipped: list[dict[str, str]]) -> None:
-    """Write skipped.jsonl: what could not be used, and why."""
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped]
-    (folder / "skipped.jsonl").write_text("".join(lines), encoding="utf-8")
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
 class TokenDataset:
-    """One split of a token dataset. Raises UserError when the folder holds none."""
+    """One split of a token dataset, in a folder or at a URL.
+
+    Opening reads the card and the split's index, and compares the size of every shard; tokens are read
+    when they are asked for. Raises UserError when there is no such dataset or split, or a file is damaged.
+    """
 
     def __init__(self, folder: Path | str, split: str = "train") -> None:
-        from datasets import Dataset, concatenate_datasets
+        import pyarrow as pa
 
-        folder = Path(folder)
-        self.card = from_dict(DatasetCard, read_json(folder / CARD))
-        names = sorted(name for name in self.card.shards if name.startswith(f"{split}-"))
-        shards = [folder / name for name in names]
-        for shard in shards:
-            held = shard.stat().st_size if shard.exists() else 0
-            if held != self.card.shards[shard.name].bytes:
-                raise UserError(
-                    f"{shard} is damaged: it has {held} of {self.card.shards[shard.name].bytes} bytes;"
-                    " encode again"
-                )
-        try:
-            parts = [Dataset.from_file(str(shard)) for shard in shards]
-        except (OSError, ValueError) as error:
-            raise UserError(f"a shard of {folder} is damaged: {error}") from error
-        if not parts:
+        self.store = Store(folder)
+        self.card = open_card(self.store)
+        self.shards = shards_of(self.card.shards, split)
+        if not self.shards:
             raise UserError(f"{folder} has no {split} pictures")
-        self.rows = concatenate_datasets(parts).with_format("arrow")
-        self.first_rows = np.flatnonzero(self.rows.data.column("variant").to_numpy() == 0)
-        if len(self.first_rows) != self.card.pictures.get(split, 0):
-            raise UserError(f"{folder} is incomplete: it has {len(self.first_rows)} pictures of {split}")
-        size = [self.rows.data.column(name).to_numpy() for name in ("rows", "columns")]
-        self.sizes = np.stack(size, axis=1)  # (rows, 2)
-        self.labels = self.rows.data.column("label").to_numpy()
+        index = self.store.read(index_name(split))
+        if wrong := difference(self.store, index_name(split), self.card.indexes[index_name(split)], index):
+            raise UserError(wrong)
+        rows = pa.ipc.open_stream(index).read_next_batch()
+        column = {name: rows.column(name).to_numpy() for name in rows.schema.names}
+        self.sizes = np.stack([column["rows"], column["columns"]], axis=1)  # (rows of the dataset, 2)
+        self.labels: np.ndarray = column["label"]
+        self.first_rows = np.flatnonzero(column["variant"] == 0)  # of each picture
+        self.cropped: np.ndarray = column["crop"]
+        self.lengths = self.sizes.prod(axis=1, dtype=np.int32)
+        shards = [self.card.shards[name] for name in self.shards]
+        ends = np.cumsum([0, *(shard.rows for shard in shards)])
+        if ends[-1] != len(self.sizes):
+            raise UserError(
+                f"{folder} is damaged: its index has {len(self.sizes)} rows, its shards {ends[-1]}"
+            )
+        self._shard_rows = ends[:-1]
+        # The byte of its shard where each row begins.
+        self._starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+        at = np.array([shard.tokens_at for shard in shards]) - self._starts[self._shard_rows] * self._bytes
+        self._starts *= self._bytes
+        self._starts += np.repeat(at, np.diff(ends))
 
     @property
-    def images(self) -> Images:
-        """What planning needs to know of the pictures."""
-        return Images(self.first_rows, self.sizes.prod(axis=1))
+    def _bytes(self) -> int:
+        """Of one token."""
+        return 2 * self.token_channels
 
     @property
     def token_channels(self) -> int:
         """Numbers a token."""
-        return self.card.patch_size**2 * self.card.in_channels
+        return self.card.about.token_channels
+
+    def images(self, crop_probability: float = 0.5) -> Images:
+        """What planning needs to know of the pictures."""
+        return Images(self.first_rows, self.lengths, self.cropped, crop_probability)
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[PackedTokens, Tensor]:
         """These rows as one pack in the given order, float32, and their labels (B,)."""
-        tokens = self.rows[rows]["tokens"].combine_chunks().flatten().flatten().to_numpy()
-        content = torch.from_numpy(tokens.astype(np.float32).reshape(-1, self.token_channels))
-        packed = layout([tuple(size) for size in self.sizes[rows].tolist()])
-        return packed.with_tokens(content), torch.from_numpy(self.labels[rows])
+        rows = np.asarray(rows)
+        lengths = self.lengths[rows]
+        numbers = np.empty((int(lengths.sum()), self.token_channels), np.float16)
+        shards = np.searchsorted(self._shard_rows, rows, side="right") - 1
+        names = [self.shards[shard] for shard in shards.tolist()]
+        starts, sizes = self._starts[rows].tolist(), (lengths * self._bytes).tolist()
+        self.store.fill(numbers.view(np.uint8).reshape(-1), list(zip(names, starts, sizes, strict=True)))
+        packed = layout(self.sizes[rows]).with_tokens(torch.from_numpy(numbers.astype(np.float32)))
+        return packed, torch.from_numpy(self.labels[rows].astype(np.int64))
 
-    def by_length(self, rows: Iterable[int]) -> np.ndarray:
+    def by_length(self, rows: np.ndarray) -> np.ndarray:
         """The order of `rows` (positions in it) by image length: the fastest to compute with."""
-        return np.argsort(self.sizes[np.fromiter(rows, int)].prod(axis=1), kind="stable")
+        return np.argsort(self.lengths[rows], kind="stable")
+
+    def sources(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """Where the pictures of these rows came from."""
+        import pyarrow as pa
+
+        found = []
+        for row in np.asarray(rows).tolist():
+            shard = int(np.searchsorted(self._shard_rows, row, side="right")) - 1
+            batch = pa.ipc.open_stream(self.store.read(self.shards[shard])).read_next_batch()
+            found.append(batch.column("source")[row - int(self._shard_rows[shard])].as_py())
+        return found
+
+
+def open_card(store: Store) -> DatasetCard:
+    """The card of a dataset whose files are all there. Raises UserError naming one that is not whole."""
+    held = store.sizes()
+    if CARD not in held:
+        raise UserError(f"{store.path(CARD)} is missing: a dataset is made by fitv2 encode")
+    values = parse_json(store.path(CARD), store.read(CARD).to_pybytes())
+    if values.get("format") != FORMAT:
+        raise UserError(f"{store} was written by another version of fitv2: encode again")
+    card = from_dict(DatasetCard, values)
+    for name, file in card.files.items():
+        there = held.get(name, 0)
+        if there != file.bytes:
+            raise UserError(
+                f"{store.path(name)} is damaged: it has {there} of {file.bytes} bytes; encode again"
+            )
+    return card
+
+
+def require_whole(store: Store, card: DatasetCard, progress: Progress = lambda names, _: names) -> None:
+    """Read every file of a dataset, by several threads. Raises UserError naming those that are damaged."""
+
+    def check(name: str) -> str | None:
+        return difference(store, name, card.files[name], store.read(name))
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(progress(pool.map(check, card.files), len(card.files)))
+    if wrong := [text for text in found if text]:
+        raise UserError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
+
+
+def difference(store: Store, name: str, file: File, content: Any) -> str | None:
+    """What is wrong with a file's content."""
+    if hashlib.sha256(content).hexdigest() == file.sha256:
+        return None
+    return f"{store.path(name)} is damaged: its bytes are not those that were written; encode again"
+
+
+class Sampler(Protocol):
+    """Which images a step takes; see `fitv2.packing`."""
+
+    def step(self, step: int) -> Step:
+        """The images of a step."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The tokens of a step, shortest image first, and the keys of its images."""
+
+    packed: PackedTokens
+    labels: Tensor
+    keys: np.ndarray
+
+
+class Steps(torch.utils.data.Dataset[Batch]):
+    """The batches of a run by the number of their step; with several ranks, this rank's share of them."""
+
+    def __init__(self, dataset: TokenDataset, sampler: Sampler, rank: int = 0, ranks: int = 1) -> None:
+        self.dataset, self.sampler, self.rank, self.ranks = dataset, sampler, rank, ranks
+
+    def __getitem__(self, number: int) -> Batch:
+        step = self.sampler.step(number)
+        if self.ranks > 1:
+            step = step.shared(self.dataset.lengths[step.rows], self.ranks)[self.rank]
+        order = self.dataset.by_length(step.rows)
+        return Batch(*self.dataset.batch(step.rows[order]), step.keys[order])
+
+
+def batches(steps: Steps, first: int, workers: int) -> Iterator[Batch]:
+    """The batches from step `first` on, without end, read ahead by so many processes."""
+    if not workers:
+        return (steps[number] for number in itertools.count(first))
+    numbers = range(first, 1 << 40)
+    loader = torch.utils.data.DataLoader(
+        steps, batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=4
+    )
+    return iter(loader)

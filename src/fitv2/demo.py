@@ -9,7 +9,6 @@ from typing import Any
 from PIL import Image
 
 from fitv2.checkpoint import Card, load_model
-from fitv2.data import CARD
 from fitv2.encode import encode
 from fitv2.errors import UserError
 from fitv2.figures import contact_sheet
@@ -17,7 +16,7 @@ from fitv2.files import whole_file
 from fitv2.presets import preset
 from fitv2.runtime import default_device
 from fitv2.sample import Request, file_name, generate, load_codec
-from fitv2.settings import Sampling, Training
+from fitv2.settings import Encoding, Sampling, Training
 from fitv2.tokens import Size
 from fitv2.train import train
 
@@ -39,8 +38,7 @@ def demo(out: Path, data: Path, minutes: float, share_bar: Bar, training_bar: Ba
     model.to(default_device())
     sheet = make_pictures(model, card, out, share_bar)
     tokens = out / "tokens"
-    if not (tokens / CARD).exists():
-        encode(data, tokens, max_tokens=CLIPART_LIMITS, mirror=False)
+    encode(data, tokens, Encoding(max_tokens=CLIPART_LIMITS, mirror=False))
     chosen = preset("clipart")
     run = out / "run"
     training = continued(chosen.training, minutes)

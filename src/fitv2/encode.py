@@ -1,38 +1,39 @@
-"""Pictures into a token dataset: read, resize under the token budget, autoencode, patchify, write."""
+"""Pictures into a token dataset: read and resize by several processes, autoencode, patchify, write.
 
-import io
+The work is cut into shards, each a fixed slice of the source's list of pictures, and a shard is
+encoded the same way whoever does it: so what was interrupted can be finished by any number of
+processes, to the same bytes. A shard is done when its note in OUT/.encode says so.
+"""
+
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
 from fitv2.autoencoder import Autoencoder, load_autoencoder
-from fitv2.data import DatasetCard, ShardWriter, write_card, write_skipped
+from fitv2.config import from_dict, read_json
+from fitv2.data import open_card
+from fitv2.encoder import CHUNK, Reader, ShardEncoder, read_ahead
 from fitv2.errors import UserError
-from fitv2.files import whole_folder
-from fitv2.images import UnusableImage, flexible_resize, load_rgb
-from fitv2.runtime import default_device
-from fitv2.tokens import patchify
+from fitv2.files import write_json
+from fitv2.listing import Listing, list_pictures, load_listing
+from fitv2.runtime import default_device, ranks
+from fitv2.settings import Encoding
+from fitv2.shards import CARD, SKIPPED, About, Shard, finish, shard_name
+from fitv2.sources import Source, open_source
+from fitv2.stores import Store
 
-SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif"])
 PIXELS_A_TOKEN = 16  # side; the paper's: downsampling 8, patch 2
+WORK = ".encode"  # folder in OUT for what is only needed until all is done
+PLAN = "plan.json"
+WAIT = 0.5  # seconds between looks for another process's list
 
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture of a source, not yet read."""
-
-    split: str
-    label: str
-    source: str
-    load: Callable[[], Image.Image]
+Progress = Callable[[str, int, int | None], None]  # the stage, how many are done, of how many
 
 
 @dataclass(frozen=True)
@@ -43,107 +44,194 @@ class Report:
     skipped: int
 
 
+@dataclass(frozen=True)
+class Piece:
+    """The pictures that become one shard: rows of the listing."""
+
+    name: str
+    rows: range
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to become of a listing, and where."""
+
+    out: Path
+    about: About
+    encoding: Encoding
+    pieces: list[Piece]
+
+    @property
+    def pictures(self) -> int:
+        """How many there are to encode."""
+        return sum(len(piece.rows) for piece in self.pieces)
+
+    def note_of(self, piece: Piece) -> dict[str, Any] | None:
+        """What was noted of a shard when it was done: `shard` (None if it has no rows) and `skipped`."""
+        path = self.out / WORK / f"{piece.name}.json"
+        if not path.exists():
+            return None
+        note = read_json(path)
+        shard = self.out / piece.name
+        whole = note["shard"] is None or (shard.exists() and shard.stat().st_size == note["shard"]["bytes"])
+        return note if whole else None
+
+    def write(self, piece: Piece, shard: ShardEncoder) -> None:
+        """Write a shard, then the note that it is done."""
+        rows, work = shard.rows(), self.out / WORK
+        written = asdict(rows.write(self.out / piece.name, self.about, work)) if rows.tokens else None
+        write_json(work / f"{piece.name}.json", {"shard": written, "skipped": shard.skipped}, work)
+
+
 def encode(
-    source: Path,
+    source: str | Path,
     out: Path,
+    encoding: Encoding | None = None,
     *,
-    autoencoder: str = "pixels",
-    patch_size: int | None = None,
-    max_tokens: tuple[int, ...] = (256,),
-    mirror: bool = True,
-    progress: Callable[[Iterable[Picture], int], Iterable[Picture]] = lambda pictures, _: pictures,
-) -> Report:
-    """Encode a folder of pictures, or of Parquet files, into the new folder `out`.
+    workers: int | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Report | None:
+    """Encode a source of pictures (see `fitv2.sources`) into the folder `out`, or carry on there.
 
-    `patch_size` is in latent pixels; by default a token covers 16×16 pixels. A picture is stored once
-    for each of the limits `max_tokens`, and with `mirror` flipped as well: its variants. Pictures
-    that cannot be used are listed in out/skipped.jsonl. Raises UserError when nothing can be
-    encoded; then `out` is not made.
+    Under torchrun each process does its share; the one that finishes last makes the dataset
+    whole, and for the others the result is None. `workers` processes read pictures [default: as many
+    as there are processors; with 0 they are read here]. Pictures that cannot be used are
+    listed in out/skipped.jsonl. Raises UserError when nothing can be encoded (then `out` is not
+    made), and when `out` holds other things or was begun with other settings.
     """
-    pictures = find_pictures(source)
-    codec = load_autoencoder(autoencoder, default_device())
-    patch = patch_size or max(1, PIXELS_A_TOKEN // codec.downsample)
-    labels = {name: i for i, name in enumerate(sorted({picture.label for picture in pictures}))}
-    counts = dict.fromkeys(sorted({picture.split for picture in pictures}), 0)
-    skipped = []
-    with whole_folder(out) as folder:
-        writers = {split: ShardWriter(folder, split) for split in counts}
-        for picture in progress(pictures, len(pictures)):
-            try:
-                image = picture.load()
-                fitted = [flexible_resize(image, limit, patch * codec.downsample) for limit in max_tokens]
-            except UnusableImage as error:
-                skipped.append({"source": picture.source, "reason": str(error)})
-                continue
-            variants = (tokens for size in fitted for tokens in tokens_of(size, codec, patch, mirror))
-            for i, tokens in enumerate(variants):
-                writers[picture.split].add(tokens, labels[picture.label], picture.source, i)
-            counts[picture.split] += 1
-        if not sum(counts.values()):
-            raise UserError(f"none of the {len(pictures)} pictures in {source} can be used: {skipped[0]}")
-        for writer in writers.values():
-            writer.flush()
-        write_skipped(folder, skipped)
-        card = DatasetCard(
-            labels=tuple(labels),
-            autoencoder=codec.name,
-            patch_size=patch,
-            in_channels=codec.channels,
-            max_tokens=max(max_tokens),
-            pictures=counts,
-            shards={name: shard for writer in writers.values() for name, shard in writer.shards.items()},
-        )
-        write_card(folder, card)
-    return Report(counts, len(skipped))
+    encoding = encoding or Encoding()
+    rank, world = ranks()
+    codec = load_autoencoder(encoding.autoencoder, default_device(), encoding.precision)
+    patch = encoding.patch_size or max(1, PIXELS_A_TOKEN // codec.downsample)
+    settings = asdict(encoding) | {"autoencoder": codec.name, "patch_size": patch}
+    listed = out / WORK / "pictures.arrow"
+    if rank == 0:
+        opened = open_source(str(source), encoding.image_column, encoding.label_column)
+        settle(out, settings | {"source": opened.fingerprint})
+        list_once(listed, opened, progress)
+    else:
+        while not (listed.exists() or (out / CARD).exists()):
+            time.sleep(WAIT)
+        settle(out, settings)
+    if (out / CARD).exists():
+        return finished(out)
+    listing = load_listing(listed)
+    about = About(
+        labels=listing.labels,
+        autoencoder=codec.name,
+        scale=codec.scale,
+        shift=codec.shift,
+        patch_size=patch,
+        in_channels=codec.channels,
+        max_tokens=max(encoding.max_tokens),
+        encoding=read_json(out / WORK / PLAN),
+    )
+    job = Job(out, about, encoding, pieces_of(listing, encoding.shard_size))
+    reader = Reader(listed, encoding, patch * codec.downsample)
+    mine = replace(job, pieces=job.pieces[rank::world])
+    stage = "encode" if world == 1 else f"encode, process {rank + 1} of {world}"
+    work(mine, codec, reader, processors() if workers is None else workers, partial(progress, stage))
+    return conclude(job)
 
 
-@torch.inference_mode()
-def tokens_of(image: Image.Image, codec: Autoencoder, patch: int, mirror: bool) -> Iterator[Tensor]:
-    """A picture, and with `mirror` its mirror image, as tokens (rows, columns, C)."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    for variant in [pixels, pixels.flip(3)] if mirror else [pixels]:
-        yield patchify(codec.encode(variant), patch)[0]
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def find_pictures(source: Path) -> list[Picture]:
-    """The pictures of a folder: Parquet files named by split, or images in folders named by label.
+def settle(out: Path, settings: dict[str, Any]) -> None:
+    """Note the settings in a new folder, or compare them with those that it was begun with.
 
-    Raises UserError when there are none.
+    Raises UserError naming those that differ, or when the folder holds other things.
     """
-    if not source.is_dir():
-        raise UserError(f"{source} is not a folder")
-    tables = sorted(source.glob("*.parquet"))
-    pictures = list(_in_tables(tables)) if tables else list(_in_folders(source))
-    if not pictures:
-        raise UserError(f"{source} has no pictures: expected folders of images, named by label")
-    return pictures
+    plan = out / WORK / PLAN
+    if (out / CARD).exists():
+        before = open_card(Store(out)).about.encoding
+    elif plan.exists():
+        before = read_json(plan)
+    else:
+        if out.exists() and (not out.is_dir() or any(path.name != WORK for path in out.iterdir())):
+            raise UserError(f"{out} already exists and is not empty: remove it or choose another")
+        plan.parent.mkdir(parents=True, exist_ok=True)
+        write_json(plan, settings)
+        return
+    now = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    differing = [
+        f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in now if before.get(key) != now[key]
+    ]
+    if differing:
+        raise UserError(f"{out} was encoded otherwise: {'; '.join(differing)}. Choose another folder")
 
 
-def _in_folders(source: Path) -> Iterator[Picture]:
-    for path in sorted(source.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            # A name that is not UTF-8 would fail only when it is written, at the very end.
-            relative = os.fsencode(path.relative_to(source)).decode("utf-8", "replace")
-            label = Path(relative).parts[0] if os.sep in relative else "image"
-            yield Picture("train", label, relative, partial(load_rgb, path))
+def list_once(path: Path, opened: Source, progress: Progress) -> None:
+    """List the pictures unless that was done; if there are none, leave no folder behind."""
+    if path.exists() or (path.parents[1] / CARD).exists():
+        return
+    try:
+        list_pictures(opened, lambda found: progress("list", found, None)).save(path, path.parent)
+    except UserError:
+        shutil.rmtree(path.parents[1])
+        raise
 
 
-def _in_tables(tables: list[Path]) -> Iterator[Picture]:
-    import pyarrow.parquet as pq
-
-    for table in tables:
-        try:
-            rows: list[dict[str, Any]] = pq.read_table(table).to_pylist()
-        except (OSError, ValueError) as error:
-            raise UserError(f"{table} is not a Parquet file that can be read: {error}") from error
-        if rows and not {"image", "label"} <= set(rows[0]):
-            raise UserError(f"{table} has no columns image and label, but {', '.join(rows[0])}")
-        split = table.stem.split("-")[0]
-        for i, row in enumerate(rows):
-            content = row["image"]["bytes"]
-            source = row.get("source", f"{table.name}:{i}")
-            yield Picture(split, str(row["label"]), source, partial(_load_bytes, content))
+def pieces_of(listing: Listing, size: int) -> list[Piece]:
+    """The shards of a listing, `size` pictures each."""
+    return [
+        Piece(shard_name(split, number), range(first, min(first + size, stop)))
+        for split, (start, stop) in listing.splits.items()
+        for number, first in enumerate(range(start, stop, size))
+    ]
 
 
-def _load_bytes(content: bytes) -> Image.Image:
-    return load_rgb(io.BytesIO(content))
+def work(
+    job: Job, codec: Autoencoder, reader: Reader, workers: int, progress: Callable[[int, int], None]
+) -> None:
+    """Encode what is not done, and write each shard while the next is encoded."""
+    todo = [piece for piece in job.pieces if job.note_of(piece) is None]
+    done = job.pictures - sum(len(piece.rows) for piece in todo)
+    progress(done, job.pictures)
+    chunks = read_ahead(reader, [piece.rows for piece in todo], workers)
+    writing: Future[None] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for piece in todo:
+            shard = ShardEncoder(job.about, job.encoding, codec)
+            for _ in range(0, len(piece.rows), CHUNK):
+                for fitted in next(chunks):
+                    shard.add(fitted)
+                    done += 1
+                progress(done, job.pictures)
+            shard.encode_rest()
+            if writing:
+                writing.result()
+            writing = pool.submit(job.write, piece, shard)
+        if writing:
+            writing.result()
+
+
+def conclude(job: Job) -> Report | None:
+    """Make the dataset whole if every shard is done. Several processes may do so at once.
+
+    Raises UserError, and removes the folder, when not one picture could be used.
+    """
+    try:
+        notes = {piece.name: job.note_of(piece) for piece in job.pieces}
+        done = {name: note for name, note in notes.items() if note}
+        if len(done) < len(notes):
+            return finished(job.out) if (job.out / CARD).exists() else None
+        skipped = [entry for note in done.values() for entry in note["skipped"]]
+        shards = {name: from_dict(Shard, note["shard"]) for name, note in done.items() if note["shard"]}
+        if not shards:
+            shutil.rmtree(job.out)
+            raise UserError(f"none of the {job.pictures} pictures can be used: {skipped[0]}")
+        finish(job.out, job.about, shards, skipped, job.out / WORK)
+    except (FileNotFoundError, UserError):  # another process was faster
+        if not (job.out / CARD).exists():
+            raise
+    return finished(job.out)
+
+
+def finished(out: Path) -> Report:
+    """Clear up in a folder that is whole, and say what it holds."""
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    with (out / SKIPPED).open(encoding="utf-8") as lines:
+        return Report(open_card(Store(out)).pictures, sum(1 for _ in lines))

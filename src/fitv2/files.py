@@ -35,14 +35,20 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write to, renamed to it on success and removed on any failure."""
+def whole_file(target: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """A path to write to, renamed to `target` on success and removed on any failure.
+
+    It lies in `scratch`, a folder on the same disk [default: beside `target`], where it is left
+    only if this process is killed.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: image and array writers choose their format by it.
-    partial = target.with_name(f".{os.getpid()}.{target.name}")
+    partial = (scratch or target.parent) / f".{os.getpid()}.{target.name}"
     try:
         with full_disk_named(target):
             yield partial
+            with partial.open("rb") as written:  # on the disk before it has its name: power may fail
+                os.fsync(written.fileno())
             partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -62,7 +68,12 @@ def full_disk_named(target: Path) -> Iterator[None]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_text(path: Path, text: str, scratch: Path | None = None) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    with whole_file(path, scratch) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: dict[str, Any], scratch: Path | None = None) -> None:
     """Write `values` to `path`, whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", scratch)

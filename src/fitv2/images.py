@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -77,6 +78,33 @@ def flexible_resize(image: Image.Image, max_tokens: int, unit: int) -> Image.Ima
     if size == image.size:
         return image
     return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def center_crop(image: Image.Image, side: int) -> Image.Image:
+    """The centre of `image` as a square, as ADM (arXiv 2105.05233) crops ImageNet.
+
+    Halved by a box filter while its short side is at least 2·side, then resized bicubically so
+    that the short side is `side`, then cropped.
+    """
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def views(
+    image: Image.Image, max_tokens: Sequence[int], unit: int, crop: bool
+) -> list[tuple[Image.Image, bool]]:
+    """What is stored of a picture: resized for each limit, then cropped ones; and whether each is cropped.
+
+    Only a picture with both sides above the square of a limit is cropped to it (FiTv2's mixed
+    preprocessing), so every picture has at least its resized view.
+    """
+    resized_views = [(flexible_resize(image, limit, unit), False) for limit in max_tokens]
+    sides = [math.isqrt(limit) * unit for limit in max_tokens if crop]
+    return resized_views + [(center_crop(image, side), True) for side in sides if min(image.size) > side]
 
 
 def parse_size(text: str, unit: int) -> tuple[int, int]:

@@ -7,30 +7,27 @@ from typing import Annotated, Literal
 import tyro
 
 from fitv2.presets import PRESETS
-from fitv2.settings import Architecture, AttentionScale, Extrapolation, Sampling, Training
+from fitv2.settings import Architecture, AttentionScale, Encoding, Extrapolation, Sampling, Training
 
 
 @dataclass(frozen=True)
 class Encode:
-    """Turn a folder of pictures into training tokens.
+    """Turn a collection of pictures into training tokens, or carry on where it was interrupted.
 
-    SOURCE holds folders of images named by their label, or Parquet files named by split. Pictures
-    that cannot be used are listed in OUT/skipped.jsonl; the exit status is then 3.
+    SOURCE is a folder of images in folders named by their label (in train/ and val/, if there are splits),
+    Parquet files, WebDataset tars, or a folder of the library `datasets`: a path, a pattern such as
+    'shards/*.tar', or a URL such as s3://bucket/folder or hf://datasets/ORGANIZATION/NAME. Pictures that
+    cannot be used are listed in OUT/skipped.jsonl; the exit status is then 3. Under torchrun all processes
+    share the work: torchrun --nproc-per-node 8 -m fitv2 encode SOURCE OUT.
     """
 
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """Folder of pictures."""
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """Where the pictures are."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """New folder for the tokens."""
-    autoencoder: str = "pixels"
-    """"pixels", or a diffusers AutoencoderKL: a local folder or a hub name."""
-    max_tokens: tuple[int, ...] = (64,)
-    """Larger pictures are shrunk to this many tokens (the paper: 256). Several, such as 64 36 16:
-    each picture is stored at all of them, and a model learns all."""
-    patch_size: int | None = None
-    """Side of a token in latent pixels [default: so that a token covers 16x16 pixels]."""
-    mirror: bool = True
-    """Also store every picture mirrored."""
+    """Folder for the tokens."""
+    workers: int | None = None
+    """Processes that read pictures; 0 reads them in this one [default: one a processor]."""
+    encoding: Annotated[Encoding, tyro.conf.OmitArgPrefixes] = field(default_factory=Encoding)
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,8 @@ class Train:
 
     preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
     """One of the presets; their settings are the defaults below."""
-    data: Path
-    """Folder of tokens, made by `fitv2 encode`."""
+    data: str
+    """Folder or URL of tokens, made by `fitv2 encode`."""
     out: Path
     """Folder of the run."""
     init: str | None = None
@@ -119,8 +116,8 @@ class Inspect:
     Prints counts; writes plots.png and samples.png into OUT.
     """
 
-    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of tokens, made by `fitv2 encode` or `fitv2 convert`."""
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder or URL of tokens, made by `fitv2 encode` or `fitv2 convert`."""
     out: Path = Path("inspection")
     """Folder for the pictures."""
     samples: int = 24

@@ -2,7 +2,7 @@
 
 Both are functions of (seed, step) alone, so a run may stop anywhere and go on with any number of
 processes. Every image comes once an epoch. A dataset row is one variant of an image (its mirror
-image, a crop); each epoch takes one variant of each image, all equally likely.
+image, a crop); each epoch takes one variant of each image.
 """
 
 from dataclasses import dataclass
@@ -15,21 +15,50 @@ from fitv2.errors import UserError
 FILL = 0.995  # share of the budget that an average pack is planned to fill
 
 
-@dataclass(frozen=True, eq=False)
 class Images:
-    """The images of a dataset, as far as planning needs them."""
+    """The images of a dataset, as far as planning needs them.
 
-    first_rows: np.ndarray  # the first row of each image
-    lengths: np.ndarray  # tokens of each row
+    `first_rows` is the first row of each image, `lengths` the tokens of each row, `cropped` whether a
+    row is a crop; an image's crops are its last rows. One that has crops and others is taken
+    cropped with `crop_probability`; within its kind every row is equally likely.
+    """
 
-    @property
-    def variants(self) -> np.ndarray:
-        """Rows of each image."""
-        return np.diff(self.first_rows, append=len(self.lengths))
+    def __init__(
+        self,
+        first_rows: np.ndarray,
+        lengths: np.ndarray,
+        cropped: np.ndarray | None = None,
+        crop_probability: float = 0.5,
+    ) -> None:
+        self.first_rows, self.lengths, self.crop_probability = first_rows, lengths, crop_probability
+        variants = np.diff(first_rows, append=len(lengths))
+        crops = np.zeros_like(variants)
+        if cropped is not None and cropped.any():
+            crops = np.add.reduceat(cropped, first_rows, dtype=variants.dtype)
+        self.whole, self.crops = variants - crops, crops  # rows of each kind
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """One row of each image."""
-        return self.first_rows + rng.integers(self.variants)
+        if not self.crops.any():
+            return self.first_rows + rng.integers(self.whole)
+        crop = rng.random(len(self.first_rows)) < self._crop_shares()
+        start = self.first_rows + np.where(crop, self.whole, 0)
+        return start + rng.integers(np.where(crop, self.crops, self.whole))
+
+    def _crop_shares(self) -> np.ndarray:
+        """How often each image is taken cropped."""
+        return np.where(self.whole == 0, 1.0, np.where(self.crops == 0, 0.0, self.crop_probability))
+
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Expected length of each image, and variance."""
+        share = self._crop_shares()
+        kinds = np.stack([self.whole, self.crops], axis=1)
+        chances = np.stack([1 - share, share], axis=1) / np.maximum(kinds, 1)
+        weights = np.repeat(chances.ravel(), kinds.ravel())
+        mean = np.add.reduceat(weights * self.lengths, self.first_rows)
+        weights *= self.lengths
+        square = np.add.reduceat(weights * self.lengths, self.first_rows)
+        return mean, np.maximum(square - mean**2, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +67,16 @@ class Step:
 
     rows: np.ndarray  # of the dataset
     keys: np.ndarray  # a number for each, which no other image of the run has: its randomness follows
+
+    def shared(self, lengths: np.ndarray, ranks: int) -> list["Step"]:
+        """The step cut into one part a rank, with nearly equal tokens; `lengths` are those of its rows.
+
+        A part may be empty when there are fewer images than ranks.
+        """
+        longest_first = np.argsort(-lengths, kind="stable")
+        part = np.empty(len(lengths), dtype=np.int64)
+        part[longest_first], _ = dealt(lengths[longest_first].astype(np.int64), ranks)
+        return [Step(self.rows[part == rank], self.keys[part == rank]) for rank in range(ranks)]
 
 
 class FixedCount:
@@ -81,12 +120,10 @@ class TokenBudget:
 
         More where packs hold so few images that some dealt packs are above the budget.
         """
-        lengths, first_rows = self.images.lengths.astype(np.float64), self.images.first_rows
-        mean = np.add.reduceat(lengths, first_rows) / self.images.variants
-        square = np.add.reduceat(lengths**2, first_rows) / self.images.variants
-        most = mean.sum() + 6 * np.sqrt(np.maximum(square - mean**2, 0).sum())
+        mean, variance = self.images.moments()
+        most = mean.sum() + 6 * np.sqrt(variance.sum())
         packs = int(np.ceil(max(mean.sum() / FILL, most) / self.budget))
-        drawn = np.sort(lengths[self.images.draw(np.random.default_rng((self.seed, 0)))])[::-1]
+        drawn = np.sort(self.images.lengths[self.images.draw(np.random.default_rng((self.seed, 0)))])[::-1]
         while dealt(drawn, packs)[1].max() > self.budget:
             packs = int(np.ceil(packs * 1.002))
         return packs

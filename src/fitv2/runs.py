@@ -8,14 +8,24 @@ from typing import Any
 import torch
 
 from fitv2.config import read_json
-from fitv2.data import DatasetCard
 from fitv2.errors import UserError
 from fitv2.files import whole_file, write_json
 from fitv2.presets import Preset
+from fitv2.shards import DatasetCard
 
 # Settings that may change when a run is carried on. A change of `steps` moves the final decay of
 # the learning rate with it.
-FREE = ("steps", "minutes", "log_every", "validate_every", "sample_every", "save_every", "keep")
+FREE = (
+    "check_data",
+    "workers",
+    "steps",
+    "minutes",
+    "log_every",
+    "validate_every",
+    "sample_every",
+    "save_every",
+    "keep",
+)
 
 
 def settle(run: Path, preset: Preset, data: DatasetCard, init: str | None) -> None:
@@ -24,9 +34,13 @@ def settle(run: Path, preset: Preset, data: DatasetCard, init: str | None) -> No
     Only FREE settings may change. Raises UserError naming the others.
     """
     path = run / "run.json"
-    tokens = json.loads(json.dumps(asdict(data)))
-    del tokens["shards"]  # the same pictures encoded elsewhere are the same data
-    described = {"data": tokens, "init": init, **json.loads(json.dumps(asdict(preset)))}
+    tokens = asdict(data.about) | {"pictures": data.pictures, "rows": data.rows}
+    del tokens["encoding"]  # the same pictures encoded elsewhere, in other shards, are the same data
+    described = {
+        "data": json.loads(json.dumps(tokens)),
+        "init": init,
+        **json.loads(json.dumps(asdict(preset))),
+    }
     if path.exists():
         before = read_json(path)
         if not all(isinstance(before.get(part), dict) for part in ("data", "model", "training")):

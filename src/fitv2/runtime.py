@@ -5,12 +5,33 @@ import os
 import numpy as np
 import torch
 
+from fitv2.errors import UserError
+
 
 def default_device() -> torch.device:
-    """The accelerator where there is one, else the CPU; or what FITV2_DEVICE names."""
+    """The accelerator where there is one, else the CPU; or what FITV2_DEVICE names.
+
+    Under torchrun each process of a machine has an accelerator of its own.
+    """
     if named := os.environ.get("FITV2_DEVICE"):
         return torch.device(named)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return torch.device("cpu")
+    return torch.device(found.type, int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else found
+
+
+def ranks() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun tells them in the environment; else 0 of 1.
+
+    Raises UserError for a number that is none of them.
+    """
+    rank, world = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise UserError(
+            f"RANK={rank} and WORLD_SIZE={world} in the environment: expected 0 ≤ RANK < WORLD_SIZE"
+        )
+    return int(rank), int(world)
 
 
 def derive_seed(*key: int) -> int:

@@ -119,6 +119,41 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """How pictures become tokens. Every part of it decides what a dataset holds."""
+
+    autoencoder: str = "pixels"
+    """"pixels", or a diffusers AutoencoderKL: a local folder or a hub name."""
+    max_tokens: tuple[int, ...] = (64,)
+    """Larger pictures are shrunk to this many tokens (the paper: 256, and 1024 in post-training). Several,
+    such as 64 36 16: each picture is stored at all of them, and a model learns all."""
+    preprocess: Literal["flexible", "mixed"] = "flexible"
+    """flexible: resized, as in FiT. mixed, as in FiTv2: a picture larger than the square of its tokens is
+    also stored cropped to that square; training chooses by --crop-probability."""
+    mirror: bool = True
+    """Also store every picture mirrored."""
+    patch_size: int | None = None
+    """Side of a token in latent pixels [default: so that a token covers 16x16 pixels]."""
+    latents: Literal["mean", "sample"] = "mean"
+    """Of the autoencoder's distribution; samples are the same each time."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the autoencoder."""
+    batch_size: int = 32
+    """Pictures of one size that are encoded at once, before mirroring."""
+    shard_size: int = 1024
+    """Pictures a shard, which is what an interrupted encode does again at most."""
+    image_column: str | None = None
+    """Of Parquet files and datasets [default: the one that holds images]."""
+    label_column: str | None = None
+    """Of Parquet files and datasets [default: the first of label, labels, class and their like]."""
+
+    def __post_init__(self) -> None:
+        """UserError for settings that cannot work."""
+        at_least(1, max_tokens=min(self.max_tokens, default=0), patch_size=self.patch_size or 1)
+        at_least(1, batch_size=self.batch_size, shard_size=self.shard_size)
+
+
+@dataclass(frozen=True)
 class Training:
     """How a model is trained. The defaults are the paper's."""
 
@@ -129,6 +164,12 @@ class Training:
     tokens_a_step: int | None = None
     """Instead, as many images as fill so many tokens: steps of nearly equal work [default: batch-size
     images]."""
+    crop_probability: float = 0.5
+    """How often a picture is taken cropped, if its tokens were stored both cropped and not."""
+    check_data: bool = True
+    """Compare every shard with its SHA-256 before the first step."""
+    workers: int = 0
+    """Processes that read tokens ahead; 0 reads them between steps, which is enough on a local disk."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Muon is for the matrices of the blocks; the rest is AdamW's always."""
     learning_rate: float = 1e-4
@@ -179,7 +220,9 @@ class Training:
         at_least(1, sample_every=self.sample_every, save_every=self.save_every)
         at_least(0, seed=self.seed, minutes=self.minutes or 0, learning_rate=self.learning_rate)
         at_least(1, tokens_a_step=1 if self.tokens_a_step is None else self.tokens_a_step)
-        at_least(0, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
+        at_least(0, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps, workers=self.workers)
+        if not 0 <= self.crop_probability <= 1:
+            raise UserError(f"--crop-probability is {self.crop_probability}; it must lie between 0 and 1")
 
 
 @dataclass(frozen=True)

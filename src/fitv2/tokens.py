@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -141,21 +142,23 @@ class _GatheredScaledSum(torch.autograd.Function):
         return base_grad, grad_TD * packed.spread(scale_BD), summed(grad_TD * x_TD), None
 
 
-def layout(sizes: Sequence[Size], channels: int = 0) -> PackedTokens:
+def layout(sizes: Sequence[Size] | np.ndarray, channels: int = 0) -> PackedTokens:
     """A pack of images of these sizes with all-zero content. Raises ValueError for an empty image."""
-    if not sizes or min(min(size) for size in sizes) < 1:
+    size_B2 = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
+    if not len(size_B2) or size_B2.min() < 1:
         raise ValueError(f"a pack needs at least one image, each of at least one token: {sizes}")
-    lengths = torch.tensor([rows * columns for rows, columns in sizes])
-    cu_seqlens = torch.zeros(len(sizes) + 1, dtype=torch.int32)
-    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
-    positions = [torch.cartesian_prod(torch.arange(r), torch.arange(c)) for r, c in sizes]
+    lengths = size_B2.prod(axis=1)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    image_T = np.repeat(np.arange(len(size_B2)), lengths)
+    number_T = np.arange(cu_seqlens[-1]) - cu_seqlens[image_T]  # r·columns + c
+    position_T2 = np.stack(np.divmod(number_T, size_B2[image_T, 1]), axis=1)
     return PackedTokens(
-        x_TC=torch.zeros(int(cu_seqlens[-1]), channels),
-        pos_T2=torch.cat(positions),
-        image_T=torch.repeat_interleave(torch.arange(len(sizes)), lengths),
-        cu_seqlens=cu_seqlens,
-        size_B2=torch.tensor(sizes).view(-1, 2),
-        sizes=tuple((int(rows), int(columns)) for rows, columns in sizes),
+        x_TC=torch.zeros(len(image_T), channels),
+        pos_T2=torch.from_numpy(position_T2),
+        image_T=torch.from_numpy(image_T),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        size_B2=torch.from_numpy(size_B2.copy()),
+        sizes=tuple((rows, columns) for rows, columns in size_B2.tolist()),
     )
 
 

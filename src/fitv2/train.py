@@ -6,7 +6,7 @@ import pickle
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -20,19 +20,20 @@ from torch import Tensor
 
 from fitv2.autoencoder import load_autoencoder
 from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint, save_model
-from fitv2.data import TokenDataset
+from fitv2.data import Batch, Steps, TokenDataset, batches, open_card, require_whole
 from fitv2.ddpm import DDPM
 from fitv2.errors import UserError
 from fitv2.figures import contact_sheet, loss_curve
 from fitv2.files import whole_file, whole_folder
 from fitv2.flow import Flow, PathSample, flow_of, noise
 from fitv2.model import FiT
-from fitv2.packing import FixedCount, Step, TokenBudget
+from fitv2.packing import FixedCount, TokenBudget
 from fitv2.presets import Preset
 from fitv2.runs import cut_log, read_log, settle
 from fitv2.runtime import default_device, derive_seed, generator
 from fitv2.sample import Request, generate
 from fitv2.settings import Architecture, Sampling, Training
+from fitv2.stores import Store
 from fitv2.tokens import PackedTokens
 
 # First numbers of the keys that randomness is derived from: (seed, purpose, …).
@@ -50,19 +51,23 @@ class Progress:
 
 def train(
     preset: Preset,
-    data: Path,
+    data: Path | str,
     run: Path,
     *,
     init: str | None = None,
     report: Callable[[Progress], None] = lambda _: None,
+    check: Callable[[Iterable[Any], int], Iterable[Any]] = lambda names, _: names,
 ) -> Path:
     """Train `preset` on the token dataset `data` in the folder `run`, or carry on there.
 
     `init` starts from another model's weights. Ctrl-C and SIGTERM save and leave. Returns the
-    newest checkpoint. Raises UserError for input that does not fit, and FloatingPointError when
-    the loss is not finite; the last checkpoint stays.
+    newest checkpoint. Raises UserError for input that does not fit or is damaged, and
+    FloatingPointError when the loss is not finite; the last checkpoint stays. `check` may show how
+    far the dataset is compared with its SHA-256.
     """
     dataset = TokenDataset(data)
+    if preset.training.check_data:
+        require_whole(dataset.store, dataset.card, check)
     trainer = Trainer(preset, dataset, data, run, init)
     minutes = preset.training.minutes
     deadline = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
@@ -80,11 +85,12 @@ class Trainer:
     """The state of a run, and what a step does to it."""
 
     def __init__(
-        self, preset: Preset, dataset: TokenDataset, data: Path, run: Path, init: str | None
+        self, preset: Preset, dataset: TokenDataset, data: Path | str, run: Path, init: str | None
     ) -> None:
         self.config, self.dataset, self.run = preset.training, dataset, run
         self.device = default_device()
-        self.card = Card(dataset.card.labels, dataset.card.autoencoder, dataset.card.max_tokens)
+        about = dataset.card.about
+        self.card = Card(about.labels, about.autoencoder, about.max_tokens)
         architecture = fitted(preset.model, dataset)
         start = starting_model(init, architecture, self.card.labels) if init else None
         torch.manual_seed(derive_seed(self.config.seed, WEIGHTS))
@@ -94,9 +100,12 @@ class Trainer:
         self.objective = objective_of(architecture, self.config)
         self.validation = list(held_out(data, self.config.batch_size, self.objective))
         seed, budget = derive_seed(self.config.seed, ORDER), self.config.tokens_a_step
-        self.sampler: FixedCount | TokenBudget = FixedCount(dataset.images, self.config.batch_size, seed)
-        if budget is not None:
-            self.sampler = TokenBudget(dataset.images, budget, seed)
+        images = dataset.images(self.config.crop_probability)
+        sampler = (
+            FixedCount(images, self.config.batch_size, seed)
+            if budget is None
+            else TokenBudget(images, budget, seed)
+        )
         # Last of what can fail on wrong input: a run folder is only made for a run that can start.
         settle(run, Preset(preset.about, architecture, preset.training), dataset.card, init)
         self.ema = deepcopy(self.master).eval().requires_grad_(False)
@@ -110,11 +119,13 @@ class Trainer:
         if newest:
             self._load(newest)
         cut_log(run / "log.jsonl", self.step)
+        self.steps = Steps(dataset, sampler)
+        self.batches = batches(self.steps, self.step, self.config.workers)
 
     def advance(self, report: Callable[[Progress], None]) -> None:
         """One step, and what is due after it."""
         config, started = self.config, time.monotonic()
-        sample, labels = self.batch(self.sampler.step(self.step))
+        sample, labels = self.corrupted(next(self.batches))
         output = self.model(sample.noisy, sample.t_B, labels)
         loss = self.objective.loss(output, sample).mean()
         loss.backward()
@@ -137,13 +148,11 @@ class Trainer:
         if self.step % config.sample_every == 0:
             self.draw()
 
-    def batch(self, chosen: Step) -> tuple[PathSample, Tensor]:
-        """The pictures of a step, corrupted."""
-        order = self.dataset.by_length(chosen.rows)
-        packed, labels = self.dataset.batch(chosen.rows[order])
-        keys = [(self.config.seed, CORRUPTION, int(key)) for key in chosen.keys[order]]
-        sample, dropped = corrupted(packed, keys, self.objective, self.config.label_dropout)
-        labels = torch.where(dropped, self.master.null_label, labels)
+    def corrupted(self, batch: Batch) -> tuple[PathSample, Tensor]:
+        """The pictures of a step, corrupted, and their labels, some of them dropped."""
+        keys = [(self.config.seed, CORRUPTION, int(key)) for key in batch.keys]
+        sample, dropped = corrupted(batch.packed, keys, self.objective, self.config.label_dropout)
+        labels = torch.where(dropped, self.master.null_label, batch.labels)
         return sample.to(self.device), labels.to(self.device)
 
     def clipped_norm(self) -> float:
@@ -256,12 +265,12 @@ def starting_model(name: str, architecture: Architecture, labels: tuple[str, ...
 
 def fitted(architecture: Architecture, dataset: TokenDataset) -> Architecture:
     """`architecture` with the token layout and labels of the dataset."""
-    card = dataset.card
+    about = dataset.card.about
     return replace(
         architecture,
-        patch_size=card.patch_size,
-        in_channels=card.in_channels,
-        num_classes=len(card.labels),
+        patch_size=about.patch_size,
+        in_channels=about.in_channels,
+        num_classes=len(about.labels),
     )
 
 
@@ -308,12 +317,12 @@ def corrupted(
     return sample, torch.stack(chances) < label_dropout
 
 
-def held_out(data: Path, count: int, objective: Flow | DDPM) -> Iterator[tuple[PathSample, Tensor]]:
+def held_out(data: Path | str, count: int, objective: Flow | DDPM) -> Iterator[tuple[PathSample, Tensor]]:
     """All held-out pictures as they are (not mirrored), `count` at a time; none if there are none.
 
     Each has its own noise, the same every time, and their times cover the training's evenly.
     """
-    if not any(data.glob("validation-*.arrow")):
+    if not open_card(Store(data)).pictures.get("validation"):
         return
     dataset = TokenDataset(data, "validation")
     rows = dataset.first_rows

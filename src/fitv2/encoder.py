@@ -1,0 +1,159 @@
+"""The pictures of a shard: read and resized by several processes, encoded in batches of equal shape."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fitv2.autoencoder import Autoencoder
+from fitv2.images import UnusableImage, views
+from fitv2.listing import Listing, load_listing, read_picture
+from fitv2.runtime import default_device, generator
+from fitv2.settings import Encoding
+from fitv2.shards import About, ShardRows
+from fitv2.sources import Picture
+from fitv2.tokens import patchify
+
+CHUNK = 16  # pictures that one process reads at once
+SAMPLES = 7  # first number of the keys that a sampled latent's noise is derived from
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A picture as it was read: its views as (pixels, cropped), or why it cannot be used."""
+
+    row: int
+    picture: Picture
+    views: list[tuple[np.ndarray, bool]]
+    reason: str | None = None
+
+
+class Reader(torch.utils.data.Dataset[Fitted]):
+    """Pictures of a listing, resized; sent to the processes that read."""
+
+    def __init__(self, listing: Path, encoding: Encoding, unit: int) -> None:
+        self.path, self.encoding, self.unit = listing, encoding, unit
+        self.listing: Listing | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"listing": None}
+
+    def _open(self) -> Listing:
+        self.listing = self.listing or load_listing(self.path)
+        return self.listing
+
+    def __getitems__(self, rows: range) -> list[Fitted]:
+        """The pictures of these rows of the listing."""
+        return [self[row] for row in rows]
+
+    def __getitem__(self, row: int) -> Fitted:
+        listing, chosen = self._open(), self.encoding
+        picture = listing.picture(row)
+        try:
+            image = read_picture(listing, picture)
+            found = views(image, chosen.max_tokens, self.unit, chosen.preprocess == "mixed")
+        except UnusableImage as error:
+            return Fitted(row, picture, [], str(error))
+        return Fitted(row, picture, [(np.asarray(view), crop) for view, crop in found])
+
+
+def read_ahead(reader: Reader, pieces: Sequence[range], workers: int) -> Iterator[list[Fitted]]:
+    """The pictures of all pieces, rows of the listing, in order, in chunks that end where a piece does."""
+    chunks = [rows[i : i + CHUNK] for rows in pieces for i in range(0, len(rows), CHUNK)]
+    loader = torch.utils.data.DataLoader(
+        reader,
+        batch_sampler=chunks,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_same,
+        prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)
+
+
+def _same(chunk: list[Fitted]) -> list[Fitted]:
+    return chunk
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a view belongs: a picture of the shard, and which of its views."""
+
+    picture: int
+    view: int
+
+
+class ShardEncoder:
+    """The pictures of one shard, encoded in batches of equal shape."""
+
+    def __init__(self, about: About, encoding: Encoding, codec: Autoencoder) -> None:
+        self.about, self.encoding, self.codec = about, encoding, codec
+        self.pictures: list[Fitted] = []  # without their pixels
+        self.skipped: list[dict[str, str]] = []
+        self.crops: dict[Place, bool] = {}
+        self._waiting: dict[tuple[int, ...], list[tuple[Place, np.ndarray]]] = defaultdict(list)
+        self._made: list[
+            tuple[list[Place], Tensor]
+        ] = []  # tokens (mirror, B, rows, columns, C) on the device
+
+    def add(self, fitted: Fitted) -> None:
+        """One picture more; encodes a batch if there are enough of its shape."""
+        if fitted.reason is not None:
+            self.skipped.append({"source": fitted.picture.source, "reason": fitted.reason})
+            return
+        number = len(self.pictures)
+        self.pictures.append(Fitted(fitted.row, fitted.picture, []))
+        for view, (pixels, crop) in enumerate(fitted.views):
+            place = Place(number, view)
+            self.crops[place] = crop
+            same = self._waiting[pixels.shape]
+            same.append((place, pixels))
+            if len(same) == self.encoding.batch_size:
+                self._encode(self._waiting.pop(pixels.shape))
+
+    def encode_rest(self) -> None:
+        """Encode what is left, a batch of each shape."""
+        for same in self._waiting.values():
+            self._encode(same)
+        self._waiting.clear()
+
+    @torch.inference_mode()
+    def _encode(self, same: list[tuple[Place, np.ndarray]]) -> None:
+        places = [place for place, _ in same]
+        pixels = torch.from_numpy(np.stack([array for _, array in same])).to(default_device())
+        pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        both = torch.cat([pixels, pixels.flip(3)]) if self.encoding.mirror else pixels
+        latents = self.codec.encode(both, self._noise(places, both.shape))
+        tokens = patchify(latents, self.about.patch_size).half()
+        self._made.append((places, tokens.unflatten(0, (-1, len(places)))))
+
+    def _noise(self, places: list[Place], shape: tuple[int, ...]) -> Tensor | None:
+        """Noise for sampled latents, each view's from a key of its own."""
+        if self.encoding.latents == "mean":
+            return None
+        images, _, height, width = shape
+        side = self.codec.downsample
+        size = (self.codec.channels, height // side, width // side)
+        keys = [(self.pictures[p.picture].row, p.view, mirrored) for mirrored in (0, 1) for p in places][
+            :images
+        ]
+        return torch.stack([torch.randn(size, generator=generator(SAMPLES, *key)) for key in keys])
+
+    def rows(self) -> ShardRows:
+        """The rows of the shard: pictures in order, of each its views in order, as they are and mirrored."""
+        tokens: dict[Place, np.ndarray] = {}
+        for places, made in self._made:
+            tokens |= dict(zip(places, made.cpu().transpose(0, 1).numpy(), strict=True))
+        number = {label: i for i, label in enumerate(self.about.labels)}
+        rows, variant = ShardRows(), 0
+        for place in sorted(tokens, key=lambda place: (place.picture, place.view)):
+            variant = 0 if place.view == 0 else variant
+            picture = self.pictures[place.picture].picture
+            for mirrored in tokens[place]:
+                rows.add(mirrored, number[picture.label], picture.source, variant, self.crops[place])
+                variant += 1
+        return rows

@@ -1,0 +1,153 @@
+"""Every picture of a source, listed once in a table that all processes map to memory, and read by its row.
+
+What a picture is, and whether it can be used, is found out when it is read.
+"""
+
+import io
+import json
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fitv2.archives import in_tars, tar_member
+from fitv2.errors import UserError
+from fitv2.files import whole_file
+from fitv2.images import UnusableImage, load_rgb
+from fitv2.sources import BROKEN, NO_LABEL, SPLITS, WHOLE, Picture, Source, is_image_name, readable
+from fitv2.stores import filesystem
+from fitv2.tables import datasets_row, datasets_tables, in_tables, parquet_row, parquet_tables
+
+Report = Callable[[int], None]  # how many pictures were found so far
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Every picture of a source, split by split, each in the order of the source."""
+
+    kind: str
+    url: str
+    labels: tuple[str, ...]
+    splits: dict[str, tuple[int, int]]  # the rows of each
+    table: Any  # Arrow: label (int32, −1 for none) and the rest of a Picture
+
+    def save(self, path: Path, scratch: Path) -> None:
+        """Write it as one Arrow file."""
+        import pyarrow as pa
+
+        about = {"kind": self.kind, "url": self.url, "labels": self.labels, "splits": self.splits}
+        table = self.table.replace_schema_metadata({"listing": json.dumps(about)})
+        with whole_file(path, scratch) as partial, pa.ipc.new_file(str(partial), table.schema) as writer:
+            writer.write_table(table)
+
+    def picture(self, row: int) -> Picture:
+        """One of its pictures."""
+        values = {name: self.table[name][row].as_py() for name in ("source", "path", "at", "size", "column")}
+        label = self.table["label"][row].as_py()
+        split = next(split for split, (start, stop) in self.splits.items() if start <= row < stop)
+        return Picture(split, self.labels[label] if label >= 0 else NO_LABEL, **values)
+
+
+def load_listing(path: Path) -> Listing:
+    """A listing that `Listing.save` wrote, memory-mapped."""
+    import pyarrow as pa
+
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    about = json.loads(table.schema.metadata[b"listing"])
+    splits = {split: tuple(rows) for split, rows in about["splits"].items()}
+    return Listing(about["kind"], about["url"], tuple(about["labels"]), splits, table)
+
+
+def list_pictures(source: Source, report: Report = lambda _: None) -> Listing:
+    """List a source. Raises UserError when it holds no picture or cannot be understood."""
+    import pyarrow as pa
+
+    names, found = LISTERS[source.kind](source)
+    pictures = []
+    for picture in found:
+        pictures.append(picture)
+        if len(pictures) % 1000 == 0:
+            report(len(pictures))
+    report(len(pictures))
+    # A file that is no image by its name gives no label.
+    labels = (*names, *sorted_labels({p.label for p in pictures if p.at != BROKEN} - {*names}))
+    if not labels:
+        raise UserError(f"{source.url} has no pictures: expected folders of images, named by label")
+    pictures.sort(key=lambda picture: picture.split)  # stable: within a split the source's order
+    counts = Counter(picture.split for picture in pictures)
+    splits = dict(zip(counts, pairwise([0, *accumulate(counts.values())]), strict=True))
+    number = {label: i for i, label in enumerate(labels)}
+    table = pa.table({
+        "label": pa.array([number.get(p.label, -1) for p in pictures], pa.int32()),
+        "source": pa.array([p.source for p in pictures], pa.large_string()),
+        "path": pa.array([p.path for p in pictures], pa.large_binary()),
+        "column": pa.array([p.column for p in pictures], pa.string()).dictionary_encode(),
+        "at": pa.array([p.at for p in pictures], pa.int64()),
+        "size": pa.array([p.size for p in pictures], pa.int64()),
+    })  # fmt: skip
+    return Listing(source.kind, source.url, labels, splits, table)
+
+
+def sorted_labels(labels: Iterable[str]) -> list[str]:
+    """By name; by number where all are numbers."""
+    known = list(labels)
+    return sorted(known, key=int) if all(label.isdecimal() for label in known) else sorted(known)
+
+
+def in_folders(source: Source) -> Iterator[Picture]:
+    """Folders are labels; top-level ones named train, val, … are splits, if all are."""
+    names = {path: readable(source.name(path)) for path in source.files}
+    tops = {name.split("/")[0] for name in names.values() if "/" in name}
+    in_splits = bool(tops) and all(top.lower() in SPLITS for top in tops)
+    for path in sorted(source.files, key=lambda path: names[path].split("/")):
+        *folders, name = names[path].split("/")
+        split = SPLITS[folders.pop(0).lower()] if in_splits and folders else "train"
+        label = folders[0] if folders else NO_LABEL
+        at = WHOLE if is_image_name(name) else BROKEN
+        yield Picture(split, label, names[path], os.fsencode(path), at, source.files[path])
+
+
+# A source's kind → names of its labels where it says them, and its pictures.
+LISTERS: dict[str, Callable[[Source], tuple[tuple[str, ...], Iterable[Picture]]]] = {
+    "files": lambda source: ((), in_folders(source)),
+    "tars": lambda source: ((), in_tars(source)),
+    "parquet": lambda source: in_tables(parquet_tables(source)),
+    "datasets": lambda source: in_tables(datasets_tables(source)),
+}
+
+
+def read_picture(listing: Listing, picture: Picture) -> Image.Image:
+    """A picture as RGB, upright. Raises UnusableImage with the reason."""
+    if picture.at == BROKEN:
+        suffix = posixpath.splitext(picture.source)[1]
+        archive = "the archive is damaged from here on"
+        raise UnusableImage(
+            archive if listing.kind == "tars" else f"no image, by its name ending in {suffix}"
+        )
+    try:
+        content = READERS[listing.kind](listing.url, picture)
+    except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise UnusableImage(f"cannot be read: {reason}") from error
+    if not content:
+        raise UnusableImage("empty")
+    return load_rgb(io.BytesIO(content))
+
+
+def whole_file_of(url: str, picture: Picture) -> bytes:
+    """The bytes of a picture that is a file of its own."""
+    return filesystem(url)[0].cat_file(os.fsdecode(picture.path))
+
+
+READERS: dict[str, Callable[[str, Picture], bytes]] = {
+    "files": whole_file_of,
+    "tars": tar_member,
+    "parquet": parquet_row,
+    "datasets": datasets_row,
+}

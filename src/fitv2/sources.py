@@ -1,0 +1,168 @@
+"""What lies at a path or URL: the files of a collection of pictures, and of which kind it is."""
+
+import hashlib
+import os
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from fitv2.errors import UserError
+from fitv2.stores import filesystem
+
+IMAGES = frozenset([
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".gif", ".tif",
+    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".pcx", ".sgi", ".qoi",
+])  # fmt: skip
+SPLITS = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+NO_LABEL = "image"
+WHOLE, BROKEN = -1, -2  # places in a file: all of it, or none
+
+
+class Picture(NamedTuple):
+    """One picture of a source, not yet read."""
+
+    split: str
+    label: str
+    source: str  # its name, as a person would look for it
+    path: bytes  # of the file that holds it, as the operating system has it
+    at: int  # its first byte or its row there
+    size: int = 0  # bytes
+    column: str = ""  # of a table
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a source, of one kind."""
+
+    url: str
+    kind: str
+    files: dict[str, int]  # path in its file system → bytes
+    root: str
+    image_column: str | None = None
+    label_column: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Names and sizes of all files in a few letters, to tell when a source has changed."""
+        digest = hashlib.sha256()
+        for path in sorted(self.files):
+            digest.update(os.fsencode(f"{self.name(path)}\0{self.files[path]}\0"))
+        return f"{len(self.files)} files, {sum(self.files.values())} bytes, {digest.hexdigest()[:16]}"
+
+    def name(self, path: str) -> str:
+        """A file's name within the source; the folder's for a source of one file."""
+        return posixpath.relpath(path, self.root)
+
+
+def open_source(url: str, image_column: str | None = None, label_column: str | None = None) -> Source:
+    """What lies at a path, a URL or a pattern such as folder/*.tar.
+
+    Raises UserError when it is nothing that holds pictures.
+    """
+    system, path = filesystem(url)
+    try:
+        files = dict(files_below(system, path))
+    except OSError as error:
+        raise UserError(f"{url} cannot be read: {error}") from error
+    if not files:
+        hint = (
+            f"; for a dataset of the hub: hf://datasets/{url}"
+            if url.count("/") == 1 and "." not in url
+            else ""
+        )
+        raise UserError(f"{url} has no pictures: it is no folder, file or pattern with any{hint}")
+    single = len(files) == 1 and path in files
+    root = posixpath.dirname(path) if single or "*" in path else path
+    while "*" in root:
+        root = posixpath.dirname(root)
+    source = Source(url, "", files, root, image_column, label_column)
+    names = {source.name(name) for name in files}
+    if {"dataset_dict.json", "state.json"} & names:
+        return replace(source, kind="datasets")
+    suffixes = {"parquet": (".parquet",), "tars": (".tar",)}
+    held = {
+        kind: {f: size for f, size in files.items() if f.lower().endswith(ends)}
+        for kind, ends in suffixes.items()
+    }
+    kinds = [kind for kind in held if held[kind]]
+    pictures = [name for name in files if is_image_name(name) and not name.endswith((".tar", ".parquet"))]
+    if kinds and (len(kinds) > 1 or pictures):
+        which = " and ".join([*kinds, *(["images"] if pictures else [])])
+        pattern = f"{url.rstrip('/')}/*{suffixes[kinds[0]][0]}"
+        raise UserError(f"{url} holds {which}: say which, such as '{pattern}'")
+    if kinds:
+        return replace(source, kind=kinds[0], files=held[kinds[0]])
+    packed = [
+        name
+        for name in files
+        if name.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst"))
+    ]
+    if packed and not pictures:
+        raise UserError(
+            f"{url} holds compressed archives, which can only be read from end to end: decompress to .tar"
+        )
+    return replace(source, kind="files")
+
+
+def files_below(system: Any, path: str) -> Iterator[tuple[str, int]]:
+    """All files below a folder, or that a pattern or a path names, but hidden ones; and their sizes."""
+    local = "file" in ([system.protocol] if isinstance(system.protocol, str) else system.protocol)
+    if local and os.path.isdir(path):  # noqa: PTH112 (a path may be no text)
+        yield from _local_files(path)
+        return
+    if "*" in path:
+        found = system.glob(path, detail=True)
+    elif system.isfile(path):
+        found = {path: system.info(path)}
+    else:
+        found = system.find(path, detail=True) if system.isdir(path) else {}
+    for name, info in sorted(found.items()):
+        if info["type"] != "directory" and not is_hidden(posixpath.relpath(name, path)):
+            yield name, int(info["size"] or 0)
+
+
+def _local_files(path: str) -> Iterator[tuple[str, int]]:
+    """The same for a folder of this machine. Follows links to folders, each folder once."""
+    seen = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        here = os.stat(folder)  # noqa: PTH116
+        known = (here.st_dev, here.st_ino)
+        folders[:] = [] if known in seen else sorted(name for name in folders if not is_hidden(name))
+        if known in seen:
+            continue
+        seen.add(known)
+        for name in sorted(names):
+            whole = os.path.join(folder, name)  # noqa: PTH118 (a path may be no text)
+            if not is_hidden(name) and os.path.exists(whole):  # noqa: PTH110 (a broken link is no file)
+                yield whole, os.stat(whole).st_size  # noqa: PTH116
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a path has a part that starts with a dot."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file may be an image by its name: one without an ending may be any."""
+    suffix = posixpath.splitext(name)[1].lower()
+    return not suffix or suffix in IMAGES
+
+
+def readable(name: str) -> str:
+    """A file name as text. One that is not UTF-8 would fail only when it is written, at the very end."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def split_of(name: str) -> str:
+    """The split that a file's name or its folder's tells: data/train-00000.parquet, val/0.tar; else train."""
+    for part in reversed(name.lower().split("/")):
+        words = part.replace("_", "-").replace(".", "-").split("-")
+        for word in words:
+            if word in SPLITS:
+                return SPLITS[word]
+    return "train"
