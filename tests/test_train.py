@@ -213,8 +213,8 @@ def test_batch_does_not_depend_on_its_size(tokens, tmp_path):
     eights, fours = (
         Steps(trainer.dataset, FixedCount(trainer.dataset.images(), count, seed=0)) for count in (8, 4)
     )
-    whole, _ = trainer.corrupted(eights[0])
-    first, second = (trainer.corrupted(fours[i])[0] for i in (0, 1))
+    whole, _ = trainer.corrupted(eights.batch(0))
+    first, second = (trainer.corrupted(fours.batch(i))[0] for i in (0, 1))
     times = torch.cat([first.t_B, second.t_B])
     assert torch.equal(whole.t_B.sort().values, times.sort().values)
     noisy = torch.cat([first.noise_TC, second.noise_TC])
@@ -228,7 +228,7 @@ def test_a_token_budget_resumes_to_the_same_weights(tokens, tmp_path):
     parts = train(run(6), tokens, tmp_path / "parts")
     assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(parts), strict=True))
     trainer = Trainer(run(7), TokenDataset(tokens), tokens, tmp_path / "parts", None)
-    sizes = [len(trainer.steps[step].packed.x_TC) for step in range(8)]
+    sizes = [len(trainer.steps.batch(step).packed.x_TC) for step in range(8)]
     assert 24 < min(sizes) <= max(sizes) <= 40
 
 

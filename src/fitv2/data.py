@@ -1,7 +1,6 @@
 """Reading token datasets: rows as packs, from a folder or straight from remote storage."""
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -77,14 +76,27 @@ class TokenDataset:
     def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[PackedTokens, Tensor]:
         """These rows as one pack in the given order, float32, and their labels (B,)."""
         rows = np.asarray(rows)
+        return self.packed(rows, self.numbers(rows))
+
+    def numbers(self, rows: np.ndarray) -> np.ndarray:
+        """The tokens of these rows one after another, (T, C) float16, as they are stored."""
         lengths = self.lengths[rows]
         numbers = np.empty((int(lengths.sum()), self.token_channels), np.float16)
-        shards = np.searchsorted(self._shard_rows, rows, side="right") - 1
-        names = [self.shards[shard] for shard in shards.tolist()]
-        starts, sizes = self._starts[rows].tolist(), (lengths * self._bytes).tolist()
-        self.store.fill(numbers.view(np.uint8).reshape(-1), list(zip(names, starts, sizes, strict=True)))
+        sizes = (lengths * self._bytes).tolist()
+        self.store.fill(numbers.view(np.uint8).reshape(-1), self.places(rows), sizes)
+        return numbers
+
+    def packed(self, rows: np.ndarray, numbers: np.ndarray) -> tuple[PackedTokens, Tensor]:
+        """The pack of these rows and their labels, given their tokens."""
         packed = layout(self.sizes[rows]).with_tokens(torch.from_numpy(numbers.astype(np.float32)))
         return packed, torch.from_numpy(self.labels[rows].astype(np.int64))
+
+    def places(self, rows: np.ndarray) -> list[tuple[str, int]]:
+        """The shard of each row, and the byte of it where its tokens begin."""
+        shards = np.searchsorted(self._shard_rows, rows, side="right") - 1
+        return [
+            (self.shards[i], at) for i, at in zip(shards.tolist(), self._starts[rows].tolist(), strict=True)
+        ]
 
     def by_length(self, rows: np.ndarray) -> np.ndarray:
         """The order of `rows` (positions in it) by image length: the fastest to compute with."""
@@ -155,26 +167,44 @@ class Batch:
     keys: np.ndarray
 
 
-class Steps(torch.utils.data.Dataset[Batch]):
+class Steps(torch.utils.data.Dataset["Read"]):
     """The batches of a run by the number of their step; with several ranks, this rank's share of them."""
 
     def __init__(self, dataset: TokenDataset, sampler: Sampler, rank: int = 0, ranks: int = 1) -> None:
         self.dataset, self.sampler, self.rank, self.ranks = dataset, sampler, rank, ranks
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> "Read":
         step = self.sampler.step(number)
         if self.ranks > 1:
             step = step.shared(self.dataset.lengths[step.rows], self.ranks)[self.rank]
         order = self.dataset.by_length(step.rows)
-        return Batch(*self.dataset.batch(step.rows[order]), step.keys[order])
+        step = Step(step.rows[order], step.keys[order])
+        return step, self.dataset.numbers(step.rows)
+
+    def batch(self, number: int) -> Batch:
+        """The batch of a step."""
+        return self.packed(self[number])
+
+    def packed(self, read: "Read") -> Batch:
+        """The batch of a step that was read."""
+        step, numbers = read
+        return Batch(*self.dataset.packed(step.rows, numbers), step.keys)
+
+
+Read = tuple[Step, np.ndarray]  # a step and its tokens: little to send from one process to another
 
 
 def batches(steps: Steps, first: int, workers: int) -> Iterator[Batch]:
     """The batches from step `first` on, without end, read ahead by so many processes."""
-    if not workers:
-        return (steps[number] for number in itertools.count(first))
     numbers = range(first, 1 << 40)
-    loader = torch.utils.data.DataLoader(
-        steps, batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=4
-    )
-    return iter(loader)
+    read: Iterable[Read] = (steps[number] for number in numbers)
+    if workers:
+        read = torch.utils.data.DataLoader(
+            steps, batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=4, collate_fn=_same
+        )
+    return map(steps.packed, read)
+
+
+def _same(read: Any) -> Any:
+    """Left as numpy: a tensor costs an open file on its way between processes."""
+    return read

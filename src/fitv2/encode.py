@@ -135,8 +135,9 @@ def encode(
 
 
 def processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """This process's share of the machine's."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def settle(out: Path, settings: dict[str, Any]) -> None:
@@ -156,11 +157,10 @@ def settle(out: Path, settings: dict[str, Any]) -> None:
         write_json(plan, settings)
         return
     now = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-    differing = [
-        f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in now if before.get(key) != now[key]
-    ]
+    differing = [key for key in now if before.get(key) != now[key]]
     if differing:
-        raise UserError(f"{out} was encoded otherwise: {'; '.join(differing)}. Choose another folder")
+        changes = "; ".join(f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in differing)
+        raise UserError(f"{out} was encoded otherwise: {changes}. Choose another folder")
 
 
 def list_once(path: Path, opened: Source, progress: Progress) -> None:
@@ -186,15 +186,15 @@ def pieces_of(listing: Listing, size: int) -> list[Piece]:
 def work(
     job: Job, codec: Autoencoder, reader: Reader, workers: int, progress: Callable[[int, int], None]
 ) -> None:
-    """Encode what is not done, and write each shard while the next is encoded."""
+    """Encode what is not done: reading, autoencoding and writing each while the others go on."""
     todo = [piece for piece in job.pieces if job.note_of(piece) is None]
     done = job.pictures - sum(len(piece.rows) for piece in todo)
     progress(done, job.pictures)
     chunks = read_ahead(reader, [piece.rows for piece in todo], workers)
     writing: Future[None] | None = None
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as autoencoding, ThreadPoolExecutor(1) as writers:
         for piece in todo:
-            shard = ShardEncoder(job.about, job.encoding, codec)
+            shard = ShardEncoder(job.about, job.encoding, codec, autoencoding)
             for _ in range(0, len(piece.rows), CHUNK):
                 for fitted in next(chunks):
                     shard.add(fitted)
@@ -203,7 +203,7 @@ def work(
             shard.encode_rest()
             if writing:
                 writing.result()
-            writing = pool.submit(job.write, piece, shard)
+            writing = writers.submit(job.write, piece, shard)
         if writing:
             writing.result()
 

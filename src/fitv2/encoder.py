@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fitv2.sources import Picture
 from fitv2.tokens import patchify
 
 CHUNK = 16  # pictures that one process reads at once
+BATCHES_AHEAD = 2  # that wait for the autoencoder
 SAMPLES = 7  # first number of the keys that a sampled latent's noise is derived from
 
 
@@ -88,17 +90,15 @@ class Place:
 
 
 class ShardEncoder:
-    """The pictures of one shard, encoded in batches of equal shape."""
+    """The pictures of one shard, encoded in batches of equal shape by the thread of `pool`."""
 
-    def __init__(self, about: About, encoding: Encoding, codec: Autoencoder) -> None:
-        self.about, self.encoding, self.codec = about, encoding, codec
+    def __init__(self, about: About, encoding: Encoding, codec: Autoencoder, pool: Executor) -> None:
+        self.about, self.encoding, self.codec, self.pool = about, encoding, codec, pool
         self.pictures: list[Fitted] = []  # without their pixels
         self.skipped: list[dict[str, str]] = []
         self.crops: dict[Place, bool] = {}
         self._waiting: dict[tuple[int, ...], list[tuple[Place, np.ndarray]]] = defaultdict(list)
-        self._made: list[
-            tuple[list[Place], Tensor]
-        ] = []  # tokens (mirror, B, rows, columns, C) on the device
+        self._made: list[tuple[list[Place], Future[Tensor]]] = []
 
     def add(self, fitted: Fitted) -> None:
         """One picture more; encodes a batch if there are enough of its shape."""
@@ -121,15 +121,21 @@ class ShardEncoder:
             self._encode(same)
         self._waiting.clear()
 
-    @torch.inference_mode()
     def _encode(self, same: list[tuple[Place, np.ndarray]]) -> None:
+        """Prepare a batch here, while the one before it is encoded there."""
         places = [place for place, _ in same]
         pixels = torch.from_numpy(np.stack([array for _, array in same])).to(default_device())
-        pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         both = torch.cat([pixels, pixels.flip(3)]) if self.encoding.mirror else pixels
-        latents = self.codec.encode(both, self._noise(places, both.shape))
-        tokens = patchify(latents, self.about.patch_size).half()
-        self._made.append((places, tokens.unflatten(0, (-1, len(places)))))
+        if len(self._made) >= BATCHES_AHEAD:
+            self._made[-BATCHES_AHEAD][1].result()
+        made = self.pool.submit(self._tokens, both, self._noise(places, both.shape))
+        self._made.append((places, made))
+
+    @torch.inference_mode()
+    def _tokens(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
+        """(B, rows, columns, C) float16, on the device."""
+        return patchify(self.codec.encode(pixels, noise), self.about.patch_size).half()
 
     def _noise(self, places: list[Place], shape: tuple[int, ...]) -> Tensor | None:
         """Noise for sampled latents, each view's from a key of its own."""
@@ -147,7 +153,8 @@ class ShardEncoder:
         """The rows of the shard: pictures in order, of each its views in order, as they are and mirrored."""
         tokens: dict[Place, np.ndarray] = {}
         for places, made in self._made:
-            tokens |= dict(zip(places, made.cpu().transpose(0, 1).numpy(), strict=True))
+            flips = made.result().cpu().unflatten(0, (-1, len(places))).transpose(0, 1)
+            tokens |= dict(zip(places, flips.numpy(), strict=True))
         number = {label: i for i, label in enumerate(self.about.labels)}
         rows, variant = ShardRows(), 0
         for place in sorted(tokens, key=lambda place: (place.picture, place.view)):

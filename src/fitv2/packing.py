@@ -31,7 +31,7 @@ class Images:
         crop_probability: float = 0.5,
     ) -> None:
         self.first_rows, self.lengths, self.crop_probability = first_rows, lengths, crop_probability
-        variants = np.diff(first_rows, append=len(lengths))
+        variants = np.diff(first_rows, append=len(lengths)).astype(np.int32)
         crops = np.zeros_like(variants)
         if cropped is not None and cropped.any():
             crops = np.add.reduceat(cropped, first_rows, dtype=variants.dtype)

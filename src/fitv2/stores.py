@@ -72,26 +72,29 @@ class Store:
         system, path = self._remote()
         return pa.py_buffer(system.cat_file(f"{path}/{name}"))
 
-    def fill(self, out: np.ndarray, pieces: Sequence[tuple[str, int, int]]) -> None:
-        """Read (file, first byte, bytes) pieces one after another into `out`, bytes.
+    def fill(self, out: np.ndarray, places: Sequence[tuple[str, int]], sizes: Sequence[int]) -> None:
+        """Read pieces of so many bytes, each at a (file, byte), one after another into `out`.
 
         Read, not mapped: pages of a map would count as this process's memory, all of the dataset in the
         end. Raises UserError naming a file that ends too early.
         """
         view, at = memoryview(out.data), 0
         if not self.is_local:
-            system, path = self._remote()
-            starts = [start for _, start, _ in pieces]
-            ends = [start + length for _, start, length in pieces]
-            names = [f"{path}/{name}" for name, _, _ in pieces]
-            contents = system.cat_ranges(names, starts, ends, on_error="raise")
-        for i, (name, start, length) in enumerate(pieces):
-            into = view[at : at + length]
+            contents = self._ranges(places, sizes)
+        for i, ((name, start), size) in enumerate(zip(places, sizes, strict=True)):
+            into = view[at : at + size]
             if self.is_local:
                 got = os.preadv(self._files(name).fileno(), [into], start)
             else:
                 got = len(contents[i])
                 into[:got] = contents[i]
-            if got != length:
+            if got != size:
                 raise UserError(f"{self.path(name)} is damaged: it ends too early; encode again")
-            at += length
+            at += size
+
+    def _ranges(self, places: Sequence[tuple[str, int]], sizes: Sequence[int]) -> list[bytes]:
+        """All pieces at once: remote stores answer many requests at a time."""
+        system, path = self._remote()
+        names, starts = [f"{path}/{name}" for name, _ in places], [start for _, start in places]
+        ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+        return system.cat_ranges(names, starts, ends, on_error="raise")
