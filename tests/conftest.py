@@ -1,5 +1,6 @@
 """Small real pictures, datasets and models that tests share."""
 
+import io
 import os
 from pathlib import Path
 
@@ -24,6 +25,13 @@ def picture(width, height, seed=0):
     colours = np.random.default_rng(seed).integers(0, 256, (2, 3))
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.where((x * height > y * width)[..., None], *colours).astype(np.uint8))
+
+
+def encoded_picture(width=16, height=16, seed=0):
+    """Such a picture as the bytes of a PNG."""
+    file = io.BytesIO()
+    picture(width, height, seed).save(file, "PNG")
+    return file.getvalue()
 
 
 def randomized(model, seed=0):

@@ -70,7 +70,7 @@ def test_skipped_pictures_show_in_the_exit_status(folder, tmp_path, capsys):
         (["sample", "clipart", "--guidance", "nan"], "--guidance is nan"),
         (["sample", "clipart", "--guidance-interval", "0.9", "0.1"], "two rising times"),
         (["convert", "nowhere.bin", "out"], "nowhere.bin does not exist"),
-        (["encode", "nowhere", "out"], "nowhere is not a folder"),
+        (["encode", "nowhere", "out"], "nowhere does not exist"),
         (["demo", "--data", "nowhere"], "clip-art set is not at nowhere"),
     ],
 )

@@ -1,13 +1,23 @@
+import contextlib
 import io
 import json
+import multiprocessing
 import os
+import shutil
+import tarfile
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features
+from PIL import Image
 
 from conftest import picture
 from fitv2.data import TokenDataset
@@ -22,10 +32,8 @@ def test_tokens_hold_the_resized_pictures(folder, tokens):
     dataset = TokenDataset(tokens)
     assert dataset.card.about.labels == ("blue", "red")
     assert dataset.card.pictures == {"train": 12}
-    sources = dataset.rows.data.column("source").to_pylist()
+    sources = dataset.sources(range(24))
     for row in range(0, len(sources), 2):
-        from PIL import Image
-
         expected = np.array(flexible_resize(Image.open(folder / sources[row]), 16, 16)) / 127.5 - 1
         image, mirrored = unpack(dataset.batch(np.array([row, row + 1]))[0])
         pixels = unpatchify(image[None], 16)[0]
@@ -67,8 +75,8 @@ def test_broken_pictures_are_listed_and_the_rest_goes_on(folder, tmp_path):
     (source / "a" / "notes.txt").write_text("not meant as one")
     report = encode(source, tmp_path / "set", workers=0)
     listed = [json.loads(line) for line in (tmp_path / "set" / "skipped.jsonl").read_text().splitlines()]
-    assert (report.encoded, report.skipped) == ({"train": 1}, 3)
-    assert [entry["source"] for entry in listed] == ["a/cut.png", "a/empty.png", "a/text.jpg"]
+    assert (report.encoded, report.skipped) == ({"train": 1}, 4)
+    assert [entry["source"] for entry in listed] == ["a/cut.png", "a/empty.png", "a/notes.txt", "a/text.jpg"]
     assert all(entry["reason"] for entry in listed)
 
 
@@ -84,8 +92,8 @@ def test_parquet_that_is_none_or_has_other_columns_is_named(tmp_path):
     (tmp_path / "train.parquet").write_text("not parquet")
     with pytest.raises(UserError, match=r"train\.parquet is not a Parquet file"):
         encode(tmp_path, tmp_path / "set", workers=0)
-    pq.write_table(pa.table({"picture": [b""]}), tmp_path / "train.parquet")
-    with pytest.raises(UserError, match="no columns image and label, but picture"):
+    pq.write_table(pa.table({"colour": [3]}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="no column of images that could be recognized, but colour"):
         encode(tmp_path, tmp_path / "set", workers=0)
 
 
@@ -94,7 +102,7 @@ def test_nothing_to_encode_leaves_nothing(tmp_path):
     source.mkdir()
     with pytest.raises(UserError, match="no pictures"):
         encode(source, tmp_path / "set", workers=0)
-    with pytest.raises(UserError, match="not a folder"):
+    with pytest.raises(UserError, match="none does not exist"):
         encode(source / "none", tmp_path / "set", workers=0)
     (source / "bad.png").write_text("x")
     with pytest.raises(UserError, match="none of the 1 pictures"):
@@ -102,17 +110,213 @@ def test_nothing_to_encode_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+def test_after_a_full_disk_it_goes_on(folder, tokens, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        written = []
 
-    monkeypatch.setattr("fitv2.encode.ShardWriter.flush", full)
-    with pytest.raises(OSError, match="No space left"):
-        encode(folder, tmp_path / "set", workers=0)
-    assert not list(tmp_path.iterdir())
+        def full(*arguments):
+            written.append(arguments)
+            if len(written) > 1:
+                raise OSError(28, "No space left on device")
+            return fsync(*arguments)
+
+        fsync = os.fsync
+        patch.setattr("fitv2.files.os.fsync", full)
+        encode(folder, tmp_path / "set", Encoding(max_tokens=(16,)), workers=0)
+    assert len(written) > 1
+    assert not (tmp_path / "set" / "dataset.json").exists()
+    encode(folder, tmp_path / "set", Encoding(max_tokens=(16,)), workers=0)
+    assert contents(tmp_path / "set") == contents(tokens)
+
+
+def contents(folder):
+    """Every file below a folder, by name."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_the_same_bytes_each_time(folder, tokens, tmp_path):
     encode(folder, tmp_path / "again", Encoding(max_tokens=(16,)), workers=2)
-    for path in tokens.iterdir():
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    assert contents(tmp_path / "again") == contents(tokens)
+
+
+def test_a_finished_dataset_stays_as_it_is(folder, tokens):
+    before = contents(tokens)
+    report = encode(folder, tokens, Encoding(max_tokens=(16,)), workers=0)
+    assert (report.encoded, report.skipped) == ({"train": 12}, 0)
+    assert contents(tokens) == before
+
+
+def test_other_settings_or_another_source_are_refused_with_the_difference(folder, tokens, tmp_path):
+    with pytest.raises(
+        UserError, match=r"mirror was True, now False; latents was 'mean', now 'sample'\. Choose"
+    ):
+        encode(folder, tokens, Encoding(max_tokens=(16,), mirror=False, latents="sample"), workers=0)
+    (tmp_path / "source" / "red").mkdir(parents=True)
+    picture(16, 16).save(tmp_path / "source" / "red" / "1.png")
+    with pytest.raises(UserError, match=r"source was '12 files, .*', now '1 files, "):
+        encode(tmp_path / "source", tokens, Encoding(max_tokens=(16,)), workers=0)
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="not empty"):
+        encode(folder, tmp_path, workers=0)
+
+
+def test_settings_are_compared_in_an_unfinished_folder_too(many, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("fitv2.encode.conclude", lambda _: None)
+        encode(many, tmp_path / "set", SMALL, workers=0)
+    assert not (tmp_path / "set" / "dataset.json").exists()
+    with pytest.raises(UserError, match="shard_size was 7, now 9"):
+        encode(many, tmp_path / "set", replace(SMALL, shard_size=9), workers=0)
+    assert encode(many, tmp_path / "set", SMALL, workers=0).encoded == {"train": 40, "validation": 10}
+
+
+SMALL = Encoding(max_tokens=(16, 4), preprocess="mixed", batch_size=3, shard_size=7)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """50 pictures in two splits, and three that cannot be used."""
+    root = tmp_path_factory.mktemp("many")
+    for i in range(50):
+        path = root / ("val" if i % 5 == 0 else "train") / f"label {i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(20 + 7 * i % 90, 100 - 3 * i % 80, i).save(path)
+    for i in range(3):
+        (root / "train" / "label 0" / f"bad {i}.png").write_text("x")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(many, tmp_path_factory):
+    """Those, encoded without interruption."""
+    out = tmp_path_factory.mktemp("whole") / "set"
+    report = encode(many, out, SMALL, workers=2)
+    assert (report.encoded, report.skipped) == ({"train": 40, "validation": 10}, 3)
+    return contents(out)
+
+
+FORK = multiprocessing.get_context("fork")  # a fresh interpreter would take seconds to import
+
+
+def start(many, out, rank=0, world=1, settings=SMALL):
+    """An encode in a process of its own, as torchrun would start it."""
+
+    def run():
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+        encode(many, out, settings, workers=2)
+
+    process = FORK.Process(target=run)
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_any_number_of_processes_makes_the_same_dataset(many, whole, tmp_path, world):
+    processes = [start(many, tmp_path / "set", rank, world) for rank in range(world)]
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    assert contents(tmp_path / "set") == whole
+
+
+def test_the_last_to_finish_makes_it_whole(many, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert encode(many, tmp_path / "set", SMALL, workers=0) is None
+    assert not (tmp_path / "set" / "dataset.json").exists()
+    monkeypatch.setenv("RANK", "1")
+    assert encode(many, tmp_path / "set", SMALL, workers=0).encoded == {"train": 40, "validation": 10}
+    assert contents(tmp_path / "set") == whole
+
+
+@pytest.mark.slow
+def test_killed_at_30_random_moments_it_ends_with_the_same_bytes(many, whole, tmp_path):
+    """Each kill meets another number of processes; a dataset that gets finished in between begins anew."""
+    rng, out = np.random.default_rng(0), tmp_path / "set"
+    started = time.monotonic()
+    start(many, tmp_path / "timed").join()
+    seconds = time.monotonic() - started
+    kills, at_work = 0, 0
+    while kills < 30:
+        world = int(rng.integers(1, 4))
+        processes = [start(many, out, rank, world) for rank in range(world)]
+        time.sleep(rng.uniform(0, seconds))
+        for process in processes:
+            at_work += process.is_alive()
+            process.kill()
+            process.join()
+        kills += 1
+        if (out / "dataset.json").exists():
+            assert encode(many, out, SMALL, workers=0).skipped == 3
+            assert contents(out) == whole
+            shutil.rmtree(out)
+    assert at_work >= 15  # the kills came in time
+    start(many, out).join()
+    assert contents(out) == whole
+    deadline = time.monotonic() + 10
+    while children_of_nobody(out) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not children_of_nobody(out)
+
+
+def children_of_nobody(out):
+    """Processes that were left behind: those that have a file of `out` mapped and no test for a parent."""
+    left = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(out) in (process / "maps").read_text() and int(process.name) != os.getpid():
+                left.append(process.name)
+    return left
+
+
+def test_every_source_gives_the_same_tokens(many, tmp_path):
+    """Folders, tars, Parquet, `datasets` folders, here or in a remote store: the tokens are the pictures'."""
+    files = sorted((many / "train").rglob("[0-9]*.png"), key=lambda path: int(path.stem))
+    labels = [path.parent.name for path in files]
+    tars = tmp_path / "tars" / "train-0.tar"
+    tars.parent.mkdir()
+    with tarfile.open(tars, "w") as tar:
+        for path in files:
+            tar.add(path, f"{path.parent.name}/{path.name}")
+    features = Features({"image": datasets.Image(), "label": ClassLabel(names=sorted(set(labels)))})
+    content = [{"bytes": path.read_bytes(), "path": None} for path in files]
+    table = Dataset.from_dict({"image": content, "label": labels}, features)
+    (tmp_path / "parquet").mkdir()
+    table.to_parquet(str(tmp_path / "parquet" / "train.parquet"), batch_size=7)
+    table.save_to_disk(str(tmp_path / "saved"))
+    fsspec.filesystem("memory").put(str(tmp_path / "parquet"), "/everywhere", recursive=True)
+    expected = None
+    for number, source in enumerate([tars, tmp_path / "parquet", tmp_path / "saved", "memory://everywhere"]):
+        out = tmp_path / f"set {number}"
+        encode(source, out, SMALL, workers=number % 2 * 2)
+        held = TokenDataset(out)
+        packed, found = held.batch(np.arange(len(held.sizes)))
+        assert held.card.about.labels == ("label 0", "label 1", "label 2")
+        expected = (packed.x_TC, found) if expected is None else expected
+        assert torch.equal(packed.x_TC, expected[0])
+        assert torch.equal(found, expected[1])
+    assert len(held.first_rows) == 40
+
+
+def test_an_autoencoder_makes_the_same_bytes_with_any_number_of_threads(many, tiny_vae, tmp_path):
+    settings = replace(SMALL, autoencoder=str(tiny_vae), latents="sample")
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        encode(many, tmp_path / str(threads), settings, workers=0)
+    torch.set_num_threads(1)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    about = TokenDataset(tmp_path / "1").card.about
+    assert (about.scale, about.shift, about.in_channels, about.patch_size) == (0.5, 0.25, 4, 2)
+
+
+def test_mixed_preprocessing_stores_crops_of_large_pictures_alone(many, tmp_path):
+    encode(many, tmp_path / "set", SMALL, workers=0)
+    dataset = TokenDataset(tmp_path / "set")
+    sources = dataset.sources(np.arange(len(dataset.sizes)))
+    crops: dict[str, set] = {}
+    for source, size, crop in zip(sources, dataset.sizes.tolist(), dataset.cropped, strict=True):
+        crops.setdefault(source, set()).update([tuple(size)] if crop else [])
+    for source, sizes in crops.items():
+        with Image.open(many / source) as image:
+            large = [side for side in (4, 2) if min(image.size) > 16 * side]
+        assert sizes == {(side, side) for side in large}

@@ -4,6 +4,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
+from typing import IO
 
 from fitv2.sources import BROKEN, IMAGES, NO_LABEL, Picture, Source, is_hidden, readable, split_of
 from fitv2.stores import filesystem
@@ -12,34 +13,38 @@ from fitv2.stores import filesystem
 def in_tars(source: Source) -> Iterator[Picture]:
     """WebDataset: members that share a name up to its first dot are one picture and what is said of it.
 
-    The label is that of NAME.cls, of "label" in NAME.json, or the member's folder.
+    The label is that of NAME.cls, of "label" in NAME.json, or the member's folder. An archive that
+    breaks off gives what it holds before, and a picture that is BROKEN.
     """
     system, _ = filesystem(source.url)
     for path in sorted(source.files):
-        name = readable(source.name(path))
-        try:
-            with system.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                yield from _tar_pictures(tar, split_of(name), name, os.fsencode(path))
-        except (tarfile.TarError, EOFError) as error:
-            yield Picture(split_of(name), NO_LABEL, f"{name}: {error}", os.fsencode(path), BROKEN)
+        place = (split_of(source.name(path)), readable(source.name(path)), os.fsencode(path))
+        with system.open(path, "rb") as file:
+            yield from _pictures(file, *place)
 
 
-def _tar_pictures(tar: tarfile.TarFile, split: str, name: str, path: bytes) -> Iterator[Picture]:
-    pictures: list[tarfile.TarInfo] = []
-    key, label = None, None
-    for member in tar:
-        if not member.isfile() or is_hidden(member.name):
-            continue
-        folder, _, base = member.name.rpartition("/")
-        stem, _, ending = base.partition(".")
-        if (folder, stem) != key:
-            yield from _labelled(pictures, label, split, name, path)
-            key, label, pictures = (folder, stem), None, []
-        if ending.lower() in ("cls", "json"):
-            label = _stated_label(tar, member, ending.lower()) or label
-        elif f".{ending.rpartition('.')[2].lower()}" in IMAGES:
-            pictures.append(member)
-    yield from _labelled(pictures, label, split, name, path)
+def _pictures(file: IO[bytes], split: str, name: str, path: bytes) -> Iterator[Picture]:
+    members: list[tarfile.TarInfo] = []
+    key, label, broken = None, None, None
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if not member.isfile() or is_hidden(member.name):
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, _, ending = base.partition(".")
+                if (folder, stem) != key:
+                    yield from _labelled(members, label, split, name, path)
+                    key, label, members = (folder, stem), None, []
+                if ending.lower() in ("cls", "json"):
+                    label = _stated_label(tar, member, ending.lower()) or label
+                elif f".{ending.rpartition('.')[2].lower()}" in IMAGES:
+                    members.append(member)
+    except (tarfile.TarError, EOFError) as error:
+        broken = Picture(split, NO_LABEL, f"{name}: {error}", path, BROKEN)
+    yield from _labelled(members, label, split, name, path)
+    if broken:
+        yield broken
 
 
 def _labelled(

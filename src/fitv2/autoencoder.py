@@ -87,10 +87,12 @@ def load_autoencoder(
     from diffusers import AutoencoderKL
 
     try:
-        model = AutoencoderKL.from_pretrained(name, use_safetensors=True)
+        model = AutoencoderKL.from_pretrained(
+            name, use_safetensors=True, torch_dtype=getattr(torch, precision)
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"autoencoder {name!r} cannot be loaded: {reason}") from error
     # A local folder by its full path: a run may be sampled from anywhere.
-    model = model.to(device, getattr(torch, precision))
+    model = model.to(device)
     return KLAutoencoder(model, str(Path(name).resolve()) if Path(name).is_dir() else name)

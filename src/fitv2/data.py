@@ -14,6 +14,7 @@ from torch import Tensor
 from fitv2.config import from_dict, parse_json
 from fitv2.errors import UserError
 from fitv2.packing import Images, Step
+from fitv2.runtime import end_with_parent
 from fitv2.shards import CARD, FORMAT, DatasetCard, File, index_name, shards_of
 from fitv2.stores import Store
 from fitv2.tokens import PackedTokens, layout
@@ -200,8 +201,9 @@ def batches(steps: Steps, first: int, workers: int) -> Iterator[Batch]:
     read: Iterable[Read] = (steps[number] for number in numbers)
     if workers:
         read = torch.utils.data.DataLoader(
-            steps, batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=4, collate_fn=_same
-        )
+            steps, batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=4,
+            collate_fn=_same, worker_init_fn=end_with_parent,
+        )  # fmt: skip
     return map(steps.packed, read)
 
 

@@ -22,7 +22,7 @@ from fitv2.encoder import CHUNK, Reader, ShardEncoder, read_ahead
 from fitv2.errors import UserError
 from fitv2.files import write_json
 from fitv2.listing import Listing, list_pictures, load_listing
-from fitv2.runtime import default_device, ranks
+from fitv2.runtime import default_device, ranks, single_threaded
 from fitv2.settings import Encoding
 from fitv2.shards import CARD, SKIPPED, About, Shard, finish, shard_name
 from fitv2.sources import Source, open_source
@@ -186,26 +186,32 @@ def pieces_of(listing: Listing, size: int) -> list[Piece]:
 def work(
     job: Job, codec: Autoencoder, reader: Reader, workers: int, progress: Callable[[int, int], None]
 ) -> None:
-    """Encode what is not done: reading, autoencoding and writing each while the others go on."""
+    """Encode what is not done: reading, autoencoding and writing each while the others go on.
+
+    On a CPU several batches are encoded at once, each by one thread: how many there are then does not
+    show in the results. (oneDNN adds up in another order with more threads.)
+    """
     todo = [piece for piece in job.pieces if job.note_of(piece) is None]
     done = job.pictures - sum(len(piece.rows) for piece in todo)
     progress(done, job.pictures)
     chunks = read_ahead(reader, [piece.rows for piece in todo], workers)
     writing: Future[None] | None = None
-    with ThreadPoolExecutor(1) as autoencoding, ThreadPoolExecutor(1) as writers:
-        for piece in todo:
-            shard = ShardEncoder(job.about, job.encoding, codec, autoencoding)
-            for _ in range(0, len(piece.rows), CHUNK):
-                for fitted in next(chunks):
-                    shard.add(fitted)
-                    done += 1
-                progress(done, job.pictures)
-            shard.encode_rest()
+    with single_threaded() as cores:
+        threads = cores if default_device().type == "cpu" else 1
+        with ThreadPoolExecutor(threads) as autoencoding, ThreadPoolExecutor(1) as writers:
+            for piece in todo:
+                shard = ShardEncoder(job.about, job.encoding, codec, autoencoding, threads + 1)
+                for _ in range(0, len(piece.rows), CHUNK):
+                    for fitted in next(chunks):
+                        shard.add(fitted)
+                        done += 1
+                    progress(done, job.pictures)
+                shard.encode_rest()
+                if writing:
+                    writing.result()
+                writing = writers.submit(job.write, piece, shard)
             if writing:
                 writing.result()
-            writing = writers.submit(job.write, piece, shard)
-        if writing:
-            writing.result()
 
 
 def conclude(job: Job) -> Report | None:

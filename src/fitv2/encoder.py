@@ -14,14 +14,13 @@ from torch import Tensor
 from fitv2.autoencoder import Autoencoder
 from fitv2.images import UnusableImage, views
 from fitv2.listing import Listing, load_listing, read_picture
-from fitv2.runtime import default_device, generator
+from fitv2.runtime import default_device, end_with_parent, generator
 from fitv2.settings import Encoding
 from fitv2.shards import About, ShardRows
 from fitv2.sources import Picture
 from fitv2.tokens import patchify
 
 CHUNK = 16  # pictures that one process reads at once
-BATCHES_AHEAD = 2  # that wait for the autoencoder
 SAMPLES = 7  # first number of the keys that a sampled latent's noise is derived from
 
 
@@ -73,6 +72,7 @@ def read_ahead(reader: Reader, pieces: Sequence[range], workers: int) -> Iterato
         num_workers=workers,
         collate_fn=_same,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=end_with_parent,
     )
     return iter(loader)
 
@@ -90,10 +90,13 @@ class Place:
 
 
 class ShardEncoder:
-    """The pictures of one shard, encoded in batches of equal shape by the thread of `pool`."""
+    """The pictures of one shard, encoded in batches of equal shape by the threads of `pool`."""
 
-    def __init__(self, about: About, encoding: Encoding, codec: Autoencoder, pool: Executor) -> None:
+    def __init__(
+        self, about: About, encoding: Encoding, codec: Autoencoder, pool: Executor, ahead: int
+    ) -> None:
         self.about, self.encoding, self.codec, self.pool = about, encoding, codec, pool
+        self.ahead = ahead  # batches that may be with the autoencoder at once
         self.pictures: list[Fitted] = []  # without their pixels
         self.skipped: list[dict[str, str]] = []
         self.crops: dict[Place, bool] = {}
@@ -122,13 +125,13 @@ class ShardEncoder:
         self._waiting.clear()
 
     def _encode(self, same: list[tuple[Place, np.ndarray]]) -> None:
-        """Prepare a batch here, while the one before it is encoded there."""
+        """Prepare a batch here, while those before it are encoded there."""
         places = [place for place, _ in same]
         pixels = torch.from_numpy(np.stack([array for _, array in same])).to(default_device())
         pixels = pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         both = torch.cat([pixels, pixels.flip(3)]) if self.encoding.mirror else pixels
-        if len(self._made) >= BATCHES_AHEAD:
-            self._made[-BATCHES_AHEAD][1].result()
+        if len(self._made) >= self.ahead:
+            self._made[-self.ahead][1].result()
         made = self.pool.submit(self._tokens, both, self._noise(places, both.shape))
         self._made.append((places, made))
 

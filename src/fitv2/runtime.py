@@ -1,6 +1,10 @@
 """The machine a run is on, and the randomness that does not depend on it."""
 
+import multiprocessing
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -32,6 +36,32 @@ def ranks() -> tuple[int, int]:
             f"RANK={rank} and WORLD_SIZE={world} in the environment: expected 0 ≤ RANK < WORLD_SIZE"
         )
     return int(rank), int(world)
+
+
+def end_with_parent(_: int) -> None:
+    """End this process, a worker of another, as soon as that one was killed.
+
+    torch's loader workers notice too, but then wait for ever to hand over what they read.
+    """
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def single_threaded() -> Iterator[int]:
+    """Operations of one thread each, so that results depend on no number of threads; gives that before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
 
 
 def derive_seed(*key: int) -> int:

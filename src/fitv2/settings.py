@@ -138,7 +138,7 @@ class Encoding:
     """Of the autoencoder's distribution; samples are the same each time."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the autoencoder."""
-    batch_size: int = 32
+    batch_size: int = 8
     """Pictures of one size that are encoded at once, before mirroring."""
     shard_size: int = 1024
     """Pictures a shard, which is what an interrupted encode does again at most."""

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import posixpath
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -70,12 +71,13 @@ def open_source(url: str, image_column: str | None = None, label_column: str | N
     except OSError as error:
         raise UserError(f"{url} cannot be read: {error}") from error
     if not files:
+        there = "*" in path or system.exists(path)
         hint = (
-            f"; for a dataset of the hub: hf://datasets/{url}"
-            if url.count("/") == 1 and "." not in url
+            f" (for a dataset of the hub: hf://datasets/{url})"
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", url)
             else ""
         )
-        raise UserError(f"{url} has no pictures: it is no folder, file or pattern with any{hint}")
+        raise UserError(f"{url} {'has no pictures' if there else 'does not exist'}{hint}")
     single = len(files) == 1 and path in files
     root = posixpath.dirname(path) if single or "*" in path else path
     while "*" in root:
