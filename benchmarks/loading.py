@@ -1,14 +1,15 @@
 """Loading tokens: images a second, and memory, from ten thousand images to a million.
 
-    python benchmarks/loading.py [FOLDER]
+    python benchmarks/loading.py [--folder FOLDER] [--images N N …]
 
-Makes synthetic datasets of latents of about 130 tokens in FOLDER (5 GB; a temporary one by default), reads
+Makes synthetic datasets of latents of about 130 tokens in FOLDER (5 GB; by default a temporary one), reads
 them once so that they are warm, then loads steps of 64 images in an epoch's order: in one process, and
 through two loader workers. The floor is one copy of the same bytes out of the page cache: preadv of the
 images of a step in their order, without packing. Prints one JSON object a size; each is measured in a process
 of its own.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ from fitv2.data import Steps, TokenDataset, batches
 from fitv2.packing import FixedCount
 from fitv2.shards import CARD, About, Shard, ShardRows, finish, shard_name
 
-CHANNELS, IMAGES_A_SHARD, IMAGES_A_STEP, SECONDS = 16, 4096, 64, 4.0
+CHANNELS, IMAGES_A_SHARD, IMAGES_A_STEP = 16, 4096, 64
 
 
 def synthetic(folder: Path, images: int) -> None:
@@ -53,21 +54,21 @@ def memory(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
 
 
-def rate(steps: Steps, workers: int) -> float:
-    """Images a second over `SECONDS`, after a start of 100 steps."""
+def rate(steps: Steps, workers: int, seconds: float) -> float:
+    """Images a second over so many seconds, after a start of 100 steps."""
     stream = batches(steps, 0, workers)
     for _ in islice(stream, 100):
         pass
     images, started = 0, time.perf_counter()
-    while time.perf_counter() - started < SECONDS:
+    while time.perf_counter() - started < seconds:
         images += len(next(stream).labels)
     return images / (time.perf_counter() - started)
 
 
-def floor(dataset: TokenDataset, steps: Steps) -> float:
+def floor(dataset: TokenDataset, steps: Steps, seconds: float) -> float:
     """Images a second when their bytes are only copied."""
     images, started, number = 0, time.perf_counter(), 0
-    while time.perf_counter() - started < SECONDS:
+    while time.perf_counter() - started < seconds:
         rows = steps.sampler.step(number).rows
         bytes_each = dataset.lengths[rows] * 2 * CHANNELS
         into = memoryview(bytearray(int(bytes_each.sum())))
@@ -79,7 +80,7 @@ def floor(dataset: TokenDataset, steps: Steps) -> float:
     return images / (time.perf_counter() - started)
 
 
-def measure(folder: Path) -> dict[str, float]:
+def measure(folder: Path, seconds: float) -> dict[str, float]:
     """One size, in this process."""
     for path in folder.iterdir():
         path.read_bytes()
@@ -89,7 +90,7 @@ def measure(folder: Path) -> dict[str, float]:
     opened = time.perf_counter() - started
     images = dataset.images()
     steps = Steps(dataset, FixedCount(images, IMAGES_A_STEP, seed=0))
-    alternating = [(rate(steps, 0), floor(dataset, steps)) for _ in range(3)]
+    alternating = [(rate(steps, 0, seconds), floor(dataset, steps, seconds)) for _ in range(3)]
     here, copied = (sorted(values)[1] for values in zip(*alternating, strict=True))
     held = memory("VmRSS") - before
     return {
@@ -99,7 +100,7 @@ def measure(folder: Path) -> dict[str, float]:
         "images_per_second": round(here),
         "floor_images_per_second": round(copied),
         "of_floor": round(here / copied, 2),
-        "two_workers": round(rate(steps, 2)),
+        "two_workers": round(rate(steps, 2, seconds)),
         "megabytes_grown": round(held, 1),
         "megabytes_of_plan_and_index": round(
             sum(array.nbytes for array in (dataset.lengths, dataset.first_rows, dataset._starts)) / 1e6, 1
@@ -107,19 +108,24 @@ def measure(folder: Path) -> dict[str, float]:
     }
 
 
-def main(root: Path) -> None:
-    for images in (10_000, 100_000, 1_000_000):
-        folder = root / str(images)
-        if not (folder / CARD).exists():
-            synthetic(folder, images)
-        subprocess.run([sys.executable, __file__, "--measure", str(folder)], check=True)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
+    parser.add_argument("--measure", type=Path, help="a dataset that was made before, in this process")
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure, options.seconds)), flush=True)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for images in options.images:
+            folder = (options.folder or Path(temporary)) / str(images)
+            if not (folder / CARD).exists():
+                synthetic(folder, images)
+            again = ["--measure", str(folder), "--seconds", str(options.seconds)]
+            subprocess.run([sys.executable, __file__, *again], check=True)
 
 
 if __name__ == "__main__":
-    if "--measure" in sys.argv:
-        print(json.dumps(measure(Path(sys.argv[-1]))), flush=True)
-    elif len(sys.argv) > 1:
-        main(Path(sys.argv[1]))
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            main(Path(temporary))
+    main()

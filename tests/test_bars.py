@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fitv2.bars import new_bar, share_bar, training_bar
+from fitv2.bars import new_bar, share_bar, stages_bar, training_bar
 from fitv2.settings import Training
 
 
@@ -31,4 +31,21 @@ def test_a_bar_counts_steps_or_seconds(training, total):
 def test_a_run_that_never_starts_shows_no_bar(capsys):
     with training_bar(Training()):
         pass
+    assert capsys.readouterr().err == ""
+
+
+def test_stages_are_one_bar_after_another(capsys):
+    with stages_bar("image") as progress:
+        progress("list", 500, None)
+        progress("encode", 20, 100)
+        progress("encode", 100, 100)
+    last = capsys.readouterr().err.rpartition("\r")[2]
+    assert "encode: 100%" in last
+    assert "100/100" in last
+    assert "list" not in last
+
+
+def test_other_processes_draw_no_bar(capsys):
+    with stages_bar("image", shown=False) as progress:
+        progress("encode", 20, 100)
     assert capsys.readouterr().err == ""

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -17,3 +19,22 @@ def test_packed_vs_padded_prints_one_object_of_ratios():
     for mix in ratios.values():
         assert set(mix) == {"train", "sample"}
         assert all(ratio > 0 for ratio in mix.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("planning.py", ["20000"], {"fill", "seconds_an_epoch", "megabytes"}),
+        ("encoding.py", ["--pictures=40", "--milliseconds=1"], {"busy", "reading_alone_per_second"}),
+        (
+            "loading.py",
+            ["--images=2000", "--seconds=0.2"],
+            {"images_per_second", "two_workers", "megabytes_grown"},
+        ),
+    ],
+)
+def test_benchmarks_of_the_data_print_their_figures(name, options, said):
+    command = [sys.executable, BENCHMARKS / name, *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    for line in result.stdout.splitlines():
+        assert said <= json.loads(line).keys()

@@ -1,12 +1,19 @@
 import json
 import shutil
+from dataclasses import replace
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 
-from fitv2.data import TokenDataset
+from fitv2.data import Steps, TokenDataset, batches, require_whole
+from fitv2.encode import encode
 from fitv2.errors import UserError
+from fitv2.packing import FixedCount, TokenBudget
+from fitv2.presets import preset
+from fitv2.settings import Encoding
+from fitv2.train import train
 
 
 def test_batch_is_the_rows_in_order(tokens):
@@ -35,25 +42,121 @@ def damaged(tokens, tmp_path, damage):
 
 
 def test_what_is_no_dataset_is_named(tokens, tmp_path):
-    with pytest.raises(UserError, match=r"dataset\.json is missing"):
+    with pytest.raises(UserError, match=r"dataset\.json is missing: a dataset is made by fitv2 encode"):
         TokenDataset(tmp_path)
     with pytest.raises(UserError, match="no validation pictures"):
         TokenDataset(tokens, "validation")
 
 
-def test_a_missing_or_cut_shard_is_named(tokens, tmp_path):
-    def cut(copy):
-        shard = next(copy.glob("*.arrow"))
-        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+def change(name, edit):
+    """Damage that changes a file's bytes."""
 
-    with pytest.raises(UserError, match=r"set/train-00000\.arrow is damaged: it has \d+ of \d+ bytes"):
-        TokenDataset(damaged(tokens, tmp_path, cut))
+    def damage(copy):
+        (copy / name).write_bytes(edit((copy / name).read_bytes()))
+
+    return damage
 
 
-def test_an_incomplete_set_is_named(tokens, tmp_path):
-    def more(copy):
+def flipped(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("name", ["train-00000.arrow", "index-train.arrow"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda name: change(name, lambda c: c[: len(c) // 2]), lambda name: lambda copy: (copy / name).unlink()],
+)
+def test_a_missing_or_cut_file_is_named(tokens, tmp_path, name, damage):
+    with pytest.raises(UserError, match=rf"set/{name} is damaged: it has \d+ of \d+ bytes"):
+        TokenDataset(damaged(tokens, tmp_path, damage(name)))
+
+
+def test_a_changed_byte_is_found_by_reading_all(tokens, tmp_path):
+    copy = damaged(tokens, tmp_path, change("train-00000.arrow", flipped))
+    dataset = TokenDataset(copy)
+    seen = []
+    with pytest.raises(UserError, match=r"train-00000\.arrow is damaged: its bytes are not those"):
+        require_whole(dataset.store, dataset.card, lambda files, total: (seen.append(total), files)[1])
+    assert seen == [2]
+    require_whole(TokenDataset(tokens).store, TokenDataset(tokens).card)
+
+
+def test_a_changed_byte_of_the_index_is_found_at_once(tokens, tmp_path):
+    with pytest.raises(UserError, match=r"index-train\.arrow is damaged: its bytes are not those"):
+        TokenDataset(damaged(tokens, tmp_path, change("index-train.arrow", flipped)))
+
+
+def test_training_checks_all_before_its_first_step(tokens, tmp_path):
+    copy = damaged(tokens, tmp_path, change("train-00000.arrow", flipped))
+    with pytest.raises(UserError, match=r"train-00000\.arrow is damaged"):
+        train(preset("debug"), copy, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"format": 1}, "another version of fitv2: encode again"), ({"formats": 2}, "did you mean format")],
+)
+def test_another_format_is_said(tokens, tmp_path, change, said):
+    def rewrite(copy):
         card = json.loads((copy / "dataset.json").read_text())
-        (copy / "dataset.json").write_text(json.dumps(card | {"pictures": {"train": 99}}))
+        (copy / "dataset.json").write_text(json.dumps(card | change))
 
-    with pytest.raises(UserError, match="incomplete"):
-        TokenDataset(damaged(tokens, tmp_path, more))
+    with pytest.raises(UserError, match=said):
+        TokenDataset(damaged(tokens, tmp_path, rewrite))
+
+
+def test_rows_beyond_the_first_shard(folder, tmp_path):
+    settings = Encoding(max_tokens=(16,))
+    encode(folder, tmp_path / "one", settings, workers=0)
+    encode(folder, tmp_path / "many", replace(settings, shard_size=5), workers=0)
+    one, many = TokenDataset(tmp_path / "one"), TokenDataset(tmp_path / "many")
+    assert len(many.shards) == 3
+    rows = np.random.default_rng(0).permutation(24)
+    assert torch.equal(one.batch(rows)[0].x_TC, many.batch(rows)[0].x_TC)
+    assert one.sources(rows) == many.sources(rows)
+
+
+def test_a_dataset_streams_from_remote_storage(tokens, tmp_path):
+    """The same batches from a store of fsspec's, of which only what a batch needs is read."""
+    system = fsspec.filesystem("memory")
+    system.put(str(tokens), "/remote/set", recursive=True)
+    here, there = TokenDataset(tokens), TokenDataset("memory://remote/set")
+    rows = np.array([5, 0, 23])
+    with pytest.MonkeyPatch.context() as patch:
+        asked = []
+        read = type(system).cat_file
+
+        def noted(self, path, start=None, end=None, **options):
+            asked.append(end - start)  # an error, where a whole file is asked for
+            return read(self, path, start, end, **options)
+
+        patch.setattr(type(system), "cat_file", noted)
+        assert torch.equal(here.batch(rows)[0].x_TC, there.batch(rows)[0].x_TC)
+    assert asked == (here.lengths[rows] * 2 * 768).tolist()
+    train(preset("debug"), "memory://remote/set", tmp_path / "run")
+    system.pipe("/remote/set/train-00000.arrow", system.cat("/remote/set/train-00000.arrow")[:-9])
+    with pytest.raises(UserError, match=r"memory://remote/set/train-00000\.arrow is damaged: it has"):
+        TokenDataset("memory://remote/set")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_those_of_the_steps_however_they_are_read(tokens, workers):
+    dataset = TokenDataset(tokens)
+    steps = Steps(dataset, FixedCount(dataset.images(), 5, seed=0))
+    for number, batch in zip(range(3, 9), batches(steps, 3, workers), strict=False):
+        chosen = steps.sampler.step(number)
+        assert sorted(batch.keys) == sorted(chosen.keys)
+        order = [chosen.keys.tolist().index(key) for key in batch.keys]
+        packed, labels = dataset.batch(chosen.rows[order])
+        assert torch.equal(batch.packed.x_TC, packed.x_TC)
+        assert torch.equal(batch.labels, labels)
+        assert list(batch.packed.lengths) == sorted(batch.packed.lengths)
+
+
+def test_ranks_share_a_step(tokens):
+    dataset = TokenDataset(tokens)
+    sampler = TokenBudget(dataset.images(), 60, seed=0)
+    parts = [Steps(dataset, sampler, rank, 3).batch(2) for rank in range(3)]
+    assert sorted(key for part in parts for key in part.keys) == sorted(sampler.step(2).keys)

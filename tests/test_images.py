@@ -8,7 +8,15 @@ import pytest
 from PIL import Image
 
 from fitv2.errors import UserError
-from fitv2.images import UnusableImage, flexible_resize, load_rgb, parse_size, resized
+from fitv2.images import (
+    UnusableImage,
+    center_crop,
+    flexible_resize,
+    load_rgb,
+    parse_size,
+    resized,
+    views,
+)
 
 TABLE = json.loads((Path(__file__).parent / "golden" / "manifest.json").read_text())["resize"]
 
@@ -107,6 +115,45 @@ def test_flexible_resize_gives_that_size_and_keeps_what_fits():
     image = Image.effect_noise((64, 32), 50)
     assert flexible_resize(image, 64, 16) is image
     assert flexible_resize(image, 2, 16).size == resized(64, 32, 2, 16)
+
+
+def adm_crop(image, side):
+    """ADM's centre crop, in the steps and the rounding of its own code."""
+    while min(*image.size) >= 2 * side:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.Resampling.BOX)
+    scale = side / min(*image.size)
+    size = tuple(round(x * scale) for x in image.size)
+    array = np.array(image.resize(size, resample=Image.Resampling.BICUBIC))
+    top, left = (array.shape[0] - side) // 2, (array.shape[1] - side) // 2
+    return array[top : top + side, left : left + side]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (130, 64), (65, 200), (300, 257), (512, 400), (33, 500)])
+def test_crops_are_those_of_adm(size):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    cropped = center_crop(Image.fromarray(noise), 32)
+    assert cropped.size == (32, 32)
+    assert (np.asarray(cropped) == adm_crop(Image.fromarray(noise), 32)).all()
+
+
+def test_the_centre_is_kept():
+    array = np.zeros((40, 100, 3), np.uint8)
+    array[:, 45:55] = 255
+    columns = np.asarray(center_crop(Image.fromarray(array), 40))[20, :, 0]
+    assert columns[20] == 255
+    assert columns[0] == columns[39] == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "crops"),
+    [((200, 129), [128, 32]), ((200, 128), [32]), ((129, 200), [128, 32]), ((200, 33), [32]), ((32, 90), [])],
+)
+def test_views_are_the_resized_ones_and_crops_of_what_is_larger(size, crops):
+    image = Image.new("RGB", size)
+    sizes = [resized(*size, limit, 16) for limit in (64, 4)]
+    whole, cropped = [(size, False) for size in sizes], [((side, side), True) for side in crops]
+    assert [(view.size, crop) for view, crop in views(image, (64, 4), 16, True)] == whole + cropped
+    assert [(view.size, crop) for view, crop in views(image, (64, 4), 16, False)] == whole
 
 
 def test_sizes_are_height_by_width():

@@ -15,6 +15,7 @@ def images(pictures=4_000, variants=2, seed=0, low=60, high=256):
     return Images(np.arange(0, pictures * variants, variants), rows)
 
 
+CROPPED = np.array([0, 0, 1, 0, 0, 0, 0, 1, 1, 1])  # of UNEVEN: one of 3, none, one of 4, both
 UNEVEN = Images(np.array([0, 3, 4, 8]), np.array([5, 6, 7, 3, 1, 2, 3, 4, 9, 9]))  # 3, 1, 4, 2 variants
 
 
@@ -100,3 +101,37 @@ def test_relieving_swaps_and_moves():
     assert filled.tolist() == [lengths[pack == i].sum() for i in range(2)]
     with pytest.raises(UserError, match="too small"):
         relieve(np.array([0, 0]), np.array([11]), np.array([6, 5]), 10)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.2, 1.0])
+def test_crops_are_chosen_with_their_probability(probability):
+    mixed = Images(UNEVEN.first_rows, UNEVEN.lengths, CROPPED, probability)
+    rng = np.random.default_rng(0)
+    counts = np.bincount(np.concatenate([mixed.draw(rng) for _ in range(6_000)]), minlength=10) / 6_000
+    expected = [
+        (1 - probability) / 2, (1 - probability) / 2, probability, 1,
+        *[(1 - probability) / 3] * 3, probability, 0.5, 0.5,
+    ]  # fmt: skip
+    np.testing.assert_allclose(counts, expected, atol=0.025)
+    mean, variance = mixed.moments()
+    np.testing.assert_allclose(mean, np.add.reduceat(expected * mixed.lengths, mixed.first_rows))
+    square = np.add.reduceat(expected * mixed.lengths**2, mixed.first_rows)
+    np.testing.assert_allclose(variance, square - mean**2, atol=1e-9)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_get_equal_work_and_every_image_once(ranks):
+    many = images(40_000)
+    sampler = TokenBudget(many, 4_096 * ranks, seed=0)
+    for number in range(20):
+        step = sampler.step(number)
+        parts = step.shared(many.lengths[step.rows], ranks)
+        assert sorted(np.concatenate([part.keys for part in parts])) == sorted(step.keys)
+        assert sorted(np.concatenate([part.rows for part in parts])) == sorted(step.rows)
+        work = [many.lengths[part.rows].sum() for part in parts]
+        assert max(work) - min(work) <= 0.02 * 4_096
+
+
+def test_fewer_images_than_ranks_leave_some_without():
+    step = FixedCount(UNEVEN, 2, 0).step(0)
+    assert sorted(len(part.rows) for part in step.shared(UNEVEN.lengths[step.rows], 4)) == [0, 0, 1, 1]

@@ -1,6 +1,13 @@
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
 import torch
 
-from fitv2.runtime import default_device, derive_seed, generator
+from fitv2.errors import UserError
+from fitv2.runtime import default_device, derive_seed, end_with_parent, generator, ranks, single_threaded
 
 
 def test_a_seed_is_a_function_of_its_whole_key():
@@ -15,3 +22,56 @@ def test_a_seed_means_the_same_for_ever():
 
 def test_default_device_can_compute():
     assert torch.ones(2, device=default_device()).sum().item() == 2
+
+
+def test_ranks_are_those_of_torchrun(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert ranks() == (0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert ranks() == (2, 3)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(UserError, match="RANK=3 and WORLD_SIZE=3"):
+        ranks()
+
+
+def test_threads_are_as_many_as_before():
+    torch.set_num_threads(2)
+    with single_threaded() as before:
+        assert (before, torch.get_num_threads()) == (2, 1)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+
+
+def test_a_worker_ends_when_its_parent_was_killed():
+    fork = multiprocessing.get_context("fork")
+    told = fork.SimpleQueue()
+
+    def worker():
+        end_with_parent(0)
+        told.put(os.getpid())
+        time.sleep(60)
+
+    def parent():
+        fork.Process(target=worker).start()
+        time.sleep(60)
+
+    process = fork.Process(target=parent)
+    process.start()
+    left = told.get()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    deadline = time.monotonic() + 5
+    while alive(left) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(left)
+
+
+def alive(pid):
+    """Whether a process runs; one that ended may wait for ever for somebody to ask how."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
