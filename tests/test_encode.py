@@ -75,8 +75,8 @@ def test_broken_pictures_are_listed_and_the_rest_goes_on(folder, tmp_path):
     (source / "a" / "notes.txt").write_text("not meant as one")
     report = encode(source, tmp_path / "set", workers=0)
     listed = [json.loads(line) for line in (tmp_path / "set" / "skipped.jsonl").read_text().splitlines()]
-    assert (report.encoded, report.skipped) == ({"train": 1}, 4)
-    assert [entry["source"] for entry in listed] == ["a/cut.png", "a/empty.png", "a/notes.txt", "a/text.jpg"]
+    assert (report.encoded, report.skipped, report.others) == ({"train": 1}, 3, 1)
+    assert [entry["source"] for entry in listed] == ["a/notes.txt", "a/cut.png", "a/empty.png", "a/text.jpg"]
     assert all(entry["reason"] for entry in listed)
 
 

@@ -60,7 +60,18 @@ def test_labels_that_are_numbers_are_in_their_order():
 
 def test_nothing_of_use_is_said(listed):
     with pytest.raises(UserError, match="has no pictures: expected folders of images"):
-        listed({"a/notes.txt": b"x", "b/c.svg": b"x"})
+        listed({"a/notes.txt": b"x", "b/c.html": b"x"})
+
+
+def test_files_that_are_no_pictures_are_counted_by_their_endings(listed):
+    texts = {f"a/{i}.txt": b"x" for i in (3, 1, 2)}
+    listing = listed({"a/1.png": encoded_picture(), "b/sound.OGG": b"x", **texts})
+    assert listing.labels == ("a",)
+    assert [p.source for p in pictures_of(listing)] == ["a/1.png"]
+    assert listing.others == [
+        {"source": "b/sound.OGG", "reason": "no image by its name, which ends in .ogg", "files_like_it": 1},
+        {"source": "a/1.txt", "reason": "no image by its name, which ends in .txt", "files_like_it": 3},
+    ]
 
 
 def saved(image, form="PNG", **options):
@@ -134,8 +145,8 @@ SKIPPED = {
     "cut.jpg": (saved(Image.effect_noise((64, 64), 50), "JPEG")[:900], "truncated"),
     "empty.png": (b"", "empty"),
     "text.jpg": (b"not a picture", "not an image"),
-    "notes.txt": (b"not meant as one", "no image, by its name ending in .txt"),
-    "drawing.svg": (b"<svg/>", "no image, by its name ending in .svg"),
+    "drawing.svg": (b"<svg/>", "not an image"),
+    "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     "bomb.png": (bomb(), "exceeds limit"),
     "float.tif": (saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "floating-point"),
 }

@@ -24,7 +24,7 @@ def holding(tmp_path):
     [
         (["a/1.png", "notes.txt"], "files"),
         (["data/train-0.parquet", "README.md"], "parquet"),
-        (["0.tar", "1.tar"], "tars"),
+        (["0.tar", "1.tar", "LICENSE"], "tars"),
         (["dataset_dict.json", "train/state.json", "train/data-0.arrow"], "datasets"),
         (["state.json", "dataset_info.json"], "datasets"),
     ],
@@ -50,7 +50,7 @@ def test_a_pattern_and_a_single_file(holding):
     [
         (["a.tar", "b.parquet"], "holds parquet and tars: say which, such as '.*/[*].parquet'"),
         (["a.tar", "a/1.png"], "holds tars and images"),
-        (["a.tar.gz"], "decompress to .tar"),
+        (["a.tar.gz"], "decompress them to .tar"),
         ([".hidden/1.png"], "has no pictures"),
     ],
 )

@@ -35,6 +35,8 @@ def encode(options: Encode) -> int:
         return 0
     counts = ", ".join(f"{count} {split}" for split, count in report.encoded.items())
     print(f"{options.out}: {counts} pictures")
+    if report.others:
+        print(f"{report.others} other files, no pictures by their names: see {options.out}/skipped.jsonl")
     if not report.skipped:
         return 0
     print(f"{report.skipped} pictures left out: see {options.out}/skipped.jsonl", file=sys.stderr)

@@ -5,6 +5,7 @@ encoded the same way whoever does it: so what was interrupted can be finished by
 processes, to the same bytes. A shard is done when its note in OUT/.encode says so.
 """
 
+import json
 import os
 import shutil
 import time
@@ -42,6 +43,7 @@ class Report:
 
     encoded: dict[str, int]  # of each split
     skipped: int
+    others: int  # files that are no pictures by their names
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Job:
     about: About
     encoding: Encoding
     pieces: list[Piece]
+    others: list[dict[str, Any]]  # files of the source that are no pictures
 
     @property
     def pictures(self) -> int:
@@ -126,7 +129,7 @@ def encode(
         max_tokens=max(encoding.max_tokens),
         encoding=read_json(out / WORK / PLAN),
     )
-    job = Job(out, about, encoding, pieces_of(listing, encoding.shard_size))
+    job = Job(out, about, encoding, pieces_of(listing, encoding.shard_size), listing.others)
     reader = Reader(listed, encoding, patch * codec.downsample)
     mine = replace(job, pieces=job.pieces[rank::world])
     stage = "encode" if world == 1 else f"encode, process {rank + 1} of {world}"
@@ -229,7 +232,7 @@ def conclude(job: Job) -> Report | None:
         if not shards:
             shutil.rmtree(job.out)
             raise UserError(f"none of the {job.pictures} pictures can be used: {skipped[0]}")
-        finish(job.out, job.about, shards, skipped, job.out / WORK)
+        finish(job.out, job.about, shards, [*job.others, *skipped], job.out / WORK)
     except (FileNotFoundError, UserError):  # another process was faster
         if not (job.out / CARD).exists():
             raise
@@ -240,4 +243,5 @@ def finished(out: Path) -> Report:
     """Clear up in a folder that is whole, and say what it holds."""
     shutil.rmtree(out / WORK, ignore_errors=True)
     with (out / SKIPPED).open(encoding="utf-8") as lines:
-        return Report(open_card(Store(out)).pictures, sum(1 for _ in lines))
+        alike = [json.loads(line).get("files_like_it", 0) for line in lines]
+    return Report(open_card(Store(out)).pictures, alike.count(0), sum(alike))

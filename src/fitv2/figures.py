@@ -78,13 +78,17 @@ def dataset_plots(
     lengths, shapes, counts = figure.subplots(1, 3)
     lengths.hist(tokens, bins=40, color="#08519c")
     lengths.set(xlabel="tokens", ylabel="pictures, with their variants", title="length")
-    shapes.hist(aspects, bins=40, color="#08519c")
-    shapes.set(xlabel="columns / rows", title="aspect ratio")
+    # On a logarithmic axis 1:2 and 2:1 lie equally far from a square.
+    widest = max(2.0, float(np.abs(np.log2(aspects)).max()) + 0.2)
+    shapes.hist(aspects, bins=np.geomspace(2**-widest, 2**widest, 41), color="#08519c")
+    shapes.set_xscale("log", base=2)
+    shapes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}:1" if ratio >= 1 else f"1:{1 / ratio:g}")
+    shapes.set(xlabel="columns to rows", title="aspect ratio")
     most = sorted(labels.items(), key=lambda pair: -pair[1])[:30]
     counts.bar(range(len(most)), [count for _, count in most], color="#08519c")
     counts.set_xticks(range(len(most)), [name[:18] for name, _ in most], rotation=90, fontsize=8)
     some = f"the {len(most)} commonest of {len(labels)} labels"
-    counts.set(title="labels" if len(most) == len(labels) else some)
+    counts.set(ylabel="pictures", title="labels" if len(most) == len(labels) else some)
     figure.suptitle(title)
     with whole_file(out) as partial:
         figure.savefig(partial, dpi=100)

@@ -11,6 +11,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fitv2.errors import UserError
 
+# Raster formats alone: Pillow would hand PostScript to an interpreter, where there is one.
+FORMATS = (
+    "AVIF", "BMP", "DDS", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI",
+    "TGA", "TIFF", "WEBP",
+)  # fmt: skip
+
 
 class UnusableImage(Exception):  # noqa: N818 (the noun reads better where it is caught)
     """A picture that cannot be used, with the reason as its message."""
@@ -42,10 +48,11 @@ def load_rgb(source: Path | IO[bytes]) -> Image.Image:
 
     Pillow itself refuses decompression bombs, above 179 megapixels.
     """
+    Image.init()  # else a format that was not met yet is unknown
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's notes on odd metadata are not ours to pass on
-            with Image.open(source) as opened:
+            with Image.open(source, formats=FORMATS) as opened:
                 return _on_white(_eight_bits(ImageOps.exif_transpose(opened)))
     except UnusableImage:
         raise

@@ -19,6 +19,7 @@ from fitv2.stores import Store
 from fitv2.tokens import unpack
 
 MOST_LABELS = 40  # lines of a table
+THUMBNAIL = 288  # pixels, the longest side on the sheet
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +105,13 @@ def sheet(folder: Path | str, card: DatasetCard, count: int, seed: int, out: Pat
     codec = load_autoencoder(card.about.autoencoder, default_device())
     split = next(name for name, pictures in card.pictures.items() if pictures)
     dataset = TokenDataset(folder, split)
-    chosen = np.random.default_rng(seed).permutation(len(dataset.sizes))[:count]
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(dataset.images().draw(rng))[:count]  # one variant of each
     packed, labels = dataset.batch(chosen)
     pictures = decode(unpack(packed.to(default_device())), codec, card.about.patch_size)
     captions = [card.about.labels[label][:18] for label in labels.tolist()]
+    for picture in pictures:
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
     made = list(zip(captions, pictures, strict=True))
     with whole_file(out) as partial:
         contact_sheet([made[i : i + 8] for i in range(0, len(made), 8)], f"{folder}: {split}").save(partial)

@@ -35,13 +35,14 @@ class Listing:
     url: str
     labels: tuple[str, ...]
     splits: dict[str, tuple[int, int]]  # the rows of each
+    others: list[dict[str, Any]]  # files that are no pictures
     table: Any  # Arrow: label (int32, −1 for none) and the rest of a Picture
 
     def save(self, path: Path, scratch: Path) -> None:
         """Write it as one Arrow file."""
         import pyarrow as pa
 
-        about = {"kind": self.kind, "url": self.url, "labels": self.labels, "splits": self.splits}
+        about = {name: getattr(self, name) for name in ("kind", "url", "labels", "splits", "others")}
         table = self.table.replace_schema_metadata({"listing": json.dumps(about)})
         with whole_file(path, scratch) as partial, pa.ipc.new_file(str(partial), table.schema) as writer:
             writer.write_table(table)
@@ -61,7 +62,7 @@ def load_listing(path: Path) -> Listing:
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     about = json.loads(table.schema.metadata[b"listing"])
     splits = {split: tuple(rows) for split, rows in about["splits"].items()}
-    return Listing(about["kind"], about["url"], tuple(about["labels"]), splits, table)
+    return Listing(about["kind"], about["url"], tuple(about["labels"]), splits, about["others"], table)
 
 
 def list_pictures(source: Source, report: Report = lambda _: None) -> Listing:
@@ -75,7 +76,6 @@ def list_pictures(source: Source, report: Report = lambda _: None) -> Listing:
         if len(pictures) % 1000 == 0:
             report(len(pictures))
     report(len(pictures))
-    # A file that is no image by its name gives no label.
     labels = (*names, *sorted_labels({p.label for p in pictures if p.at != BROKEN} - {*names}))
     if not labels:
         raise UserError(f"{source.url} has no pictures: expected folders of images, named by label")
@@ -91,7 +91,7 @@ def list_pictures(source: Source, report: Report = lambda _: None) -> Listing:
         "at": pa.array([p.at for p in pictures], pa.int64()),
         "size": pa.array([p.size for p in pictures], pa.int64()),
     })  # fmt: skip
-    return Listing(source.kind, source.url, labels, splits, table)
+    return Listing(source.kind, source.url, labels, splits, others(source), table)
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:
@@ -102,15 +102,30 @@ def sorted_labels(labels: Iterable[str]) -> list[str]:
 
 def in_folders(source: Source) -> Iterator[Picture]:
     """Folders are labels; top-level ones named train, val, … are splits, if all are."""
-    names = {path: readable(source.name(path)) for path in source.files}
+    names = {path: readable(source.name(path)) for path in source.files if is_image_name(path)}
     tops = {name.split("/")[0] for name in names.values() if "/" in name}
     in_splits = bool(tops) and all(top.lower() in SPLITS for top in tops)
-    for path in sorted(source.files, key=lambda path: names[path].split("/")):
-        *folders, name = names[path].split("/")
+    for path in sorted(names, key=lambda path: names[path].split("/")):
+        folders = names[path].split("/")[:-1]
         split = SPLITS[folders.pop(0).lower()] if in_splits and folders else "train"
         label = folders[0] if folders else NO_LABEL
-        at = WHOLE if is_image_name(name) else BROKEN
-        yield Picture(split, label, names[path], os.fsencode(path), at, source.files[path])
+        yield Picture(split, label, names[path], os.fsencode(path), WHOLE, source.files[path])
+
+
+def others(source: Source) -> list[dict[str, Any]]:
+    """Files of a folder that are no pictures by their names, counted by how they end, with one of each."""
+    by_ending: dict[str, list[str]] = {}
+    for path in source.files if source.kind == "files" else ():
+        if not is_image_name(path):
+            by_ending.setdefault(posixpath.splitext(path)[1].lower(), []).append(path)
+    return [
+        {
+            "source": readable(source.name(min(paths))),
+            "reason": f"no image by its name, which ends in {ending}",
+            "files_like_it": len(paths),
+        }
+        for ending, paths in sorted(by_ending.items())
+    ]
 
 
 # A source's kind → names of its labels where it says them, and its pictures.
@@ -125,11 +140,7 @@ LISTERS: dict[str, Callable[[Source], tuple[tuple[str, ...], Iterable[Picture]]]
 def read_picture(listing: Listing, picture: Picture) -> Image.Image:
     """A picture as RGB, upright. Raises UnusableImage with the reason."""
     if picture.at == BROKEN:
-        suffix = posixpath.splitext(picture.source)[1]
-        archive = "the archive is damaged from here on"
-        raise UnusableImage(
-            archive if listing.kind == "tars" else f"no image, by its name ending in {suffix}"
-        )
+        raise UnusableImage("the archive is damaged from here on")
     try:
         content = READERS[listing.kind](listing.url, picture)
     except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors

@@ -165,7 +165,7 @@ def finish(
     folder: Path,
     about: About,
     shards: dict[str, Shard],
-    skipped: Iterable[dict[str, str]],
+    skipped: Iterable[dict[str, Any]],
     scratch: Path | None = None,
 ) -> DatasetCard:
     """Make a dataset of shards that are written: indexes, skipped.jsonl, README.md, and last the card."""

@@ -11,10 +11,18 @@ from typing import Any, NamedTuple
 from fitv2.errors import UserError
 from fitv2.stores import filesystem
 
+# Endings of pictures, also of such as cannot be read: those are to be missed.
 IMAGES = frozenset([
-    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".gif", ".tif",
-    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".pcx", ".sgi", ".qoi",
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".webp", ".avif", ".bmp", ".gif",
+    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".pcx", ".sgi", ".qoi", ".psd", ".dds",
+    ".svg", ".svgz", ".eps", ".heic", ".heif", ".jxl", ".xcf", ".dng", ".cr2", ".nef", ".arw",
 ])  # fmt: skip
+ENDINGS = {
+    "parquet": (".parquet",),
+    "tars": (".tar",),
+    "compressed archives": (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst"),
+    "images": tuple(IMAGES),
+}
 SPLITS = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
@@ -83,32 +91,19 @@ def open_source(url: str, image_column: str | None = None, label_column: str | N
     while "*" in root:
         root = posixpath.dirname(root)
     source = Source(url, "", files, root, image_column, label_column)
-    names = {source.name(name) for name in files}
-    if {"dataset_dict.json", "state.json"} & names:
+    if {"dataset_dict.json", "state.json"} & {source.name(name) for name in files}:
         return replace(source, kind="datasets")
-    suffixes = {"parquet": (".parquet",), "tars": (".tar",)}
-    held = {
-        kind: {f: size for f, size in files.items() if f.lower().endswith(ends)}
-        for kind, ends in suffixes.items()
-    }
-    kinds = [kind for kind in held if held[kind]]
-    pictures = [name for name in files if is_image_name(name) and not name.endswith((".tar", ".parquet"))]
-    if kinds and (len(kinds) > 1 or pictures):
-        which = " and ".join([*kinds, *(["images"] if pictures else [])])
-        pattern = f"{url.rstrip('/')}/*{suffixes[kinds[0]][0]}"
-        raise UserError(f"{url} holds {which}: say which, such as '{pattern}'")
-    if kinds:
-        return replace(source, kind=kinds[0], files=held[kinds[0]])
-    packed = [
-        name
-        for name in files
-        if name.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst"))
-    ]
-    if packed and not pictures:
-        raise UserError(
-            f"{url} holds compressed archives, which can only be read from end to end: decompress to .tar"
-        )
-    return replace(source, kind="files")
+    by_kind = {kind: {path: size for path, size in files.items() if path.lower().endswith(endings)}
+               for kind, endings in ENDINGS.items()}  # fmt: skip
+    held = [kind for kind, found in by_kind.items() if found]
+    if len(held) > 1:
+        pattern = f"{url.rstrip('/')}/*{ENDINGS[held[0]][0]}"
+        raise UserError(f"{url} holds {' and '.join(held)}: say which, such as '{pattern}'")
+    if held == ["compressed archives"]:
+        raise UserError(f"{url} holds {held[0]}, which have to be read in order: decompress them to .tar")
+    if held in ([], ["images"]):  # with all else that lies beside them
+        return replace(source, kind="files")
+    return replace(source, kind=held[0], files=by_kind[held[0]])
 
 
 def files_below(system: Any, path: str) -> Iterator[tuple[str, int]]:
