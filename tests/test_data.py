@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 from dataclasses import replace
 
@@ -153,6 +154,14 @@ def test_batches_are_those_of_the_steps_however_they_are_read(tokens, workers):
         assert torch.equal(batch.packed.x_TC, packed.x_TC)
         assert torch.equal(batch.labels, labels)
         assert list(batch.packed.lengths) == sorted(batch.packed.lengths)
+
+
+def test_steps_can_be_sent_to_another_process(tokens):
+    dataset = TokenDataset(tokens)
+    steps = Steps(dataset, FixedCount(dataset.images(), 5, seed=0))
+    expected = steps.batch(3)
+    sent = pickle.loads(pickle.dumps(steps)).batch(3)
+    assert torch.equal(sent.packed.x_TC, expected.packed.x_TC)
 
 
 def test_ranks_share_a_step(tokens):

@@ -1,3 +1,4 @@
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -120,3 +121,5 @@ def test_reading_ahead_keeps_order_and_ends_chunks_with_their_piece(folder, tmp_
     first = next(read_ahead(reader, [range(1)], workers))[0]
     assert [view.shape for view, _ in first.views] == [(64, 64, 3), (32, 32, 3)]
     assert not torch.is_tensor(first.views[0][0])
+    again = pickle.loads(pickle.dumps(reader))[3]
+    assert (again.views[1][0] == reader[3].views[1][0]).all()

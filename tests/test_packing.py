@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,14 @@ def test_a_step_is_a_function_of_seed_and_number():
     assert (step.keys == ahead.keys).all()
     other = TokenBudget(images(), 4_096, seed=2).step(500)
     assert len(other.rows) != len(ahead.rows) or (other.rows != ahead.rows).any()
+
+
+@pytest.mark.parametrize("sampler", [FixedCount(UNEVEN, 3, 0), TokenBudget(UNEVEN, 30, 0)])
+def test_a_sampler_can_be_sent_to_another_process(sampler):
+    before = sampler.step(5)
+    sent = pickle.loads(pickle.dumps(sampler)).step(5)
+    assert (sent.rows == before.rows).all()
+    assert (sent.keys == before.keys).all()
 
 
 def test_neighbours_in_a_pack_change_from_epoch_to_epoch():

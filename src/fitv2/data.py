@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fitv2.config import from_dict, parse_json
 from fitv2.errors import UserError
-from fitv2.packing import Images, Step
+from fitv2.packing import Images, Sampler, Step
 from fitv2.runtime import end_with_parent
 from fitv2.shards import CARD, FORMAT, DatasetCard, File, index_name, shards_of
 from fitv2.stores import Store
@@ -150,13 +150,6 @@ def difference(store: Store, name: str, file: File, content: Any) -> str | None:
     if hashlib.sha256(content).hexdigest() == file.sha256:
         return None
     return f"{store.path(name)} is damaged: its bytes are not those that were written; encode again"
-
-
-class Sampler(Protocol):
-    """Which images a step takes; see `fitv2.packing`."""
-
-    def step(self, step: int) -> Step:
-        """The images of a step."""
 
 
 @dataclass(frozen=True, eq=False)

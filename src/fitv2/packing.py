@@ -5,8 +5,10 @@ processes. Every image comes once an epoch. A dataset row is one variant of an i
 image, a crop); each epoch takes one variant of each image.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -79,14 +81,33 @@ class Step:
         return [Step(self.rows[part == rank], self.keys[part == rank]) for rank in range(ranks)]
 
 
-class FixedCount:
+class Sampler(ABC):
+    """What a step takes, worked out an epoch at a time. Can be sent to other processes."""
+
+    @abstractmethod
+    def plan(self, epoch: int) -> Any:
+        """All of an epoch."""
+
+    @abstractmethod
+    def step(self, step: int) -> Step:
+        """The images of a step."""
+
+    @cached_property
+    def _epoch(self) -> Any:
+        return lru_cache(maxsize=2)(self.plan)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_epoch"}
+
+
+class FixedCount(Sampler):
     """So many images a step, whatever their sizes: as the paper trains."""
 
     def __init__(self, images: Images, count: int, seed: int) -> None:
         self.images, self.count, self.seed = images, count, seed
-        self._epoch = lru_cache(maxsize=2)(self._shuffled)
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
+    def plan(self, epoch: int) -> np.ndarray:
+        """A row of each image, in the epoch's order."""
         rng = np.random.default_rng((self.seed, epoch))
         return rng.permutation(self.images.draw(rng))
 
@@ -98,7 +119,7 @@ class FixedCount:
         return Step(np.concatenate(rows), keys)
 
 
-class TokenBudget:
+class TokenBudget(Sampler):
     """At most `budget` tokens a step, in packs of nearly equal size.
 
     An epoch has always as many packs, however its variants fall, so a step's number tells its epoch.
@@ -113,7 +134,6 @@ class TokenBudget:
             raise UserError(f"--tokens-a-step is {budget}; the longest image has {longest} tokens")
         self.images, self.budget, self.seed = images, budget, seed
         self.packs = self._packs_an_epoch()
-        self._epoch = lru_cache(maxsize=2)(self.plan)
 
     def _packs_an_epoch(self) -> int:
         """Enough for the tokens of an epoch to fill `FILL` of them, and of any epoch (six deviations) all.

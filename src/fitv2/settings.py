@@ -167,7 +167,7 @@ class Training:
     crop_probability: float = 0.5
     """How often a picture is taken cropped, if its tokens were stored both cropped and not."""
     check_data: bool = True
-    """Compare every shard with its SHA-256 before the first step."""
+    """Compare every shard on this disk with its SHA-256 before the first step, not its size alone."""
     workers: int = 0
     """Processes that read tokens ahead; 0 reads them between steps, which is enough on a local disk."""
     optimizer: Literal["adamw", "muon"] = "adamw"

@@ -27,7 +27,7 @@ from fitv2.figures import contact_sheet, loss_curve
 from fitv2.files import whole_file, whole_folder
 from fitv2.flow import Flow, PathSample, flow_of, noise
 from fitv2.model import FiT
-from fitv2.packing import FixedCount, TokenBudget
+from fitv2.packing import FixedCount, Sampler, TokenBudget
 from fitv2.presets import Preset
 from fitv2.runs import cut_log, read_log, settle
 from fitv2.runtime import default_device, derive_seed, generator
@@ -66,7 +66,7 @@ def train(
     far the dataset is compared with its SHA-256.
     """
     dataset = TokenDataset(data)
-    if preset.training.check_data:
+    if preset.training.check_data and dataset.store.is_local:
         require_whole(dataset.store, dataset.card, check)
     trainer = Trainer(preset, dataset, data, run, init)
     minutes = preset.training.minutes
@@ -101,11 +101,9 @@ class Trainer:
         self.validation = list(held_out(data, self.config.batch_size, self.objective))
         seed, budget = derive_seed(self.config.seed, ORDER), self.config.tokens_a_step
         images = dataset.images(self.config.crop_probability)
-        sampler = (
-            FixedCount(images, self.config.batch_size, seed)
-            if budget is None
-            else TokenBudget(images, budget, seed)
-        )
+        sampler: Sampler = FixedCount(images, self.config.batch_size, seed)
+        if budget is not None:
+            sampler = TokenBudget(images, budget, seed)
         # Last of what can fail on wrong input: a run folder is only made for a run that can start.
         settle(run, Preset(preset.about, architecture, preset.training), dataset.card, init)
         self.ema = deepcopy(self.master).eval().requires_grad_(False)
