@@ -22,10 +22,11 @@ from torch import Tensor
 
 import fitv2.encode
 from fitv2.encode import encode, processors
-from fitv2.encoder import Reader, read_ahead
+from fitv2.encoder import Reader
 from fitv2.listing import list_pictures
 from fitv2.settings import Encoding
 from fitv2.sources import open_source
+from fitv2.workers import read_ahead
 
 SIZES = ((500, 375), (375, 500), (500, 333), (500, 500), (640, 480))
 
@@ -69,7 +70,8 @@ def reading_alone(source: Path, work: Path, encoding: Encoding, workers: int) ->
     listing.save(work / "pictures.arrow", work)
     reader = Reader(work / "pictures.arrow", encoding, 16)
     started = time.perf_counter()
-    count = sum(len(chunk) for chunk in read_ahead(reader, [range(len(listing.table))], workers))
+    chunks = listing.chunks(range(len(listing.table)))
+    count = sum(len(chunk) for chunk in read_ahead(reader.read, chunks, workers))
     return count / (time.perf_counter() - started)
 
 

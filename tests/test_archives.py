@@ -36,14 +36,17 @@ def test_labels_as_webdataset_states_them(listed):
         "a.png": png, "a.cls": b"7\n",
         "b.json": json.dumps({"label": "dog", "width": 3}).encode(), "b.jpg": png, "b.txt": b"a dog",
         "c.webp": png, "c.json": b"not json",
-        "d.cls": b"3",
-        "f/1.seg.png": png,
+        "d.cls": b"3", "e.json": b'{"label": ["x", "y"]}', "e.png": png,
+        "f/1.seg.png": png, "g.png": png, "h.png": png, "g.cls": b"late", "h.cls": b"3",
     })  # fmt: skip
     assert [(p.label, p.source, p.split) for p in pictures] == [
         ("7", "train-000.tar/a.png", "train"),
         ("dog", "train-000.tar/b.jpg", "train"),
         ("image", "train-000.tar/c.webp", "train"),
+        ("image", "train-000.tar/e.png", "train"),
         ("f", "train-000.tar/f/1.seg.png", "train"),
+        ("late", "train-000.tar/g.png", "train"),
+        ("3", "train-000.tar/h.png", "train"),
     ]
     assert all(tar_member(source.url, p) == png for p in pictures)
 
@@ -55,17 +58,49 @@ def test_folders_are_labels_where_nothing_else_is_said(listed):
     assert [(p.label, p.split) for p in pictures] == [("cats", "train"), ("dogs", "train")]
 
 
-def test_a_truncated_archive_gives_what_it_holds_and_says_so(tmp_path):
+@pytest.fixture
+def whole(tmp_path):
+    """An archive of five pictures, its content, and where they lie."""
     path = archive(tmp_path / "whole" / "a.tar", {f"{i}.png": encoded_picture(64, 64, i) for i in range(5)})
-    offsets = [p.at for p in in_tars(open_source(str(path)))]
-    (tmp_path / "a.tar").write_bytes(path.read_bytes()[: offsets[3] + 10])
+    return path.read_bytes(), [p.at for p in in_tars(open_source(str(path)))]
+
+
+@pytest.mark.parametrize(
+    ("damage", "left"),
+    [
+        (lambda content, at: content[: at[3] + 10], 4),  # inside a picture
+        (lambda content, at: content[: at[3] - 100], 3),  # inside a header
+        (lambda content, at: content[: at[3] - 512], 3),  # where a header should begin
+        (lambda content, at: content[: at[3] - 500] + b"?" + content[at[3] - 499 :], 3),  # a changed header
+        (lambda content, at: b"no tar at all" * 100, 0),
+        (lambda content, at: b"", 0),
+    ],
+)
+def test_an_archive_that_breaks_off_gives_what_it_holds_and_says_so(whole, tmp_path, damage, left):
+    content, at = whole
+    (tmp_path / "a.tar").write_bytes(damage(content, at))
     pictures = list(in_tars(open_source(str(tmp_path / "a.tar"))))
-    assert [p.at for p in pictures[:4]] == offsets[:4]
-    assert [p.at for p in pictures[4:]] == [BROKEN]
-    assert "unexpected end of data" in pictures[4].source
+    assert [p.at for p in pictures] == [*at[:left], BROKEN]
+    assert pictures[-1].source == "a.tar"
+    assert pictures[-1].detail
 
 
-def test_what_is_no_archive_is_said(tmp_path):
-    (tmp_path / "x.tar").write_bytes(b"no tar at all" * 100)
-    (picture,) = in_tars(open_source(str(tmp_path / "x.tar")))
-    assert picture.at == BROKEN
+def test_hard_links_are_the_pictures_they_link_to(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded_picture())
+    (tmp_path / "b.png").hardlink_to(tmp_path / "a.png")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("a.png", "b.png"):
+            tar.add(tmp_path / name, name)
+    source = open_source(str(tmp_path / "x.tar"))
+    assert [tar_member(source.url, p) for p in in_tars(source)] == [encoded_picture()] * 2
+
+
+def test_splits_in_an_archive_and_pictures_beside_a_picture(listed):
+    png = encoded_picture()
+    _, pictures = listed(
+        {"val/cat/1.png": png, "train/cat/2.png": png, "train/cat/2.mask.png": png}, "all.tar"
+    )
+    assert [(p.split, p.label, p.source) for p in pictures] == [
+        ("validation", "cat", "all.tar/val/cat/1.png"),
+        ("train", "cat", "all.tar/train/cat/2.png"),
+    ]

@@ -26,6 +26,8 @@ def test_kl_autoencoder_owns_its_statistics(tiny_vae):
 
 
 def test_unknown_autoencoder_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="there is no such folder"):
+        load_autoencoder("/nowhere/vae")  # and not: cannot connect to the hub
     with pytest.raises(UserError, match="cannot be loaded") as raised:
         load_autoencoder(str(tmp_path))
     assert "\n" not in str(raised.value)

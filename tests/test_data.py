@@ -69,7 +69,7 @@ def flipped(content):
     [lambda name: change(name, lambda c: c[: len(c) // 2]), lambda name: lambda copy: (copy / name).unlink()],
 )
 def test_a_missing_or_cut_file_is_named(tokens, tmp_path, name, damage):
-    with pytest.raises(UserError, match=rf"set/{name} is damaged: it has \d+ of \d+ bytes"):
+    with pytest.raises(UserError, match=rf"set/{name} is (missing|damaged: it has \d+ of \d+ bytes): remove"):
         TokenDataset(damaged(tokens, tmp_path, damage(name)))
 
 
@@ -81,6 +81,16 @@ def test_a_changed_byte_is_found_by_reading_all(tokens, tmp_path):
         require_whole(dataset.store, dataset.card, lambda files, total: (seen.append(total), files)[1])
     assert seen == [2]
     require_whole(TokenDataset(tokens).store, TokenDataset(tokens).card)
+
+
+@pytest.mark.parametrize("change", [('"patch_size": 16', '"patch_size": 8'), ('"blue",', '"green",')])
+def test_a_card_that_says_other_things_than_its_shards_is_found(tokens, tmp_path, change):
+    def edit(copy):
+        (copy / "dataset.json").write_text((copy / "dataset.json").read_text().replace(*change))
+
+    dataset = TokenDataset(damaged(tokens, tmp_path, edit))
+    with pytest.raises(UserError, match=r"dataset\.json is damaged: it says other things than train-00000"):
+        require_whole(dataset.store, dataset.card)
 
 
 def test_a_changed_byte_of_the_index_is_found_at_once(tokens, tmp_path):
@@ -97,7 +107,10 @@ def test_training_checks_all_before_its_first_step(tokens, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"format": 1}, "another version of fitv2: encode again"), ({"formats": 2}, "did you mean format")],
+    [
+        ({"format": 1}, "another version of fitv2: remove the folder"),
+        ({"formats": 2}, "did you mean format"),
+    ],
 )
 def test_another_format_is_said(tokens, tmp_path, change, said):
     def rewrite(copy):
@@ -162,6 +175,21 @@ def test_steps_can_be_sent_to_another_process(tokens):
     expected = steps.batch(3)
     sent = pickle.loads(pickle.dumps(steps)).batch(3)
     assert torch.equal(sent.packed.x_TC, expected.packed.x_TC)
+
+
+def test_a_step_of_fewer_images_than_ranks_is_refused(tokens):
+    dataset = TokenDataset(tokens)
+    steps = Steps(dataset, FixedCount(dataset.images(), 2, seed=0), 0, 3)
+    with pytest.raises(UserError, match="step 5 has 2 images for 3 processes: raise --batch-size"):
+        steps.batch(5)
+
+
+def test_a_shard_cut_after_opening_is_named_by_the_process_that_reads(tokens, tmp_path):
+    copy = damaged(tokens, tmp_path, lambda _: None)
+    dataset = TokenDataset(copy)
+    change("train-00000.arrow", lambda content: content[:5000])(copy)
+    with pytest.raises(UserError, match=r"^[^\n]*train-00000\.arrow is damaged: it ends too early$"):
+        next(batches(Steps(dataset, FixedCount(dataset.images(), 12, seed=0)), 0, 2))
 
 
 def test_ranks_share_a_step(tokens):

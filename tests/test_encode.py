@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import tarfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,9 @@ import torch
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 
+import fitv2.encode
 from conftest import picture
+from fitv2.autoencoder import Pixels
 from fitv2.data import TokenDataset
 from fitv2.encode import encode
 from fitv2.errors import UserError
@@ -89,12 +92,14 @@ def test_a_name_that_is_not_utf8_is_kept_as_well_as_can_be(folder, tmp_path):
 
 
 def test_parquet_that_is_none_or_has_other_columns_is_named(tmp_path):
-    (tmp_path / "train.parquet").write_text("not parquet")
+    source = tmp_path / "train.parquet"
+    source.write_text("not parquet")
     with pytest.raises(UserError, match=r"train\.parquet is not a Parquet file"):
-        encode(tmp_path, tmp_path / "set", workers=0)
-    pq.write_table(pa.table({"colour": [3]}), tmp_path / "train.parquet")
+        encode(source, tmp_path / "set", workers=0)
+    pq.write_table(pa.table({"colour": [3]}), source)
     with pytest.raises(UserError, match="no column of images that could be recognized, but colour"):
-        encode(tmp_path, tmp_path / "set", workers=0)
+        encode(source, tmp_path / "set", workers=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.parquet"]
 
 
 def test_nothing_to_encode_leaves_nothing(tmp_path):
@@ -158,6 +163,13 @@ def test_other_settings_or_another_source_are_refused_with_the_difference(folder
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="not empty"):
         encode(folder, tmp_path, workers=0)
+
+
+def test_the_folder_for_tokens_is_one_of_this_machine_and_not_the_source(folder):
+    with pytest.raises(UserError, match="s3:/bucket/set is no folder on this machine"):
+        encode(folder, Path("s3://bucket/set"), SMALL)
+    with pytest.raises(UserError, match=r"lies in .*, the source"):
+        encode(folder, folder / "tokens", SMALL)
 
 
 def test_settings_are_compared_in_an_unfinished_folder_too(many, tmp_path, monkeypatch):
@@ -267,6 +279,68 @@ def children_of_nobody(out):
             if str(out) in (process / "maps").read_text() and int(process.name) != os.getpid():
                 left.append(process.name)
     return left
+
+
+@pytest.mark.parametrize("moment", ["list_once", "load_listing", "pieces_of", "work", "conclude"])
+def test_one_process_may_finish_while_another_begins(many, whole, tmp_path, monkeypatch, moment):
+    """All shards are done but the card is not; one process makes it whole, and clears up under the other."""
+    out = tmp_path / "set"
+    with monkeypatch.context() as patch:
+        patch.setattr("fitv2.encode.conclude", lambda _: None)
+        encode(many, out, SMALL, workers=0)
+    true = getattr(fitv2.encode, moment)
+
+    def finish_first(*arguments):
+        monkeypatch.setattr(f"fitv2.encode.{moment}", true)
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        monkeypatch.setenv("RANK", "0")
+        encode(many, out, SMALL, workers=0)
+        return true(*arguments)
+
+    monkeypatch.setattr(f"fitv2.encode.{moment}", finish_first)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    report = encode(many, out, SMALL, workers=0)
+    assert (report.encoded, report.skipped) == ({"train": 40, "validation": 10}, 3)
+    assert contents(out) == whole
+
+
+def test_a_process_with_another_source_is_refused(many, folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("fitv2.encode.conclude", lambda _: None)
+        encode(many, tmp_path / "set", SMALL, workers=0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="source was"):
+        encode(folder, tmp_path / "set", SMALL, workers=0)
+
+
+def test_a_shard_damaged_before_the_end_is_encoded_again(many, whole, tmp_path, monkeypatch):
+    out = tmp_path / "set"
+    with monkeypatch.context() as patch:
+        patch.setattr("fitv2.encode.conclude", lambda _: None)
+        encode(many, out, SMALL, workers=0)
+    shard = out / "train-00001.arrow"
+    shard.write_bytes(bytes(len(shard.read_bytes())))
+    encode(many, out, SMALL, workers=0)
+    assert contents(out) == whole
+
+
+def test_the_threads_of_the_autoencoder_compute_with_one_thread_each(many, tmp_path, monkeypatch):
+    counted = set()
+
+    class Counting(Pixels):
+        def encode(self, pixels, noise=None):
+            counted.add((threading.current_thread().name, torch.get_num_threads()))
+            return pixels
+
+    monkeypatch.setattr("fitv2.encode.load_autoencoder", lambda *_: Counting())
+    torch.set_num_threads(2)
+    encode(many, tmp_path / "set", SMALL, workers=0)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert {threads for _, threads in counted} == {1}
+    assert threading.current_thread().name not in {name for name, _ in counted}
 
 
 def test_every_source_gives_the_same_tokens(many, tmp_path):

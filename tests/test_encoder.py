@@ -3,13 +3,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
 
-from fitv2.encoder import CHUNK, Fitted, Reader, ShardEncoder, read_ahead
+from fitv2.encoder import Fitted, Reader, ShardEncoder
 from fitv2.listing import list_pictures
 from fitv2.settings import Encoding
 from fitv2.shards import About
 from fitv2.sources import WHOLE, Picture, open_source
+from fitv2.workers import read_ahead
 
 
 class Recorder:
@@ -111,15 +111,13 @@ def test_an_error_of_the_autoencoder_is_not_lost():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_reading_ahead_keeps_order_and_ends_chunks_with_their_piece(folder, tmp_path, workers):
+def test_pictures_are_read_in_order_at_all_their_sizes(folder, tmp_path, workers):
     listing = list_pictures(open_source(str(folder)))
     listing.save(tmp_path / "list.arrow", tmp_path)
     reader = Reader(tmp_path / "list.arrow", Encoding(max_tokens=(16, 4)), 16)
-    chunks = [[fitted.row for fitted in c] for c in read_ahead(reader, [range(2, 9), range(10, 12)], workers)]
-    assert CHUNK >= 7
-    assert chunks == [list(range(2, 9)), [10, 11]]
-    first = next(read_ahead(reader, [range(1)], workers))[0]
+    chunks = list(read_ahead(reader.read, [range(2, 9), range(10, 12)], workers))
+    assert [[fitted.row for fitted in chunk] for chunk in chunks] == [list(range(2, 9)), [10, 11]]
+    first = reader.fitted(0)
     assert [view.shape for view, _ in first.views] == [(64, 64, 3), (32, 32, 3)]
-    assert not torch.is_tensor(first.views[0][0])
-    again = pickle.loads(pickle.dumps(reader))[3]
-    assert (again.views[1][0] == reader[3].views[1][0]).all()
+    again = pickle.loads(pickle.dumps(reader)).fitted(3)
+    assert (again.views[1][0] == reader.fitted(3).views[1][0]).all()

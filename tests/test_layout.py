@@ -22,6 +22,7 @@ LEVELS = [
         "solvers",
         "stores",
         "tokens",
+        "workers",
     },
     {"attention", "autoencoder", "bars", "figures", "flow", "presets", "rope", "shards", "sources"},
     {"archives", "data", "ddpm", "model", "options", "runs", "tables"},

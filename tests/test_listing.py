@@ -1,16 +1,19 @@
 import io
 import json
 import zlib
+from dataclasses import replace
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from conftest import encoded_picture, picture
 from fitv2.errors import UserError
 from fitv2.images import UnusableImage
-from fitv2.listing import list_pictures, load_listing, read_picture, sorted_labels
+from fitv2.listing import PAUSES, READERS, list_pictures, load_listing, read_picture, sorted_labels
 from fitv2.sources import open_source
 
 
@@ -56,6 +59,7 @@ def test_folders_of_splits(listed):
 def test_labels_that_are_numbers_are_in_their_order():
     assert sorted_labels({"10", "9", "100"}) == ["9", "10", "100"]
     assert sorted_labels({"10", "9", "x"}) == ["10", "9", "x"]
+    assert sorted_labels(["1", "001", "01"]) == sorted_labels(["01", "1", "001"]) == ["001", "01", "1"]
 
 
 def test_nothing_of_use_is_said(listed):
@@ -132,6 +136,15 @@ def test_sixteen_bits_keep_their_range(listed):
     assert (np.asarray(read_picture(listing, listing.picture(0)))[..., 1] == grey >> 8).all()
 
 
+def test_sixteen_bits_with_a_clear_shade(listed):
+    grey = np.full((8, 8), 30_000, np.uint16)
+    grey[:4] = 1_000
+    listing = listed({"a/clear.png": saved(Image.fromarray(grey), transparency=1_000)})
+    image = np.asarray(read_picture(listing, listing.picture(0)))
+    assert (image[0, 0] == 255).all()
+    assert (image[7, 7] == 30_000 >> 8).all()
+
+
 def test_a_picture_that_was_turned_is_upright(listed):
     listing = listed({"a/turned.jpg": turned()})
     image = np.asarray(read_picture(listing, listing.picture(0)))
@@ -148,7 +161,8 @@ SKIPPED = {
     "drawing.svg": (b"<svg/>", "not an image"),
     "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     "bomb.png": (bomb(), "exceeds limit"),
-    "float.tif": (saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "floating-point"),
+    "float.tif": (saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "no known range"),
+    "wide.tif": (saved(Image.fromarray(np.zeros((4, 4), np.int32)), "TIFF"), "no known range"),
 }
 
 
@@ -168,9 +182,46 @@ def test_a_file_that_went_away_has_a_reason(listed, tmp_path):
         read_picture(listing, listing.picture(0))
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError("reset"), TimeoutError(), OSError(24, "Too many")])
+def test_what_may_pass_is_tried_again_and_then_stops_all(listed, monkeypatch, error):
+    """A picture is not left out because its store could not be reached for a while."""
+    listing, failing = listed({"a/1.png": encoded_picture()}), [error, error]
+    waited = []
+    monkeypatch.setattr("fitv2.listing.time.sleep", waited.append)
+
+    def read(url, picture):
+        if failing:
+            raise failing.pop()
+        return encoded_picture()
+
+    monkeypatch.setitem(READERS, "files", read)
+    assert read_picture(listing, listing.picture(0)).size == (16, 16)
+    assert waited == list(PAUSES[:2])
+    failing += [error] * 9
+    with pytest.raises(UserError, match=r"a/1\.png cannot be read now .*: the same command goes on later"):
+        read_picture(listing, listing.picture(0))
+
+
+def test_chunks_end_with_a_row_group(tmp_path):
+    pictures = [encoded_picture()] * 300
+    pq.write_table(pa.table({"png": pictures}), tmp_path / "a.parquet", row_group_size=130)
+    pq.write_table(pa.table({"png": pictures[:9]}), tmp_path / "b.parquet")
+    listing = list_pictures(open_source(str(tmp_path)))
+    lengths = [len(chunk) for chunk in listing.chunks(range(5, 309))]
+    assert lengths == [125, 128, 2, 40, 9]
+    assert [len(chunk) for chunk in replace(listing, kind="files").chunks(range(3, 25))] == [16, 6]
+
+
+def test_pictures_without_a_label_are_left_out(tmp_path):
+    pq.write_table(pa.table({"png": [encoded_picture()] * 2, "label": ["x", None]}), tmp_path / "a.parquet")
+    listing = list_pictures(open_source(str(tmp_path)))
+    assert listing.labels == ("x",)
+    assert read_picture(listing, listing.picture(0)).size == (16, 16)
+    with pytest.raises(UnusableImage, match="it has no label"):
+        read_picture(listing, listing.picture(1))
+
+
 def test_a_listing_says_what_it_is_of(listed, tmp_path):
     listed({"a/1.png": encoded_picture()})
-    import pyarrow as pa
-
     table = pa.ipc.open_file(tmp_path / "list.arrow").read_all()
     assert json.loads(table.schema.metadata[b"listing"])["kind"] == "files"

@@ -87,6 +87,14 @@ def test_an_image_above_the_budget_is_named():
         TokenBudget(images(), 200, seed=0)
 
 
+@pytest.mark.parametrize("count", [1, 10, 400])
+def test_no_pack_is_empty(count):
+    alone = Images(np.arange(count), np.full(count, 256))
+    sampler = TokenBudget(alone, 256, seed=0)
+    assert sampler.packs == count
+    assert all(len(sampler.step(i).rows) == 1 for i in range(2 * count))
+
+
 def test_a_budget_for_everything_is_one_pack():
     sampler = TokenBudget(UNEVEN, 1000, seed=0)
     assert sampler.packs == 1

@@ -1,13 +1,8 @@
-import multiprocessing
-import os
-import signal
-import time
-
 import pytest
 import torch
 
 from fitv2.errors import UserError
-from fitv2.runtime import default_device, derive_seed, end_with_parent, generator, ranks, single_threaded
+from fitv2.runtime import default_device, derive_seed, generator, ranks, single_threaded
 
 
 def test_a_seed_is_a_function_of_its_whole_key():
@@ -42,36 +37,3 @@ def test_threads_are_as_many_as_before():
         assert (before, torch.get_num_threads()) == (2, 1)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
-
-
-def test_a_worker_ends_when_its_parent_was_killed():
-    fork = multiprocessing.get_context("fork")
-    told = fork.SimpleQueue()
-
-    def worker():
-        end_with_parent(0)
-        told.put(os.getpid())
-        time.sleep(60)
-
-    def parent():
-        fork.Process(target=worker).start()
-        time.sleep(60)
-
-    process = fork.Process(target=parent)
-    process.start()
-    left = told.get()
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    deadline = time.monotonic() + 5
-    while alive(left) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(left)
-
-
-def alive(pid):
-    """Whether a process runs; one that ended may wait for ever for somebody to ask how."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

@@ -8,7 +8,7 @@ from fitv2.errors import UserError
 from fitv2.flow import PREDICTIONS, WEIGHTS
 from fitv2.paths import PATHS, diffusion
 from fitv2.rope import METHODS
-from fitv2.settings import Architecture, Diffusion, Guidance, Rope, Sampling, Solver, Training
+from fitv2.settings import Architecture, Diffusion, Encoding, Guidance, Rope, Sampling, Solver, Training
 from fitv2.transport import SOLVERS
 
 TINY = {"depth": 1, "width": 32, "heads": 2}
@@ -50,3 +50,20 @@ def test_names_are_those_of_the_tables_they_choose_from():
     assert {*options(Rope, "extrapolation")} == {*METHODS, "none"}
     for form in typing.get_args(Diffusion):
         assert diffusion(PATHS["linear"], form, torch.tensor(0.5)) >= 0
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"max_tokens": (64, 64)}, "names a limit twice"),
+        ({"max_tokens": ()}, "--max-tokens is 0"),
+        ({"max_tokens": (40_000,)}, "at most 32767"),
+        ({"patch_size": 0}, "--patch-size is 0"),
+        ({"patch_size": 500}, "at most 128"),
+        ({"shard_size": 0}, "--shard-size is 0"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+    ],
+)
+def test_encodings_that_cannot_be_are_refused(values, said):
+    with pytest.raises(UserError, match=said):
+        Encoding(**values)

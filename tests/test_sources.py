@@ -48,7 +48,7 @@ def test_a_pattern_and_a_single_file(holding):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["a.tar", "b.parquet"], "holds parquet and tars: say which, such as '.*/[*].parquet'"),
+        (["a.tar", "b.parquet"], "holds parquet and tars: say which, such as '.*/[*][*]/[*].parquet'"),
         (["a.tar", "a/1.png"], "holds tars and images"),
         (["a.tar.gz"], "decompress them to .tar"),
         ([".hidden/1.png"], "has no pictures"),
@@ -59,20 +59,38 @@ def test_what_cannot_be_read_is_said(holding, names, said):
         open_source(holding(*names))
 
 
+def test_options_for_tables_are_refused_elsewhere(holding):
+    with pytest.raises(UserError, match=r"--label-column are for tables; .* holds images"):
+        open_source(holding("a/1.png"), label_column="label")
+
+
+def test_no_name_is_not_the_current_folder():
+    with pytest.raises(UserError, match="the source has no name"):
+        open_source("")
+
+
 def test_a_name_of_the_hub_is_not_looked_up_but_suggested():
     with pytest.raises(UserError, match="hf://datasets/organization/name"):
         open_source("organization/name")
 
 
-def test_links_to_folders_are_followed_once(holding, tmp_path):
+def test_names_may_hold_what_patterns_and_urls_are_made_of(holding):
+    root = holding("a[1]::b/x.png", "a[1]::b/y.jpg")
+    assert len(open_source(f"{root}/a[1]::b").files) == 2
+    assert len(open_source(f"{root}/a[1]::b/*.png").files) == 1
+
+
+def test_links_to_folders_are_followed_but_not_round_and_round(holding, tmp_path):
     root = holding("a/1.png")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "2.png").write_bytes(b"x")
     (tmp_path / "source" / "b").symlink_to(tmp_path / "other")
     (tmp_path / "source" / "a" / "loop").symlink_to(root)
     (tmp_path / "source" / "a" / "broken.png").symlink_to("nowhere")
+    (tmp_path / "source" / "c").symlink_to(tmp_path / "source" / "b")
+    os.mkfifo(tmp_path / "source" / "a" / "pipe.png")
     source = open_source(root)
-    assert [source.name(path) for path in source.files] == ["a/1.png", "b/2.png"]
+    assert [source.name(path) for path in source.files] == ["a/1.png", "b/2.png", "c/2.png"]
 
 
 def test_the_fingerprint_tells_names_and_sizes(holding, tmp_path):

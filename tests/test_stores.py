@@ -1,4 +1,5 @@
 import pickle
+from typing import ClassVar
 
 import fsspec
 import numpy as np
@@ -53,6 +54,30 @@ def test_more_files_than_may_be_open(tmp_path):
     for _ in range(2):
         store.fill(out, [(name, 0) for name in names], [1] * len(names))
         assert (out == np.arange(len(names)) % 256).all()
+
+
+class Counting(fsspec.AbstractFileSystem):
+    """As that of the hub: no ranges of its own, files that are read in blocks."""
+
+    protocol = "counting"
+    fetched: ClassVar[list[tuple[int, int]]] = []
+
+    def _open(self, path, mode="rb", **options):
+        return CountedFile(self, path, mode, size=100_000_000, **options)
+
+
+class CountedFile(fsspec.spec.AbstractBufferedFile):
+    def _fetch_range(self, start, end):
+        Counting.fetched.append((start, end))
+        return bytes(end - start)
+
+
+def test_no_more_is_fetched_than_is_asked_for():
+    fsspec.register_implementation("counting", Counting)
+    out = np.ones(30, np.uint8)
+    Store("counting://folder").fill(out, [("a", 50_000_000), ("b", 7)], [20, 10])
+    assert sorted(Counting.fetched) == [(7, 17), (50_000_000, 50_000_020)]
+    assert not out.any()
 
 
 def test_a_protocol_that_there_is_none_of_is_named():

@@ -46,21 +46,31 @@ def test_rows_are_found_in_their_row_group(tmp_path):
     source = open_source(str(tmp_path))
     _, pictures = in_tables(parquet_tables(source))
     pictures = list(pictures)
-    assert [(p.label, p.source) for p in pictures][:2] == [("l0", "a"), ("l1", "b")]
+    assert [(p.label, p.source, p.group, p.at) for p in pictures][2:4] == [
+        ("l2", "c", 0, 2),
+        ("l3", "d", 1, 0),
+    ]
     order = np.random.default_rng(0).permutation(7)
     assert [parquet_row(source.url, pictures[i]) for i in order] == [PICTURES[i] for i in order]
 
 
+@pytest.mark.parametrize("said", [["flickr"] * 7, [None, *"abcdef"], list(range(7))])
+def test_a_column_source_names_the_pictures_only_if_it_tells_them_apart(tmp_path, said):
+    pq.write_table(pa.table({"jpg": PICTURES, "source": said}), tmp_path / "x.parquet")
+    (table,) = parquet_tables(open_source(str(tmp_path)))
+    assert table.sources == [f"x.parquet:{i}" for i in range(7)]
+    assert table.labels == ["image"] * 7
+
+
 def test_a_folder_of_datasets(tmp_path):
-    DatasetDict({"train": classes(), "validation": classes().select(range(2))}).save_to_disk(
-        str(tmp_path / "d")
-    )
+    splits = {"train": classes(), "valid": classes().select(range(2)), "hard": classes().select([3])}
+    DatasetDict(splits).save_to_disk(str(tmp_path / "d"))
     source = open_source(str(tmp_path / "d"))
     names, pictures = in_tables(datasets_tables(source))
     pictures = list(pictures)
     assert names == ("x", "y", "z")
-    assert [p.split for p in pictures] == ["train"] * 7 + ["validation"] * 2
-    assert [datasets_row(source.url, p) for p in pictures] == PICTURES + PICTURES[:2]
+    assert [p.split for p in pictures] == ["train"] * 7 + ["validation"] * 2 + ["hard"]
+    assert [datasets_row(source.url, p) for p in pictures] == PICTURES + PICTURES[:2] + PICTURES[3:4]
 
 
 def test_pictures_that_a_dataset_holds_by_path(tmp_path):
@@ -110,4 +120,8 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path):
 
 
 def test_labels_as_text():
-    assert label_texts([0, 5, "s", None, True], ("a",)) == ["a", "5", "s", "image", "True"]
+    assert label_texts([0, 5, "s", None, -1], ("a",)) == ["a", "5", "s", "", ""]
+    assert label_texts([-1, 2.5, float("nan"), b"caf\xc3\xa9"], ()) == ["-1", "2.5", "", "café"]
+    for several in ([1, 2], {"a": 1}):
+        with pytest.raises(UserError, match="not one name or number: give --label-column"):
+            label_texts([several], ())

@@ -3,11 +3,23 @@
 import json
 import os
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import IO
 
-from fitv2.sources import BROKEN, IMAGES, NO_LABEL, Picture, Source, is_hidden, readable, split_of
-from fitv2.stores import filesystem
+from fitv2.sources import (
+    BROKEN,
+    NO_LABEL,
+    SPLITS,
+    Picture,
+    Source,
+    is_hidden,
+    is_image_name,
+    readable,
+    split_of,
+)
+from fitv2.stores import filesystem, read_range
 
 
 def in_tars(source: Source) -> Iterator[Picture]:
@@ -24,38 +36,63 @@ def in_tars(source: Source) -> Iterator[Picture]:
 
 
 def _pictures(file: IO[bytes], split: str, name: str, path: bytes) -> Iterator[Picture]:
-    members: list[tarfile.TarInfo] = []
-    key, label, broken = None, None, None
+    samples: dict[str, Sample] = defaultdict(Sample)  # by name up to the first dot
+    broken = None
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if not member.isfile() or is_hidden(member.name):
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, ending = base.partition(".")
-                if (folder, stem) != key:
-                    yield from _labelled(members, label, split, name, path)
-                    key, label, members = (folder, stem), None, []
-                if ending.lower() in ("cls", "json"):
-                    label = _stated_label(tar, member, ending.lower()) or label
-                elif f".{ending.rpartition('.')[2].lower()}" in IMAGES:
-                    members.append(member)
+                _add(tar, member, samples)
+            file.seek(tar.offset)  # tarfile takes a damaged header for the end
+            if file.read(512) != bytes(512):
+                raise tarfile.ReadError("it breaks off")
     except (tarfile.TarError, EOFError) as error:
-        broken = Picture(split, NO_LABEL, f"{name}: {error}", path, BROKEN)
-    yield from _labelled(members, label, split, name, path)
+        broken = Picture(split, NO_LABEL, name, path, BROKEN, detail=str(error))
+    for sample in samples.values():
+        yield from _labelled(sample, split, name, path)
     if broken:
         yield broken
 
 
-def _labelled(
-    members: list[tarfile.TarInfo], label: str | None, split: str, name: str, path: bytes
-) -> Iterator[Picture]:
-    for member in members:
-        folder = member.name.removeprefix("./").rpartition("/")[0].rpartition("/")[2]
+@dataclass
+class Sample:
+    """Members of one name."""
+
+    pictures: list[tarfile.TarInfo] = field(default_factory=list)
+    label: str | None = None
+
+
+def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, Sample]) -> None:
+    """A member to its sample."""
+    if member.islnk():  # another name of a file before it
+        member.offset_data, member.size = _linked(tar, member)
+    if not (member.isfile() or member.islnk()) or is_hidden(member.name):
+        return
+    folder, _, base = member.name.rpartition("/")
+    stem, _, ending = base.partition(".")
+    if ending.lower() in ("cls", "json"):
+        sample = samples[f"{folder}/{stem}"]
+        sample.label = _stated_label(tar, member, ending.lower()) or sample.label
+    elif is_image_name(base):
+        samples[f"{folder}/{stem}"].pictures.append(member)
+
+
+def _linked(tar: tarfile.TarFile, link: tarfile.TarInfo) -> tuple[int, int]:
+    """Where the content of a hard link lies, and its size."""
+    for member in tar.members:  # type: ignore[attr-defined]
+        if member.name == link.linkname and not member.islnk():
+            return member.offset_data, member.size
+    return 0, 0
+
+
+def _labelled(sample: Sample, split: str, name: str, path: bytes) -> Iterator[Picture]:
+    """The pictures of a sample: a.jpg rather than a.mask.png, if there are both."""
+    plain = [m for m in sample.pictures if m.name.rpartition("/")[2].count(".") < 2]
+    for member in plain or sample.pictures:
+        *above, folder = member.name.removeprefix("./").split("/")[:-1] or [""]
+        inside = SPLITS.get(above[0].lower(), split) if above else split
         source = f"{name}/{readable(member.name)}"
-        yield Picture(
-            split, label or readable(folder) or NO_LABEL, source, path, member.offset_data, member.size
-        )
+        stated = sample.label or readable(folder) or NO_LABEL
+        yield Picture(inside, stated, source, path, member.offset_data, member.size)
 
 
 def _stated_label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> str | None:
@@ -68,10 +105,10 @@ def _stated_label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) ->
     except json.JSONDecodeError:
         return None
     label = said.get("label") if isinstance(said, dict) else None
-    return None if label is None else str(label)
+    return str(label) if isinstance(label, str | int) else None
 
 
 def tar_member(url: str, picture: Picture) -> bytes:
     """The bytes of a picture in an archive."""
     end = picture.at + picture.size
-    return filesystem(url)[0].cat_file(os.fsdecode(picture.path), start=picture.at, end=end)
+    return read_range(filesystem(url)[0], os.fsdecode(picture.path), picture.at, end)

@@ -15,7 +15,7 @@ Options = TypeVar("Options")
 
 def parse(kind: type[Options], arguments: list[str], default: Options | None) -> Options:
     """The options of a command. Every mistake becomes a UserError of one line."""
-    known = list(option_names(kind))
+    known = list(dict.fromkeys(option_names(kind)))
     for argument in arguments:
         name = argument.split("=")[0]
         if name.startswith("--") and name not in known:

@@ -84,6 +84,8 @@ def load_autoencoder(
     """
     if name == Pixels.name:
         return Pixels()
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():  # else it would be looked for on the hub
+        raise UserError(f"autoencoder {name}: there is no such folder")
     from diffusers import AutoencoderKL
 
     try:

@@ -1,5 +1,6 @@
 """The command `fitv2`. Parses first and imports after, so that help and mistakes answer at once."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -26,12 +27,21 @@ def encode(options: Encode) -> int:
     from fitv2.runtime import ranks
 
     at_least(0, workers=options.workers or 0)
-    rank, world = ranks()
-    with stages_bar("image", shown=rank == 0) as progress:
-        report = encode(
-            options.source, options.out, options.encoding, workers=options.workers, progress=progress
-        )
-    if report is None:  # another process is still at work, and will say the rest
+    _, world = ranks()
+    first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # one bar a machine
+    with stages_bar("image", first_here) as progress:
+        try:
+            report = encode(
+                options.source, options.out, options.encoding, workers=options.workers, progress=progress
+            )
+        except KeyboardInterrupt:
+            print("\nfitv2: interrupted; the same command goes on", file=sys.stderr)
+            raise
+    if report is None:
+        if first_here:
+            print(
+                f"{options.out}: this share is done; the process that finishes last makes the dataset whole"
+            )
         return 0
     counts = ", ".join(f"{count} {split}" for split, count in report.encoded.items())
     print(f"{options.out}: {counts} pictures")

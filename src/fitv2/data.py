@@ -14,11 +14,12 @@ from torch import Tensor
 from fitv2.config import from_dict, parse_json
 from fitv2.errors import UserError
 from fitv2.packing import Images, Sampler, Step
-from fitv2.runtime import end_with_parent
-from fitv2.shards import CARD, FORMAT, DatasetCard, File, index_name, shards_of
+from fitv2.shards import CARD, FORMAT, DatasetCard, File, facts, facts_of, index_name, shards_of
 from fitv2.stores import Store
 from fitv2.tokens import PackedTokens, layout
+from fitv2.workers import read_ahead
 
+REMEDY = ": remove the folder and encode again"
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
@@ -92,12 +93,14 @@ class TokenDataset:
         packed = layout(self.sizes[rows]).with_tokens(torch.from_numpy(numbers.astype(np.float32)))
         return packed, torch.from_numpy(self.labels[rows].astype(np.int64))
 
+    def shard_of(self, rows: np.ndarray) -> np.ndarray:
+        """The number of the shard that holds each row."""
+        return np.searchsorted(self._shard_rows, rows, side="right") - 1
+
     def places(self, rows: np.ndarray) -> list[tuple[str, int]]:
         """The shard of each row, and the byte of it where its tokens begin."""
-        shards = np.searchsorted(self._shard_rows, rows, side="right") - 1
-        return [
-            (self.shards[i], at) for i, at in zip(shards.tolist(), self._starts[rows].tolist(), strict=True)
-        ]
+        pairs = zip(self.shard_of(rows).tolist(), self._starts[rows].tolist(), strict=True)
+        return [(self.shards[shard], at) for shard, at in pairs]
 
     def by_length(self, rows: np.ndarray) -> np.ndarray:
         """The order of `rows` (positions in it) by image length: the fastest to compute with."""
@@ -107,12 +110,16 @@ class TokenDataset:
         """Where the pictures of these rows came from."""
         import pyarrow as pa
 
-        found = []
-        for row in np.asarray(rows).tolist():
-            shard = int(np.searchsorted(self._shard_rows, row, side="right")) - 1
+        rows = np.asarray(rows)
+        found = np.empty(len(rows), dtype=object)
+        shards = self.shard_of(rows)
+        for shard in np.unique(shards):
             batch = pa.ipc.open_stream(self.store.read(self.shards[shard])).read_next_batch()
-            found.append(batch.column("source")[row - int(self._shard_rows[shard])].as_py())
-        return found
+            here = np.flatnonzero(shards == shard)
+            found[here] = (
+                batch.column("source").take(pa.array(rows[here] - self._shard_rows[shard])).to_pylist()
+            )
+        return found.tolist()
 
 
 def open_card(store: Store) -> DatasetCard:
@@ -122,14 +129,16 @@ def open_card(store: Store) -> DatasetCard:
         raise UserError(f"{store.path(CARD)} is missing: a dataset is made by fitv2 encode")
     values = parse_json(store.path(CARD), store.read(CARD).to_pybytes())
     if values.get("format") != FORMAT:
-        raise UserError(f"{store} was written by another version of fitv2: encode again")
+        known = "format" in values or "shards" in values
+        what = "was written by another version of fitv2" if known else "is not that of a dataset"
+        raise UserError(f"{store.path(CARD)} {what}{REMEDY}")
     card = from_dict(DatasetCard, values)
     for name, file in card.files.items():
-        there = held.get(name, 0)
+        there = held.get(name)
+        if there is None:
+            raise UserError(f"{store.path(name)} is missing{REMEDY}")
         if there != file.bytes:
-            raise UserError(
-                f"{store.path(name)} is damaged: it has {there} of {file.bytes} bytes; encode again"
-            )
+            raise UserError(f"{store.path(name)} is damaged: it has {there} of {file.bytes} bytes{REMEDY}")
     return card
 
 
@@ -137,7 +146,11 @@ def require_whole(store: Store, card: DatasetCard, progress: Progress = lambda n
     """Read every file of a dataset, by several threads. Raises UserError naming those that are damaged."""
 
     def check(name: str) -> str | None:
-        return difference(store, name, card.files[name], store.read(name))
+        content = store.read(name)
+        wrong = difference(store, name, card.files[name], content)
+        if wrong is None and name in card.shards and facts(content) != facts_of(card, name):
+            return f"{store.path(CARD)} is damaged: it says other things than {name}{REMEDY}"
+        return wrong
 
     with ThreadPoolExecutor(4) as pool:
         found = list(progress(pool.map(check, card.files), len(card.files)))
@@ -149,7 +162,7 @@ def difference(store: Store, name: str, file: File, content: Any) -> str | None:
     """What is wrong with a file's content."""
     if hashlib.sha256(content).hexdigest() == file.sha256:
         return None
-    return f"{store.path(name)} is damaged: its bytes are not those that were written; encode again"
+    return f"{store.path(name)} is damaged: its bytes are not those that were written{REMEDY}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,45 +174,37 @@ class Batch:
     keys: np.ndarray
 
 
-class Steps(torch.utils.data.Dataset["Read"]):
+Read = tuple[Step, np.ndarray]  # a step and its tokens as they are stored
+
+
+class Steps:
     """The batches of a run by the number of their step; with several ranks, this rank's share of them."""
 
     def __init__(self, dataset: TokenDataset, sampler: Sampler, rank: int = 0, ranks: int = 1) -> None:
         self.dataset, self.sampler, self.rank, self.ranks = dataset, sampler, rank, ranks
 
-    def __getitem__(self, number: int) -> "Read":
+    def read(self, number: int) -> Read:
+        """A step and its tokens. Raises UserError when it has too few images for all ranks."""
         step = self.sampler.step(number)
+        if len(step.rows) < self.ranks:
+            few = f"step {number} has {len(step.rows)} images for {self.ranks} processes"
+            raise UserError(f"{few}: raise --batch-size or --tokens-a-step")
         if self.ranks > 1:
             step = step.shared(self.dataset.lengths[step.rows], self.ranks)[self.rank]
         order = self.dataset.by_length(step.rows)
         step = Step(step.rows[order], step.keys[order])
         return step, self.dataset.numbers(step.rows)
 
-    def batch(self, number: int) -> Batch:
-        """The batch of a step."""
-        return self.packed(self[number])
-
-    def packed(self, read: "Read") -> Batch:
+    def packed(self, read: Read) -> Batch:
         """The batch of a step that was read."""
         step, numbers = read
         return Batch(*self.dataset.packed(step.rows, numbers), step.keys)
 
-
-Read = tuple[Step, np.ndarray]  # a step and its tokens: little to send from one process to another
+    def batch(self, number: int) -> Batch:
+        """The batch of a step."""
+        return self.packed(self.read(number))
 
 
 def batches(steps: Steps, first: int, workers: int) -> Iterator[Batch]:
     """The batches from step `first` on, without end, read ahead by so many processes."""
-    numbers = range(first, 1 << 40)
-    read: Iterable[Read] = (steps[number] for number in numbers)
-    if workers:
-        read = torch.utils.data.DataLoader(
-            steps, batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=4,
-            collate_fn=_same, worker_init_fn=end_with_parent,
-        )  # fmt: skip
-    return map(steps.packed, read)
-
-
-def _same(read: Any) -> Any:
-    """Left as numpy: a tensor costs an open file on its way between processes."""
-    return read
+    return map(steps.packed, read_ahead(steps.read, range(first, 1 << 40), workers))

@@ -1,9 +1,9 @@
 """The pictures of a shard: read and resized by several processes, encoded in batches of equal shape."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,12 @@ from torch import Tensor
 from fitv2.autoencoder import Autoencoder
 from fitv2.images import UnusableImage, views
 from fitv2.listing import Listing, load_listing, read_picture
-from fitv2.runtime import default_device, end_with_parent, generator
+from fitv2.runtime import default_device, generator
 from fitv2.settings import Encoding
 from fitv2.shards import About, ShardRows
 from fitv2.sources import Picture
 from fitv2.tokens import patchify
 
-CHUNK = 16  # pictures that one process reads at once
 SAMPLES = 7  # first number of the keys that a sampled latent's noise is derived from
 
 
@@ -34,51 +33,33 @@ class Fitted:
     reason: str | None = None
 
 
-class Reader(torch.utils.data.Dataset[Fitted]):
+class Reader:
     """Pictures of a listing, resized; sent to the processes that read."""
 
     def __init__(self, listing: Path, encoding: Encoding, unit: int) -> None:
         self.path, self.encoding, self.unit = listing, encoding, unit
-        self.listing: Listing | None = None
+
+    @cached_property
+    def listing(self) -> Listing:
+        """Opened in each process."""
+        return load_listing(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"listing": None}
+        return {name: value for name, value in self.__dict__.items() if name != "listing"}
 
-    def _open(self) -> Listing:
-        self.listing = self.listing or load_listing(self.path)
-        return self.listing
-
-    def __getitems__(self, rows: range) -> list[Fitted]:
+    def read(self, rows: range) -> list[Fitted]:
         """The pictures of these rows of the listing."""
-        return [self[row] for row in rows]
+        return [self.fitted(row) for row in rows]
 
-    def __getitem__(self, row: int) -> Fitted:
-        listing, chosen = self._open(), self.encoding
-        picture = listing.picture(row)
+    def fitted(self, row: int) -> Fitted:
+        """One picture."""
+        picture, chosen = self.listing.picture(row), self.encoding
         try:
-            image = read_picture(listing, picture)
+            image = read_picture(self.listing, picture)
             found = views(image, chosen.max_tokens, self.unit, chosen.preprocess == "mixed")
         except UnusableImage as error:
             return Fitted(row, picture, [], str(error))
         return Fitted(row, picture, [(np.asarray(view), crop) for view, crop in found])
-
-
-def read_ahead(reader: Reader, pieces: Sequence[range], workers: int) -> Iterator[list[Fitted]]:
-    """The pictures of all pieces, rows of the listing, in order, in chunks that end where a piece does."""
-    chunks = [rows[i : i + CHUNK] for rows in pieces for i in range(0, len(rows), CHUNK)]
-    loader = torch.utils.data.DataLoader(
-        reader,
-        batch_sampler=chunks,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=_same,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=end_with_parent,
-    )
-    return iter(loader)
-
-
-def _same(chunk: list[Fitted]) -> list[Fitted]:
-    return chunk
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Pictures to look at: sheets of samples and curves."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,5 +91,6 @@ def dataset_plots(
     some = f"the {len(most)} commonest of {len(labels)} labels"
     counts.set(ylabel="pictures", title="labels" if len(most) == len(labels) else some)
     figure.suptitle(title)
-    with whole_file(out) as partial:
+    with whole_file(out) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # labels may be in any script
         figure.savefig(partial, dpi=100)

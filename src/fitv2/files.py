@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -43,7 +44,8 @@ def whole_file(target: Path, scratch: Path | None = None) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: image and array writers choose their format by it.
-    partial = (scratch or target.parent) / f".{os.getpid()}.{target.name}"
+    # A random name: processes of several machines may have one number, and write one file.
+    partial = (scratch or target.parent) / f".{secrets.token_hex(4)}.{target.name}"
     try:
         with full_disk_named(target):
             yield partial

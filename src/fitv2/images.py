@@ -13,7 +13,7 @@ from fitv2.errors import UserError
 
 # Raster formats alone: Pillow would hand PostScript to an interpreter, where there is one.
 FORMATS = (
-    "AVIF", "BMP", "DDS", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI",
+    "AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI",
     "TGA", "TIFF", "WEBP",
 )  # fmt: skip
 
@@ -53,7 +53,7 @@ def load_rgb(source: Path | IO[bytes]) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's notes on odd metadata are not ours to pass on
             with Image.open(source, formats=FORMATS) as opened:
-                return _on_white(_eight_bits(ImageOps.exif_transpose(opened)))
+                return _on_white(_eight_bits(ImageOps.exif_transpose(opened), opened.format))
     except UnusableImage:
         raise
     except UnidentifiedImageError as error:
@@ -62,13 +62,18 @@ def load_rgb(source: Path | IO[bytes]) -> Image.Image:
         raise UnusableImage(str(error) or type(error).__name__) from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image, form: str | None) -> Image.Image:
     """Pillow would clip wider grey pixels at 255; their high byte is meant."""
-    if image.mode == "F":
-        raise UnusableImage("floating-point pixels have no known range")
-    if image.mode.startswith("I"):  # 16 bits, which Pillow may hold in 32
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    return image
+    if image.mode == "F" or (image.mode == "I" and form not in ("PNG", "PPM")):
+        raise UnusableImage("pixels of 32 bits have no known range")
+    if not image.mode.startswith("I"):
+        return image
+    deep = np.asarray(image)  # 16 bits, which Pillow may hold in 32
+    grey = Image.fromarray((deep.clip(0, 65535) >> 8).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(deep == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _on_white(image: Image.Image) -> Image.Image:

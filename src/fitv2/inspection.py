@@ -76,18 +76,20 @@ def table(card: DatasetCard, splits: list[Split]) -> str:
 def label_lines(labels: tuple[str, ...], splits: list[Split]) -> Iterator[str]:
     """Pictures of each label in each split; of many labels the commonest and the rarest."""
     counts = {split.name: np.bincount(split.labels, minlength=len(labels)) for split in splits}
-    commonest_first = np.argsort(-sum(counts.values()), kind="stable").tolist()
+    order = np.argsort(-sum(counts.values()), kind="stable").tolist()  # the commonest first
     width = 2 + max(len(name[:40]) for name in labels)
     yield f"{'label':{width}}" + "".join(f"{name:>12}" for name in counts)
-    many = len(labels) > MOST_LABELS
-    shown = commonest_first[: MOST_LABELS // 2] if many else commonest_first
-    rarest = commonest_first[-MOST_LABELS // 2 :] if many else []
-    for number in shown:
-        yield f"{labels[number][:40]:{width}}" + "".join(f"{count[number]:>12,}" for count in counts.values())
-    if rarest:
-        yield f"… {len(labels) - MOST_LABELS} more …"
-    for number in rarest:
-        yield f"{labels[number][:40]:{width}}" + "".join(f"{count[number]:>12,}" for count in counts.values())
+    for place, number in enumerate(order):
+        if place == MOST_LABELS // 2 and len(order) > MOST_LABELS:
+            yield f"… {len(order) - MOST_LABELS} more …"
+        if min(place, len(order) - 1 - place) < MOST_LABELS // 2:
+            figures = "".join(f"{count[number]:>12,}" for count in counts.values())
+            yield f"{printable(labels[number][:40]):{width}}{figures}"
+
+
+def printable(text: str) -> str:
+    """Text that moves no cursor."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def draw(card: DatasetCard, splits: list[Split], out: Path, title: str) -> None:
@@ -95,7 +97,7 @@ def draw(card: DatasetCard, splits: list[Split], out: Path, title: str) -> None:
     lengths = np.concatenate([split.lengths for split in splits])
     aspects = np.concatenate([split.aspects for split in splits])
     counts = Counter(np.concatenate([split.labels for split in splits]).tolist())
-    labels = {name: counts[i] for i, name in enumerate(card.about.labels)}
+    labels = {printable(name): counts[i] for i, name in enumerate(card.about.labels)}
     dataset_plots(lengths, aspects, labels, out, title)
 
 
@@ -109,7 +111,7 @@ def sheet(folder: Path | str, card: DatasetCard, count: int, seed: int, out: Pat
     chosen = rng.permutation(dataset.images().draw(rng))[:count]  # one variant of each
     packed, labels = dataset.batch(chosen)
     pictures = decode(unpack(packed.to(default_device())), codec, card.about.patch_size)
-    captions = [card.about.labels[label][:18] for label in labels.tolist()]
+    captions = [printable(card.about.labels[label][:18]) for label in labels.tolist()]
     for picture in pictures:
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
     made = list(zip(captions, pictures, strict=True))

@@ -3,10 +3,12 @@
 What a picture is, and whether it can be used, is found out when it is read.
 """
 
+import errno
 import io
 import json
 import os
 import posixpath
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +27,11 @@ from fitv2.stores import filesystem
 from fitv2.tables import datasets_row, datasets_tables, in_tables, parquet_row, parquet_tables
 
 Report = Callable[[int], None]  # how many pictures were found so far
+PLACES = {
+    "source": "large_string", "path": "large_binary", "at": "int64", "size": "int64", "detail": "string",
+    "group": "int32",
+}  # fmt: skip
+CHUNKS = {"parquet": 128}  # pictures that one process reads at once, so that others need not read their group
 
 
 @dataclass(frozen=True)
@@ -49,10 +56,21 @@ class Listing:
 
     def picture(self, row: int) -> Picture:
         """One of its pictures."""
-        values = {name: self.table[name][row].as_py() for name in ("source", "path", "at", "size", "column")}
+        values = {name: self.table[name][row].as_py() for name in Picture._fields if name in PLACES}
         label = self.table["label"][row].as_py()
         split = next(split for split, (start, stop) in self.splits.items() if start <= row < stop)
-        return Picture(split, self.labels[label] if label >= 0 else NO_LABEL, **values)
+        return Picture(split, self.labels[label] if label >= 0 else "", **values)
+
+    def chunks(self, rows: range) -> list[range]:
+        """These rows in pieces for one process to read: some files, or what lies in one row group."""
+        most = CHUNKS.get(self.kind, 16)
+        starts = [rows.start]
+        begins_group = self.table["at"].slice(rows.start, len(rows)).to_numpy() == 0
+        for row in rows:
+            grouped = self.kind == "parquet" and begins_group[row - rows.start]
+            if row > starts[-1] and (grouped or row - starts[-1] == most):
+                starts.append(row)
+        return [range(*pair) for pair in pairwise([*starts, rows.stop])]
 
 
 def load_listing(path: Path) -> Listing:
@@ -76,20 +94,19 @@ def list_pictures(source: Source, report: Report = lambda _: None) -> Listing:
         if len(pictures) % 1000 == 0:
             report(len(pictures))
     report(len(pictures))
-    labels = (*names, *sorted_labels({p.label for p in pictures if p.at != BROKEN} - {*names}))
+    labels = (*names, *sorted_labels({p.label for p in pictures if p.at != BROKEN} - {*names, ""}))
     if not labels:
-        raise UserError(f"{source.url} has no pictures: expected folders of images, named by label")
+        expected = "expected folders of images, named by label"
+        reason = f"{pictures[0].source}: {pictures[0].detail}" if pictures else expected
+        raise UserError(f"{source.url} has no pictures: {reason}")
     pictures.sort(key=lambda picture: picture.split)  # stable: within a split the source's order
     counts = Counter(picture.split for picture in pictures)
     splits = dict(zip(counts, pairwise([0, *accumulate(counts.values())]), strict=True))
     number = {label: i for i, label in enumerate(labels)}
     table = pa.table({
         "label": pa.array([number.get(p.label, -1) for p in pictures], pa.int32()),
-        "source": pa.array([p.source for p in pictures], pa.large_string()),
-        "path": pa.array([p.path for p in pictures], pa.large_binary()),
-        "column": pa.array([p.column for p in pictures], pa.string()).dictionary_encode(),
-        "at": pa.array([p.at for p in pictures], pa.int64()),
-        "size": pa.array([p.size for p in pictures], pa.int64()),
+        **{name: pa.array([getattr(p, name) for p in pictures], getattr(pa, kind)())
+           for name, kind in PLACES.items()},
     })  # fmt: skip
     return Listing(source.kind, source.url, labels, splits, others(source), table)
 
@@ -97,7 +114,8 @@ def list_pictures(source: Source, report: Report = lambda _: None) -> Listing:
 def sorted_labels(labels: Iterable[str]) -> list[str]:
     """By name; by number where all are numbers."""
     known = list(labels)
-    return sorted(known, key=int) if all(label.isdecimal() for label in known) else sorted(known)
+    numbers = all(label.isdecimal() for label in known)
+    return sorted(known, key=lambda label: (int(label), label)) if numbers else sorted(known)
 
 
 def in_folders(source: Source) -> Iterator[Picture]:
@@ -138,17 +156,42 @@ LISTERS: dict[str, Callable[[Source], tuple[tuple[str, ...], Iterable[Picture]]]
 
 
 def read_picture(listing: Listing, picture: Picture) -> Image.Image:
-    """A picture as RGB, upright. Raises UnusableImage with the reason."""
+    """A picture as RGB, upright.
+
+    Raises UnusableImage with the reason, and UserError when its store cannot be reached for a while:
+    then it is not the picture's fault, and it is not to be left out.
+    """
     if picture.at == BROKEN:
-        raise UnusableImage("the archive is damaged from here on")
-    try:
-        content = READERS[listing.kind](listing.url, picture)
-    except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise UnusableImage(f"cannot be read: {reason}") from error
+        raise UnusableImage(f"the archive is damaged: {picture.detail}")
+    if not picture.label:
+        raise UnusableImage("it has no label")
+    for pause in (*PAUSES, None):
+        try:
+            content = READERS[listing.kind](listing.url, picture)
+        except UnusableImage:
+            raise
+        except Exception as error:  # libraries of remote stores have errors of their own
+            if isinstance(error, LASTING) or getattr(error, "errno", None) == errno.EIO:
+                raise UnusableImage(f"cannot be read: {reason_of(error)}") from error
+            if pause is None:
+                now = f"{picture.source} cannot be read now ({reason_of(error)})"
+                raise UserError(f"{now}: the same command goes on later") from error
+            time.sleep(pause)
+        else:
+            break
     if not content:
         raise UnusableImage("empty")
     return load_rgb(io.BytesIO(content))
+
+
+# Errors that stay however often one tries. Arrow's are ValueErrors.
+LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
+PAUSES = (1.0, 4.0, 15.0)  # seconds before one tries again
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, in one line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def whole_file_of(url: str, picture: Picture) -> bytes:

@@ -142,10 +142,11 @@ class TokenBudget(Sampler):
         """
         mean, variance = self.images.moments()
         most = mean.sum() + 6 * np.sqrt(variance.sum())
-        packs = int(np.ceil(max(mean.sum() / FILL, most) / self.budget))
+        images = len(self.images.first_rows)  # each fits alone, so more packs than images would be empty
+        packs = min(images, int(np.ceil(max(mean.sum() / FILL, most) / self.budget)))
         drawn = np.sort(self.images.lengths[self.images.draw(np.random.default_rng((self.seed, 0)))])[::-1]
         while dealt(drawn, packs)[1].max() > self.budget:
-            packs = int(np.ceil(packs * 1.002))
+            packs = min(images, int(np.ceil(packs * 1.002)))
         return packs
 
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,8 +1,6 @@
 """The machine a run is on, and the randomness that does not depend on it."""
 
-import multiprocessing
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,24 +36,12 @@ def ranks() -> tuple[int, int]:
     return int(rank), int(world)
 
 
-def end_with_parent(_: int) -> None:
-    """End this process, a worker of another, as soon as that one was killed.
-
-    torch's loader workers notice too, but then wait for ever to hand over what they read.
-    """
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 @contextmanager
 def single_threaded() -> Iterator[int]:
-    """Operations of one thread each, so that results depend on no number of threads; gives that before."""
+    """Operations of one thread each, so that results depend on no number of threads; gives that before.
+
+    A thread that was started inside has to set its own: OpenMP counts for each thread.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -15,6 +15,8 @@ Path = Literal["linear", "gvp", "vp", "ddpm"]
 Prediction = Literal["velocity", "data", "noise", "score"]
 Diffusion = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"]
 
+MOST_TOKENS = 32_767  # of an image: the sides of a token grid are stored in 16 bits
+MOST_PATCH = 128  # pixels of a latent
 Solver = Literal[
     "heun", "euler", "midpoint", "heun3", "rk4",  # fixed steps
     "dopri5", "bosh3", "fehlberg2", "adaptive-heun",  # choose their steps
@@ -149,8 +151,14 @@ class Encoding:
 
     def __post_init__(self) -> None:
         """UserError for settings that cannot work."""
-        at_least(1, max_tokens=min(self.max_tokens, default=0), patch_size=self.patch_size or 1)
-        at_least(1, batch_size=self.batch_size, shard_size=self.shard_size)
+        at_least(1, max_tokens=min(self.max_tokens, default=0), batch_size=self.batch_size)
+        at_least(1, shard_size=self.shard_size, patch_size=1 if self.patch_size is None else self.patch_size)
+        if len(set(self.max_tokens)) < len(self.max_tokens):
+            raise UserError(f"--max-tokens {' '.join(map(str, self.max_tokens))} names a limit twice")
+        if max(self.max_tokens) > MOST_TOKENS:
+            raise UserError(f"--max-tokens is {max(self.max_tokens)}; it can be at most {MOST_TOKENS}")
+        if (self.patch_size or 1) > MOST_PATCH:
+            raise UserError(f"--patch-size is {self.patch_size}; it can be at most {MOST_PATCH}")
 
 
 @dataclass(frozen=True)

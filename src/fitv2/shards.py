@@ -125,10 +125,26 @@ class ShardRows:
             with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
                 stream.write_table(table)
             written = described(partial)
-            whole = pa.memory_map(str(partial)).read_buffer()
-            batch = pa.ipc.open_stream(whole).read_next_batch()
-            tokens_at = batch.column("tokens").flatten().flatten().buffers()[1].address - whole.address
-        return Shard(written.bytes, written.sha256, batch.num_rows, tokens_at)
+            rows, tokens_at, _ = facts(pa.memory_map(str(partial)).read_buffer())
+        return Shard(written.bytes, written.sha256, rows, tokens_at)
+
+
+Facts = tuple[int, int, str]  # rows of a shard, where its tokens begin, and what they are
+
+
+def facts(content: Any) -> Facts:
+    """What a shard, as an Arrow buffer, says of itself."""
+    import pyarrow as pa
+
+    batch = pa.ipc.open_stream(content).read_next_batch()
+    numbers = batch.column("tokens").flatten().flatten().buffers()[1]
+    return batch.num_rows, numbers.address - content.address, batch.schema.metadata[b"fitv2"].decode()
+
+
+def facts_of(card: "DatasetCard", name: str) -> Facts:
+    """What a card says of a shard."""
+    shard = card.shards[name]
+    return shard.rows, shard.tokens_at, json.dumps(asdict(card.about))
 
 
 def shard_schema(about: About) -> Any:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from fitv2.errors import UserError
-from fitv2.stores import filesystem
+from fitv2.stores import filesystem, is_local
 
 # Endings of pictures, also of such as cannot be read: those are to be missed.
 IMAGES = frozenset([
-    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".webp", ".avif", ".bmp", ".gif",
-    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".pcx", ".sgi", ".qoi", ".psd", ".dds",
-    ".svg", ".svgz", ".eps", ".heic", ".heif", ".jxl", ".xcf", ".dng", ".cr2", ".nef", ".arw",
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".webp", ".avif", ".bmp", ".dib",
+    ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".pcx", ".sgi", ".qoi",
+    ".psd", ".dds", ".svg", ".svgz", ".eps", ".heic", ".heif", ".jxl", ".xcf", ".dng", ".cr2", ".nef", ".arw",
 ])  # fmt: skip
 ENDINGS = {
     "parquet": (".parquet",),
@@ -36,12 +36,13 @@ class Picture(NamedTuple):
     """One picture of a source, not yet read."""
 
     split: str
-    label: str
+    label: str  # empty for none where others have one: such a picture is not used
     source: str  # its name, as a person would look for it
     path: bytes  # of the file that holds it, as the operating system has it
     at: int  # its first byte or its row there
     size: int = 0  # bytes
-    column: str = ""  # of a table
+    detail: str = ""  # the column of a table; what is wrong with an archive
+    group: int = 0  # of rows of a Parquet file; `at` counts in it
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,15 @@ def open_source(url: str, image_column: str | None = None, label_column: str | N
 
     Raises UserError when it is nothing that holds pictures.
     """
+    if not url:
+        raise UserError("the source has no name")
     system, path = filesystem(url)
     try:
         files = dict(files_below(system, path))
-    except OSError as error:
-        raise UserError(f"{url} cannot be read: {error}") from error
+    except Exception as error:  # libraries of remote stores have errors of their own
+        if is_local(system) and not isinstance(error, OSError):
+            raise
+        raise UserError(f"{url} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not files:
         there = "*" in path or system.exists(path)
         hint = (
@@ -97,10 +102,13 @@ def open_source(url: str, image_column: str | None = None, label_column: str | N
                for kind, endings in ENDINGS.items()}  # fmt: skip
     held = [kind for kind, found in by_kind.items() if found]
     if len(held) > 1:
-        pattern = f"{url.rstrip('/')}/*{ENDINGS[held[0]][0]}"
+        pattern = f"{url.rstrip('/')}/**/*{ENDINGS[held[0]][0]}"
         raise UserError(f"{url} holds {' and '.join(held)}: say which, such as '{pattern}'")
     if held == ["compressed archives"]:
         raise UserError(f"{url} holds {held[0]}, which have to be read in order: decompress them to .tar")
+    if (image_column or label_column) and held != ["parquet"]:
+        what = held[0] if held else "no images"
+        raise UserError(f"--image-column and --label-column are for tables; {url} holds {what}")
     if held in ([], ["images"]):  # with all else that lies beside them
         return replace(source, kind="files")
     return replace(source, kind=held[0], files=by_kind[held[0]])
@@ -108,12 +116,11 @@ def open_source(url: str, image_column: str | None = None, label_column: str | N
 
 def files_below(system: Any, path: str) -> Iterator[tuple[str, int]]:
     """All files below a folder, or that a pattern or a path names, but hidden ones; and their sizes."""
-    local = "file" in ([system.protocol] if isinstance(system.protocol, str) else system.protocol)
-    if local and os.path.isdir(path):  # noqa: PTH112 (a path may be no text)
+    if is_local(system) and os.path.isdir(path):  # noqa: PTH112 (a path may be no text)
         yield from _local_files(path)
         return
     if "*" in path:
-        found = system.glob(path, detail=True)
+        found = system.glob(path.replace("[", "[[]"), detail=True)  # * and ? alone have a meaning
     elif system.isfile(path):
         found = {path: system.info(path)}
     else:
@@ -123,20 +130,20 @@ def files_below(system: Any, path: str) -> Iterator[tuple[str, int]]:
             yield name, int(info["size"] or 0)
 
 
-def _local_files(path: str) -> Iterator[tuple[str, int]]:
-    """The same for a folder of this machine. Follows links to folders, each folder once."""
-    seen = set()
-    for folder, folders, names in os.walk(path, followlinks=True):
-        here = os.stat(folder)  # noqa: PTH116
-        known = (here.st_dev, here.st_ino)
-        folders[:] = [] if known in seen else sorted(name for name in folders if not is_hidden(name))
-        if known in seen:
-            continue
-        seen.add(known)
-        for name in sorted(names):
-            whole = os.path.join(folder, name)  # noqa: PTH118 (a path may be no text)
-            if not is_hidden(name) and os.path.exists(whole):  # noqa: PTH110 (a broken link is no file)
-                yield whole, os.stat(whole).st_size  # noqa: PTH116
+def _local_files(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, int]]:
+    """The same for a folder of this machine. Follows links to folders, but not to one that it is in."""
+    status = os.stat(folder)  # noqa: PTH116 (here and below a path may be no text)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                yield from _local_files(entry.path, above | {here})
+            elif entry.is_file():  # no pipe or socket, no broken link
+                yield entry.path, entry.stat().st_size
 
 
 def is_hidden(name: str) -> bool:

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,31 @@ import numpy as np
 from fitv2.errors import UserError
 
 OPEN_FILES = 256  # the usual limit of a process is 1024
+REQUESTS = 16  # to a remote store at once
 
 
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system that a path or URL means, and the path in it. Raises UserError."""
     import fsspec
 
+    if "://" not in url:
+        system = fsspec.filesystem("file")
+        return system, system._strip_protocol(url)  # absolute; a name may have anything in it
     try:
         return fsspec.url_to_fs(url)
     except (ImportError, ValueError) as error:  # a protocol that needs a package, or that there is none of
         raise UserError(f"{url} cannot be reached: {error}") from error
+
+
+def read_range(system: Any, path: str, start: int, end: int) -> bytes:
+    """Some bytes of a file, and no others: without this, many file systems fetch blocks of megabytes."""
+    whole_blocks = not (system.async_impl or is_local(system))
+    return system.cat_file(path, start=start, end=end, **({"cache_type": "none"} if whole_blocks else {}))
+
+
+def is_local(system: Any) -> bool:
+    """Whether files of this file system lie on this machine's disks."""
+    return "file" in ([system.protocol] if isinstance(system.protocol, str) else system.protocol)
 
 
 class Store:
@@ -89,7 +105,7 @@ class Store:
                 got = len(contents[i])
                 into[:got] = contents[i]
             if got != size:
-                raise UserError(f"{self.path(name)} is damaged: it ends too early; encode again")
+                raise UserError(f"{self.path(name)} is damaged: it ends too early")
             at += size
 
     def _ranges(self, places: Sequence[tuple[str, int]], sizes: Sequence[int]) -> list[bytes]:
@@ -97,4 +113,7 @@ class Store:
         system, path = self._remote()
         names, starts = [f"{path}/{name}" for name, _ in places], [start for _, start in places]
         ends = [start + size for start, size in zip(starts, sizes, strict=True)]
-        return system.cat_ranges(names, starts, ends, on_error="raise")
+        if system.async_impl:
+            return system.cat_ranges(names, starts, ends, on_error="raise")
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            return list(pool.map(partial(read_range, system), names, starts, ends))

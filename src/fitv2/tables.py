@@ -1,17 +1,16 @@
 """Pictures in tables: Parquet files, and folders that the library `datasets` saved."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fitv2.errors import UserError
 from fitv2.images import UnusableImage
-from fitv2.sources import NO_LABEL, Picture, Source, readable, split_of
+from fitv2.sources import NO_LABEL, SPLITS, Picture, Source, readable, split_of
 from fitv2.stores import filesystem
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel_values")
@@ -26,8 +25,9 @@ class Table(NamedTuple):
     path: bytes
     image_column: str
     names: tuple[str, ...]  # of the labels, where the table says them
-    labels: list[Any]
-    sources: list[str] | None
+    labels: list[str]
+    sources: list[str]
+    groups: list[int]  # rows of each group of a Parquet file
 
 
 def in_tables(tables: list[Table]) -> tuple[tuple[str, ...], Iterator[Picture]]:
@@ -35,9 +35,11 @@ def in_tables(tables: list[Table]) -> tuple[tuple[str, ...], Iterator[Picture]]:
 
     def pictures() -> Iterator[Picture]:
         for table in tables:
-            for row, label in enumerate(table.labels):
-                source = table.sources[row] if table.sources else f"{table.name}:{row}"
-                yield Picture(table.split, label, source, table.path, row, column=table.image_column)
+            places = ((group, at) for group, rows in enumerate(table.groups) for at in range(rows))
+            for label, source, (group, at) in zip(table.labels, table.sources, places, strict=True):
+                yield Picture(
+                    table.split, label, source, table.path, at, detail=table.image_column, group=group
+                )
 
     return tables[0].names, pictures()
 
@@ -53,17 +55,31 @@ def parquet_tables(source: Source) -> list[Table]:
         try:
             with system.open(path, "rb") as file:
                 parquet = pq.ParquetFile(file)
-                image, label, names = columns_of(source, parquet.schema_arrow, name)
-                others = [c for c in (label, "source") if c in parquet.schema_arrow.names]
-                rows = parquet.read(others)
+                columns = columns_of(source, parquet.schema_arrow, name)
+                rows = parquet.read([c for c in (columns.label, "source") if c in parquet.schema_arrow.names])
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{source.url}: {name} is not a Parquet file that can be read: {error}"
             ) from error
-        labels = label_texts(rows[label].to_pylist() if label else [None] * parquet.metadata.num_rows, names)
-        sources = rows["source"].to_pylist() if "source" in others else None
-        tables.append(Table(split_of(name), name, os.fsencode(path), image, names, labels, sources))
+        metadata = parquet.metadata
+        labels = rows[columns.label].to_pylist() if columns.label else [NO_LABEL] * metadata.num_rows
+        groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        tables.append(Table(
+            split_of(name), name, os.fsencode(path), columns.image, columns.names,
+            label_texts(labels, columns.names), names_of(rows, name, metadata.num_rows), groups,
+        ))  # fmt: skip
     return tables
+
+
+def names_of(rows: Any, name: str, count: int) -> list[str]:
+    """What the pictures are called: a column `source`, if that is text and tells them apart; else row."""
+    import pyarrow as pa
+
+    if "source" in rows.column_names and pa.types.is_string(rows.schema.field("source").type):
+        said = rows["source"].to_pylist()
+        if None not in said and len(set(said)) == count:
+            return said
+    return [f"{name}:{row}" for row in range(count)]
 
 
 def datasets_tables(source: Source) -> list[Table]:
@@ -77,20 +93,27 @@ def datasets_tables(source: Source) -> list[Table]:
     parts = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
     tables = []
     for part, rows in parts.items():
-        split = split_of(part or str(rows.split or ""))
-        image, label, names = columns_of(source, rows.features.arrow_schema, part or "dataset")
-        labels = label_texts(
-            rows.with_format("arrow")[label].to_pylist() if label else [None] * len(rows), names
-        )
-        tables.append(Table(split, part or split, part.encode(), image, names, labels, None))
+        split = SPLITS.get(part.lower(), part) or split_of(str(rows.split or ""))
+        columns = columns_of(source, rows.features.arrow_schema, part or "dataset")
+        labels = rows.with_format("arrow")[columns.label] if columns.label else None
+        texts = label_texts(labels.to_pylist() if labels else [NO_LABEL] * len(rows), columns.names)
+        sources = [f"{part or split}:{row}" for row in range(len(rows))]
+        tables.append(Table(
+            split, part or split, part.encode(), columns.image, columns.names, texts, sources, [len(rows)]
+        ))  # fmt: skip
     return tables
 
 
-def columns_of(source: Source, schema: Any, name: str) -> tuple[str, str | None, tuple[str, ...]]:
-    """The image column of a table, its label column, and the names of its labels.
+class Columns(NamedTuple):
+    """What is where in a table."""
 
-    As the options say, or what `datasets` noted in the table, or the columns' names.
-    """
+    image: str
+    label: str | None
+    names: tuple[str, ...]  # of the labels, if it says them
+
+
+def columns_of(source: Source, schema: Any, name: str) -> Columns:
+    """As the options say, or what `datasets` noted in the table, or the columns' names. Raises UserError."""
     import pyarrow as pa
 
     said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
@@ -110,15 +133,23 @@ def columns_of(source: Source, schema: Any, name: str) -> tuple[str, str | None,
     label = source.label_column or next(iter(usual), None)
     if label and label not in schema.names:
         raise UserError(f"{source.url}: {name} has no column {label}, but {', '.join(schema.names)}")
-    return image, label, tuple(said.get(label, {}).get("names") or ())
+    return Columns(image, label, tuple(said.get(label, {}).get("names") or ()))
 
 
 def label_texts(labels: list[Any], names: tuple[str, ...]) -> list[str]:
-    """Labels as text: by their names where they are numbers of them."""
+    """Labels as text: by their names where they are numbers of them. Empty for null, NaN, and the hub's −1.
+
+    Raises UserError for a label that is several.
+    """
 
     def text(label: Any) -> str:
-        if label is None:
-            return NO_LABEL
+        nothing = label is None or (isinstance(label, float) and math.isnan(label))
+        if nothing or (names and label == -1):
+            return ""
+        if isinstance(label, list | dict):
+            raise UserError(f"a label is {str(label)[:60]}, not one name or number: give --label-column")
+        if isinstance(label, bytes):
+            return label.decode("utf-8", "replace")
         return names[label] if names and isinstance(label, int) and 0 <= label < len(names) else str(label)
 
     return [text(label) for label in labels]
@@ -126,20 +157,11 @@ def label_texts(labels: list[Any], names: tuple[str, ...]) -> list[str]:
 
 def parquet_row(url: str, picture: Picture) -> bytes:
     """The bytes of a picture in a Parquet file. Neighbours come from the same row group, read once."""
-    ends = _group_ends(url, picture.path, os.getpid())
-    group = int(np.searchsorted(ends, picture.at, side="right"))
-    first = int(ends[group - 1]) if group else 0
-    images = _images_of(url, picture.path, group, picture.column, os.getpid())
-    return image_bytes(images[picture.at - first].as_py())
+    images = _images_of(url, picture.path, picture.group, picture.detail, os.getpid())
+    return image_bytes(images[picture.at].as_py())
 
 
 # Each process opens files of its own: a file that was open before a fork has one position for both.
-
-
-@lru_cache(1024)
-def _group_ends(url: str, path: bytes, process: int) -> np.ndarray:
-    metadata = _parquet(url, path, process).metadata
-    return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
 
 
 @lru_cache(1)
@@ -157,7 +179,7 @@ def _parquet(url: str, path: bytes, process: int) -> Any:
 def datasets_row(url: str, picture: Picture) -> bytes:
     """The bytes of a picture in a `datasets` folder."""
     row = _datasets_part(url, picture.path.decode(), os.getpid())[picture.at]
-    return image_bytes(row[picture.column][0].as_py())
+    return image_bytes(row[picture.detail][0].as_py())
 
 
 @lru_cache(8)
