@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=processors())
     options = parser.parse_args()
     encoding = Encoding("timed", (256,), "mixed", shard_size=512)
+    torch.set_num_threads(1)  # then one batch is encoded at a time, as on a GPU
     codec = Timed(options.milliseconds / 1000)
     fitv2.encode.load_autoencoder = lambda *_: codec
     with tempfile.TemporaryDirectory() as temporary:
