@@ -43,7 +43,7 @@ def test_a_fixed_count_goes_on_over_the_end_of_an_epoch():
     assert not (threes == np.concatenate([FixedCount(UNEVEN, 3, 4).step(i).rows for i in range(20)])).all()
 
 
-@pytest.mark.parametrize("budget", [8_192, 16_384, 65_536])
+@pytest.mark.parametrize("budget", [4_096, 8_192, 16_384, 65_536])
 def test_packs_are_full_equal_and_within_the_budget(budget):
     many = images(40_000)
     sampler = TokenBudget(many, budget, seed=0)
@@ -107,18 +107,41 @@ def test_dealing_evens_out():
     assert filled.max() - filled.min() <= 3
 
 
-def test_relieving_swaps_and_moves():
-    lengths = np.array([6, 5, 4, 3])
-    pack, filled = np.array([0, 0, 1, 1]), np.array([11, 7])
-    relieve(pack, filled, lengths, 10)
-    assert filled.max() <= 10
-    assert filled.tolist() == [lengths[pack == i].sum() for i in range(2)]
-    pack, filled = np.array([0, 0, 0, 1]), np.array([15, 3])
-    relieve(pack, filled, lengths, 11)
-    assert filled.max() <= 11
-    assert filled.tolist() == [lengths[pack == i].sum() for i in range(2)]
-    with pytest.raises(UserError, match="too small"):
-        relieve(np.array([0, 0]), np.array([11]), np.array([6, 5]), 10)
+@pytest.mark.parametrize(
+    ("lengths", "before", "budget"),
+    [
+        ([6, 5, 4, 3], [0, 0, 1, 1], 10),
+        ([6, 5, 4, 3], [0, 0, 0, 1], 11),
+        ([9, 8, 7, 3, 2, 1], [0, 0, 1, 1, 2, 2], 11),
+    ],
+)
+def test_relieving_swaps_and_moves(lengths, before, budget):
+    lengths, pack = np.array(lengths), np.array(before)
+    filled = np.bincount(pack, lengths).astype(np.int64)
+    assert filled.max() > budget
+    relieve(pack, filled, lengths, budget)
+    assert filled.max() <= budget
+    assert filled.tolist() == np.bincount(pack, lengths).tolist()
+
+
+def test_relieving_stops_where_nothing_helps():
+    pack, filled = np.array([0, 0, 1]), np.array([11, 6])
+    relieve(pack, filled, np.array([6, 5, 6]), 10)
+    assert (pack.tolist(), filled.tolist()) == ([0, 0, 1], [11, 6])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_epoch_of_any_set_fits(seed):
+    rng = np.random.default_rng([seed, 7])
+    variants = rng.integers(1, 4, rng.integers(1, 60))
+    lengths = rng.integers(1, 100, variants.sum())
+    some = Images(np.cumsum([0, *variants[:-1]]), lengths)
+    sampler = TokenBudget(some, int(rng.integers(100, 500)), seed)
+    for epoch in range(20):
+        chosen, rows, bounds = sampler.plan(epoch)
+        assert (np.sort(chosen) == np.arange(len(variants))).all()
+        assert (np.diff(bounds) > 0).all()
+        assert np.add.reduceat(lengths[rows], bounds[:-1]).max() <= sampler.budget
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.2, 1.0])

@@ -14,7 +14,10 @@ import numpy as np
 
 from fitv2.errors import UserError
 
-FILL = 0.995  # share of the budget that an average pack is planned to fill
+FILL = 0.996  # share of the budget that an average pack is planned to fill
+MORE = 0.001  # share of packs more, where so few do not fit
+ATTEMPTS = 100  # of an epoch to draw variants that fit
+SWAPS_AT_ONCE = 1 << 21
 
 
 class Images:
@@ -136,31 +139,44 @@ class TokenBudget(Sampler):
         self.packs = self._packs_an_epoch()
 
     def _packs_an_epoch(self) -> int:
-        """Enough for the tokens of an epoch to fill `FILL` of them, and of any epoch (six deviations) all.
+        """As few as fill `FILL` of them on average, and hold what nearly each epoch draws (three deviations).
 
-        More where packs hold so few images that some dealt packs are above the budget.
+        More where packs hold so few images that they do not fit.
         """
         mean, variance = self.images.moments()
-        most = mean.sum() + 6 * np.sqrt(variance.sum())
+        most = mean.sum() + 3 * np.sqrt(variance.sum())
         images = len(self.images.first_rows)  # each fits alone, so more packs than images would be empty
-        packs = min(images, int(np.ceil(max(mean.sum() / FILL, most) / self.budget)))
-        drawn = np.sort(self.images.lengths[self.images.draw(np.random.default_rng((self.seed, 0)))])[::-1]
-        while dealt(drawn, packs)[1].max() > self.budget:
-            packs = min(images, int(np.ceil(packs * 1.002)))
-        return packs
+        packs, more = int(np.ceil(max(mean.sum() / FILL, most) / self.budget)), MORE
+        while packs < images and self._dealt(0, 0, packs) is None:
+            packs, more = int(np.ceil(packs * (1 + more))), min(2 * more, 16 * MORE)
+        return min(images, round(packs * (1 + MORE)))  # other epochs may fit a little worse
 
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The epoch's images ordered by pack, their rows, and where each pack begins (packs+1,)."""
-        rng = np.random.default_rng((self.seed, epoch))
+        """The epoch's images ordered by pack, their rows, and where each pack begins (packs+1,).
+
+        An epoch that draws too much for its packs draws again.
+        """
+        for attempt in range(ATTEMPTS):
+            found = self._dealt(epoch, attempt, self.packs)
+            if found:
+                return found
+        raise UserError(f"--tokens-a-step {self.budget} is too small for images of these lengths")
+
+    def _dealt(
+        self, epoch: int, attempt: int, packs: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        rng = np.random.default_rng((self.seed, epoch, attempt))
         rows = self.images.draw(rng)
         shuffled = rng.permutation(len(rows))
         longest_first = shuffled[np.argsort(-self.images.lengths[rows[shuffled]], kind="stable")]
         lengths = self.images.lengths[rows[longest_first]].astype(np.int64)
-        pack, filled = dealt(lengths, self.packs)
+        pack, filled = dealt(lengths, packs)
         relieve(pack, filled, lengths, self.budget)
-        pack = rng.permutation(self.packs)[pack]  # else the first packs would always hold the longest
+        if filled.max() > self.budget:
+            return None
+        pack = rng.permutation(packs)[pack]  # else the first packs would always hold the longest
         order = np.argsort(pack, kind="stable")
-        bounds = np.searchsorted(pack[order], np.arange(self.packs + 1))
+        bounds = np.searchsorted(pack[order], np.arange(packs + 1))
         images = longest_first[order]
         return images, rows[images], bounds
 
@@ -185,20 +201,54 @@ def dealt(lengths: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def relieve(pack: np.ndarray, filled: np.ndarray, lengths: np.ndarray, budget: int) -> None:
-    """Swap images of packs above the budget with shorter ones of the emptiest, or move them there.
+    """Swap images of packs above the budget with shorter ones of the emptiest, in place.
 
-    In place. Hardly ever needed: only if an epoch deals worse than the one the packs were counted by.
+    The fullest pack is paired with the emptiest, the next with the next, and so on, round by round until no
+    pack is above the budget or nothing helps. An empty place counts as an image of no length.
     """
-    while filled.max() > budget:
-        full, emptiest = int(filled.argmax()), int(filled.argmin())
-        here, there = np.flatnonzero(pack == full), np.flatnonzero(pack == emptiest)
-        gains = lengths[here][:, None] - np.append(lengths[there], 0)[None]  # the last column is a move
-        fits = (gains > 0) & (gains <= budget - filled[emptiest])
-        if not fits.any():
-            raise UserError(f"--tokens-a-step {budget} is too small for images of these lengths")
-        i, j = np.unravel_index(np.where(fits, gains, 0).argmax(), gains.shape)
-        pack[here[i]] = emptiest
-        if j < len(there):
-            pack[there[j]] = full
-        filled[full] -= gains[i, j]
-        filled[emptiest] += gains[i, j]
+    if filled.max() <= budget:
+        return
+    counts = np.bincount(pack, minlength=len(filled))
+    order = np.argsort(pack, kind="stable")
+    places = np.arange(len(pack)) - np.repeat(np.cumsum(counts) - counts, counts)
+    slots = np.full((len(filled), counts.max() + 1), len(lengths))  # the images of each pack
+    slots[pack[order], places] = order
+    lengths = np.append(lengths, 0).astype(np.int32)
+    while (filled > budget).any():
+        full = np.flatnonzero(filled > budget)
+        full = full[np.argsort(-filled[full], kind="stable")]
+        empty = np.argsort(filled, kind="stable")[: len(full)]
+        i, j, helps = swaps(lengths[slots[full]], lengths[slots[empty]], filled[full], filled[empty], budget)
+        if not helps.any():
+            break
+        full, empty, i, j = full[helps], empty[helps], i[helps], j[helps]
+        given, taken = slots[full, i], slots[empty, j]
+        slots[full, i], slots[empty, j] = taken, given
+        filled[full] -= lengths[given] - lengths[taken]
+        filled[empty] += lengths[given] - lengths[taken]
+    held = slots < len(pack)
+    pack[slots[held]] = np.nonzero(held)[0]
+
+
+def swaps(
+    here: np.ndarray, there: np.ndarray, full: np.ndarray, empty: np.ndarray, budget: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which image of each full pack to swap with which of an empty one, and whether that helps.
+
+    `here` and `there` are the lengths of their images, (pairs, images). The swap is the one after which
+    both have equally much room, or the largest that the empty pack has room for.
+    """
+    need, room = full - budget, budget - empty
+    aim = np.where(room >= need, (need + room) // 2, room)
+    best = np.empty(len(here), dtype=np.int64)
+    helps = np.empty(len(here), dtype=bool)
+    pairs = max(1, SWAPS_AT_ONCE // here.shape[1] ** 2)
+    for start in range(0, len(here), pairs):
+        some = slice(start, start + pairs)
+        gains = here[some, :, None] - there[some, None, :]
+        fits = (gains > 0) & (gains <= room[some, None, None])
+        distance = np.where(fits, np.abs(gains - aim[some, None, None]), budget).reshape(len(gains), -1)
+        best[some] = distance.argmin(axis=1)
+        helps[some] = fits.reshape(len(gains), -1)[np.arange(len(gains)), best[some]]
+    i, j = np.divmod(best, here.shape[1])
+    return i, j, helps
