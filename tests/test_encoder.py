@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fitv2.encoder import Fitted, Reader, ShardEncoder
+from fitv2.errors import UserError
 from fitv2.listing import list_pictures
 from fitv2.settings import Encoding
 from fitv2.shards import About
@@ -95,6 +96,19 @@ def test_sampled_latents_have_noise_of_their_own_whatever_the_batch():
     assert all((a == b).all() for a, b in zip(rows.tokens, other.tokens, strict=True))
     assert np.concatenate([n.ravel() for n in noise]).std() == pytest.approx(1, abs=0.2)
     assert len({n.ravel()[0].item() for n in noise}) == len(noise)
+
+
+def test_latents_that_float16_cannot_hold_are_refused():
+    class Loud(Recorder):
+        def encode(self, pixels, noise=None):
+            return super().encode(pixels) * 1e6
+
+    with ThreadPoolExecutor(1) as pool:
+        shard = ShardEncoder(ABOUT, Encoding("recorder"), Loud(), pool, 2)
+        shard.add(MIXED[0])
+        shard.encode_rest()
+        with pytest.raises(UserError, match=r"for 0\.png that float16 cannot hold: try --precision float32"):
+            shard.rows()
 
 
 def test_an_error_of_the_autoencoder_is_not_lost():

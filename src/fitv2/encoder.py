@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fitv2.autoencoder import Autoencoder
+from fitv2.errors import UserError
 from fitv2.images import UnusableImage, views
 from fitv2.listing import Listing, load_listing, read_picture
 from fitv2.runtime import default_device, generator
@@ -144,6 +145,9 @@ class ShardEncoder:
         for place in sorted(tokens, key=lambda place: (place.picture, place.view)):
             variant = 0 if place.view == 0 else variant
             picture = self.pictures[place.picture].picture
+            if not np.isfinite(tokens[place]).all():
+                what = f"the autoencoder gives numbers for {picture.source} that float16 cannot hold"
+                raise UserError(f"{what}: try --precision float32, or another autoencoder")
             for mirrored in tokens[place]:
                 rows.add(mirrored, number[picture.label], picture.source, variant, self.crops[place])
                 variant += 1

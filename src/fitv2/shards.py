@@ -93,6 +93,7 @@ class ShardRows:
     """The rows of one shard, as they are collected. A row is one variant of one picture."""
 
     def __init__(self) -> None:
+        self.bytes = 0  # of tokens collected
         self.tokens: list[np.ndarray] = []
         self.columns: dict[str, list[Any]] = {
             name: [] for name in ("rows", "columns", "label", "source", "variant", "crop")
@@ -102,14 +103,10 @@ class ShardRows:
         """One variant, tokens (rows, columns, C) float16; a picture's variants come in order from 0."""
         rows, columns, channels = tokens.shape
         self.tokens.append(tokens.reshape(-1, channels))
+        self.bytes += tokens.nbytes
         values = (rows, columns, label, source, variant, crop)
         for column, value in zip(self.columns.values(), values, strict=True):
             column.append(value)
-
-    @property
-    def bytes(self) -> int:
-        """How much was collected."""
-        return sum(array.nbytes for array in self.tokens)
 
     def write(self, path: Path, about: About, scratch: Path | None = None) -> Shard:
         """Write the shard, one record batch, whole or not at all."""
