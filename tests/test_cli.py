@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from fitv2.cli import COMMANDS, main
+from fitv2.model import FiT
 from fitv2.presets import PRESETS
 
 
@@ -33,6 +34,20 @@ def test_encode_train_sample(folder, tmp_path, capsys, monkeypatch):
         for label in ("blue", "red") for size in ("16x48", "32x32") for seed in (5, 6)
     ]  # fmt: skip
     assert Image.open(tmp_path / "out" / "red_16x48_5.png").size == (48, 16)
+
+
+def test_an_exported_model_is_the_run_s_and_makes_the_same_pictures(tokens, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fitv2(capsys, "train", "debug", "--data", tokens, "--out", "run", "--steps", 2)[0] == 0
+    assert fitv2(capsys, "export", "run", "model")[:2] == (0, "model: the model of run\n")
+    for model in ("run", "model"):
+        assert (
+            fitv2(capsys, "sample", model, "--label", "red", "--steps", 2, "--out", f"{model} made")[0] == 0
+        )
+    (one,), (other,) = ([*(tmp_path / f"{model} made").iterdir()] for model in ("run", "model"))
+    assert one.read_bytes() == other.read_bytes()
+    assert FiT.from_pretrained("model").architecture.num_classes == 2
+    assert fitv2(capsys, "export", "run", "model")[2].startswith("fitv2: model already exists")
 
 
 def test_skipped_pictures_show_in_the_exit_status(folder, tmp_path, capsys):

@@ -21,5 +21,13 @@ def test_every_option_says_what_it_does(command):
             assert after[0].count("\n    ") <= 1, f"{field.name} has no text of its own"
 
 
-def test_six_commands():
-    assert {kind.__name__ for kind in COMMANDS} == {"Convert", "Demo", "Encode", "Inspect", "Sample", "Train"}
+def test_seven_commands():
+    assert {kind.__name__ for kind in COMMANDS} == {
+        "Convert",
+        "Demo",
+        "Encode",
+        "Export",
+        "Inspect",
+        "Sample",
+        "Train",
+    }

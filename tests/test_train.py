@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from fitv2.data import Steps, TokenDataset
 from fitv2.encode import encode
 from fitv2.errors import UserError
 from fitv2.flow import Flow
+from fitv2.model import FiT
 from fitv2.packing import FixedCount
 from fitv2.presets import preset
+from fitv2.released import to_released
 from fitv2.runs import read_log
 from fitv2.sample import Request, generate, load_codec
-from fitv2.settings import Encoding, Sampling, Training
-from fitv2.train import Trainer, held_out, learning_rate, train
+from fitv2.settings import Encoding, Rope, Sampling, Training
+from fitv2.train import Trainer, freeze, held_out, learning_rate, train
 
 DEBUG = preset("debug")
 
@@ -103,7 +106,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tokens, tmp_pa
     trainer = Trainer(settings(steps=9), TokenDataset(tokens), tokens, tmp_path / "run", None)
     with torch.no_grad():
         trainer.model.head.out.bias.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match=r"loss nan .* at step 2"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss nan .* at step 2, of 4 images such as (blue|red)/\d+\.png, "
+    ):
         trainer.advance(lambda _: None)
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-0000001"]
 
@@ -200,11 +205,74 @@ def test_minutes_end_a_run(tokens, tmp_path):
     assert newest.name == "step-0000000"
 
 
-def test_a_damaged_checkpoint_is_named(tokens, tmp_path):
-    newest = train(settings(steps=1), tokens, tmp_path / "run")
+def test_a_damaged_checkpoint_is_passed_over_and_left(tokens, tmp_path):
+    expected = tensors(train(settings(steps=4), tokens, tmp_path / "whole"))
+    train(settings(steps=2), tokens, tmp_path / "run")
+    newest = train(settings(steps=3), tokens, tmp_path / "run")
     (newest / "training.pt").write_bytes((newest / "training.pt").read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"step-0000001 is damaged"):
+    with pytest.warns(UserWarning, match=r"step-0000003 is damaged .* carrying on from step-0000002"):
+        trainer = Trainer(settings(steps=4), TokenDataset(tokens), tokens, tmp_path / "run", None)
+    assert trainer.step == 2
+    assert newest.exists()
+    with pytest.warns(UserWarning, match="damaged"):
+        last = train(settings(steps=4), tokens, tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(expected, tensors(last), strict=True))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tokens, tmp_path):
+    newest = train(settings(steps=1), tokens, tmp_path / "run")
+    (newest / "training.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"step-0000001 is damaged .*: move it away to begin anew"):
         train(settings(steps=2), tokens, tmp_path / "run")
+    assert newest.exists()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_post_training_changes_its_parameters_and_no_other(tokens, tmp_path, optimizer, precision):
+    train(settings(steps=2), tokens, tmp_path / "first")
+    post = replace(
+        settings(steps=2, trainable="post-training", optimizer=optimizer, precision=precision),
+        model=replace(DEBUG.model, rope=Rope("ntk", train_side=4)),
+    )
+    train(post, tokens, tmp_path / "post", init=str(tmp_path / "first"))
+    before, after = (load_model(tmp_path / name)[0] for name in ("first", "post"))
+    assert after.architecture.rope == Rope("ntk", train_side=4)
+    changed = {
+        name for (name, one), other in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(one, other)
+    }  # fmt: skip
+    released = {name: re.sub("^_", "", to_released_name(name)) for name, _ in before.named_parameters()}
+    chosen = {
+        name for name, theirs in released.items()
+        if any(part in theirs for part in ("x_embedder", "bias", "LN", "final_layer"))
+    }  # fmt: skip
+    assert changed == chosen
+
+
+def to_released_name(name):
+    """The released name of one of our parameters; of two halves the first."""
+    return next(iter(to_released({name: torch.zeros(4, 4)})))
+
+
+def test_post_training_is_14_15_percent_of_fitv2_xl():
+    with torch.device("meta"):
+        model = FiT.from_preset("fitv2-xl-hr")
+    freeze(model, preset("fitv2-xl-hr").training.trainable)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 94_961_680
+    assert round(100 * trained / sum(p.numel() for p in model.parameters()), 2) == 14.15
+
+
+def test_a_run_started_from_a_post_trained_model_keeps_its_positions(tokens, tmp_path):
+    rope = Rope("ntk", train_side=4)
+    scaled = replace(settings(steps=1), model=replace(DEBUG.model, rope=rope))
+    train(scaled, tokens, tmp_path / "first")
+    train(settings(steps=1), tokens, tmp_path / "second", init=str(tmp_path / "first"))
+    assert load_model(tmp_path / "second")[0].architecture.rope == rope
+    assert (
+        json.loads((tmp_path / "second" / "run.json").read_text())["model"]["rope"]["extrapolation"] == "ntk"
+    )
 
 
 def test_batch_does_not_depend_on_its_size(tokens, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from fitv2 import __version__
 from fitv2.arguments import parse
 from fitv2.bars import share_bar, stages_bar, training_bar
 from fitv2.errors import UserError, nearest
-from fitv2.options import Convert, Demo, Encode, Inspect, Sample, Train
+from fitv2.options import Convert, Demo, Encode, Export, Inspect, Sample, Train
 from fitv2.presets import PRESETS, Preset, preset
 from fitv2.settings import Guidance, Rope, at_least
 
@@ -158,6 +159,18 @@ def convert(options: Convert) -> int:
     return FINISHED_WITH_SKIPS
 
 
+def export(options: Export) -> int:
+    """Run `fitv2 export`."""
+    from fitv2.checkpoint import load_model, save_model
+    from fitv2.files import whole_folder
+
+    model, card = load_model(options.model)
+    with whole_folder(options.out) as partial:
+        save_model(model, card, partial)
+    print(f"{options.out}: the model of {options.model}")
+    return 0
+
+
 def inspect(options: Inspect) -> int:
     """Run `fitv2 inspect`."""
     from fitv2.data import require_whole
@@ -188,6 +201,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "train": (Train, train),
     "sample": (Sample, sample),
     "convert": (Convert, convert),
+    "export": (Export, export),
     "inspect": (Inspect, inspect),
     "demo": (Demo, demo),
 }
@@ -223,7 +237,7 @@ def overview() -> str:
     for name, (kind, _) in COMMANDS.items():
         lines.append(f"  {name:8} {(kind.__doc__ or '').splitlines()[0]}")
     lines += ["", "`fitv2 COMMAND --help` lists a command's options.", "", "presets:"]
-    lines += [f"  {name:9} {value.about}" for name, value in PRESETS.items()]
+    lines += [f"  {name:12}{value.about}" for name, value in PRESETS.items()]
     return "\n".join(lines)
 
 
@@ -244,7 +258,8 @@ def run(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """The entry point: mistakes are one line and exit status 2."""
+    """The entry point: mistakes are one line and exit status 2; so are warnings, which end nothing."""
+    warnings.formatwarning = lambda message, *_: f"fitv2: {message}\n"
     try:
         sys.exit(run(sys.argv[1:]))
     except (UserError, FloatingPointError) as error:

@@ -21,7 +21,8 @@ from fitv2.config import read_json
 from fitv2.errors import UserError
 from fitv2.files import whole_file, whole_folder, write_json
 from fitv2.model import FiT
-from fitv2.released import POST_TRAINED, RELEASES, ours, recognised, to_released
+from fitv2.presets import POST_TRAINED
+from fitv2.released import RELEASES, ours, recognised, to_released
 from fitv2.settings import Architecture, Rope
 from fitv2.shards import About, Shard, ShardRows, finish, shard_name
 from fitv2.tokens import layout

@@ -172,6 +172,7 @@ class Batch:
     packed: PackedTokens
     labels: Tensor
     keys: np.ndarray
+    rows: np.ndarray  # of the dataset
 
 
 Read = tuple[Step, np.ndarray]  # a step and its tokens as they are stored
@@ -198,7 +199,7 @@ class Steps:
     def packed(self, read: Read) -> Batch:
         """The batch of a step that was read."""
         step, numbers = read
-        return Batch(*self.dataset.packed(step.rows, numbers), step.keys)
+        return Batch(*self.dataset.packed(step.rows, numbers), step.keys, step.rows)
 
     def batch(self, number: int) -> Batch:
         """The batch of a step."""

@@ -110,6 +110,20 @@ class Convert:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a run's averaged model as a folder of its own.
+
+    What is in it: config.json, safetensors, card.json. `fitv2 sample` opens it, and so does
+    FiT.from_pretrained.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run folder, or any other model."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """New folder."""
+
+
+@dataclass(frozen=True)
 class Inspect:
     """Show what a folder of tokens holds, and check that every shard is whole.
 

@@ -4,9 +4,10 @@ Nothing heavy is imported here: the command line builds its help from these.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fitv2.errors import nearest
-from fitv2.settings import Architecture, Training
+from fitv2.settings import Architecture, Rope, Training
 
 
 @dataclass(frozen=True)
@@ -43,30 +44,72 @@ def _fit(depth: int, width: int, heads: int) -> Architecture:
     )
 
 
+def _derived(base: Preset, about: str, model: dict[str, Any] | None = None, **training: Any) -> Preset:
+    """Another preset with some of its fields changed."""
+    return Preset(about, replace(base.model, **model or {}), replace(base.training, **training))
+
+
+POST_TRAINED = Rope("ntk", train_side=16)  # NTK-aware, per image and per axis
+
+_FIT_B = Preset(
+    "FiT-B/2 of the first paper: 159M parameters, DDPM. ImageNet, 400k steps: FID 18.86, guidance 1.5.",
+    _fit(depth=12, width=768, heads=12),
+    Training(crop_probability=0.0),
+)
+_FITV2_B = Preset(
+    "FiTv2-B/2 of the paper: 128M parameters. ImageNet, 2M steps: FID 4.30 with guidance 1.5.",
+    Architecture(depth=15, width=768, heads=12),
+)
+_FITV2_XL = Preset(
+    "FiTv2-XL/2 of the paper: 671M parameters. ImageNet, 2M steps: FID 2.26, guidance 1.5.",
+    Architecture(depth=36, width=1152, heads=16),
+    Training(steps=2_000_000),
+)
+_FITV2_3B = Preset(
+    "FiTv2-3B/2 of the paper: 3B parameters. ImageNet, 1M steps: FID 2.15, guidance 1.5.",
+    Architecture(depth=40, width=2304, heads=24),
+    Training(steps=1_000_000),
+)
+_HR: dict[str, Any] = {"trainable": "post-training", "warmup_steps": 0}
+
+# The ablation of the paper, from FiT-B/2 to FiTv2-B/2; FID at 2M steps with guidance 1.5.
+_A = _derived(
+    _FIT_B, "Ablation A: fit-b + rectified flow. FID 7.61.",
+    {"path": "linear", "prediction": "velocity"}, times="uniform",
+)  # fmt: skip
+_B = _derived(_A, "Ablation B: A + norm of queries and keys. FID 7.10.", {"qk_norm": True})
+_C = _derived(
+    _B, "Ablation C: B + parameters reassigned, from modulation and MLP to depth. FID 6.60.",
+    {"depth": 15, "adaln": "lora", "mlp_width": None},
+)  # fmt: skip
+_D = _derived(_A, "Ablation D: A + mixed preprocessing. Breaks in the paper.", crop_probability=0.5)
+_E = _derived(_B, "Ablation E: B + mixed preprocessing. FID 6.31.", crop_probability=0.5)
+_F = _derived(_E, "Ablation F: E + logit-normal times. FID 4.84.", times="logit-normal")
+
 PRESETS = {
-    "fitv2-b": Preset(
-        "FiTv2-B/2 of the paper: 128M parameters. ImageNet, 2M steps: FID 4.30 with guidance 1.5.",
-        Architecture(depth=15, width=768, heads=12),
+    "fitv2-b": _FITV2_B,
+    "fitv2-xl": _FITV2_XL,
+    "fitv2-3b": _FITV2_3B,
+    "fitv2-xl-hr": _derived(
+        _FITV2_XL, "Post-training of fitv2-xl (--init) to 1024 tokens: 14 % of it. 512x512: FID 2.90.",
+        {"rope": POST_TRAINED}, steps=400_000, **_HR,
     ),
-    "fitv2-xl": Preset(
-        "FiTv2-XL/2 of the paper: 671M parameters. ImageNet, 2M steps: FID 2.26, guidance 1.5.",
-        Architecture(depth=36, width=1152, heads=16),
-        Training(steps=2_000_000),
+    "fitv2-3b-hr": _derived(
+        _FITV2_3B, "Post-training of fitv2-3b (--init) to 1024 tokens. 512x512: FID 2.41.",
+        {"rope": POST_TRAINED}, steps=200_000, **_HR,
     ),
-    "fitv2-3b": Preset(
-        "FiTv2-3B/2 of the paper: 3B parameters. ImageNet, 1M steps: FID 2.15, guidance 1.5.",
-        Architecture(depth=40, width=2304, heads=24),
-        Training(steps=1_000_000),
-    ),
-    "fit-b": Preset(
-        "FiT-B/2 of the first paper: 159M parameters, DDPM. ImageNet, 400k steps: FID 18.86, guidance 1.5.",
-        _fit(depth=12, width=768, heads=12),
-    ),
+    "fit-b": _FIT_B,
     "fit-xl": Preset(
         "FiT-XL/2 of the first paper: 824M parameters, DDPM. ImageNet, 2M steps: FID 4.21, guidance 1.5.",
         _fit(depth=28, width=1152, heads=16),
-        Training(steps=2_000_000, warmup_steps=500),
+        Training(steps=2_000_000, warmup_steps=500, crop_probability=0.0),
     ),
+    "ablation-a": _A,
+    "ablation-b": _B,
+    "ablation-c": _C,
+    "ablation-d": _D,
+    "ablation-e": _E,
+    "ablation-f": _F,
     "small": Preset(
         "31M parameters on pixels, for one small GPU.",
         _on_pixels(depth=14, width=384, heads=6),

@@ -16,7 +16,7 @@ from torch import Tensor
 from fitv2.config import from_dict
 from fitv2.errors import UserError, nearest
 from fitv2.model import FiT
-from fitv2.presets import PRESETS
+from fitv2.presets import POST_TRAINED, PRESETS
 from fitv2.settings import Architecture, Rope
 from fitv2.tokens import layout
 
@@ -33,7 +33,6 @@ class Release:
     guidance: float
 
 
-POST_TRAINED = Rope("ntk", train_side=16)  # NTK-aware, per image and per axis
 _XL, _3B = PRESETS["fitv2-xl"].model, PRESETS["fitv2-3b"].model
 
 RELEASES = {

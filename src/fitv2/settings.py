@@ -178,6 +178,8 @@ class Training:
     """Compare every shard on this disk with its SHA-256 before the first step, not its size alone."""
     workers: int = 0
     """Processes that read tokens ahead; 0 reads them between steps, which is enough on a local disk."""
+    trainable: Literal["all", "post-training"] = "all"
+    """post-training: as in the paper, the patch embedding, the biases, the modulations and the head alone."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Muon is for the matrices of the blocks; the rest is AdamW's always."""
     learning_rate: float = 1e-4

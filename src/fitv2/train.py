@@ -6,6 +6,7 @@ import pickle
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -32,12 +33,14 @@ from fitv2.presets import Preset
 from fitv2.runs import cut_log, read_log, settle
 from fitv2.runtime import default_device, derive_seed, generator
 from fitv2.sample import Request, generate
-from fitv2.settings import Architecture, Sampling, Training
+from fitv2.settings import Architecture, Rope, Sampling, Training
 from fitv2.stores import Store
 from fitv2.tokens import PackedTokens
 
 # First numbers of the keys that randomness is derived from: (seed, purpose, …).
 WEIGHTS, ORDER, CORRUPTION, VALIDATION = range(4)
+# What libraries raise on a file that is not whole.
+DAMAGE = (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, UserError)
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,11 @@ class Trainer:
         self.card = Card(about.labels, about.autoencoder, about.max_tokens)
         architecture = fitted(preset.model, dataset)
         start = starting_model(init, architecture, self.card.labels) if init else None
+        architecture = start.architecture if start else architecture
         torch.manual_seed(derive_seed(self.config.seed, WEIGHTS))
         # float32: what the optimizer changes
         self.master = (start or FiT(**asdict(architecture))).to(self.device).train()
+        freeze(self.master, self.config.trainable)
         self.codec = load_autoencoder(self.card.autoencoder, self.device)
         self.objective = objective_of(architecture, self.config)
         self.validation = list(held_out(data, self.config.batch_size, self.objective))
@@ -113,9 +118,7 @@ class Trainer:
             self.model = torch.nn.Module.to(deepcopy(self.master), dtype)
         self.optimizers = optimizers(self.master, self.config)
         self.step = 0
-        newest = newest_checkpoint(run)
-        if newest:
-            self._load(newest)
+        self.resume()
         cut_log(run / "log.jsonl", self.step)
         self.steps = Steps(dataset, sampler)
         self.batches = batches(self.steps, self.step, self.config.workers)
@@ -123,14 +126,17 @@ class Trainer:
     def advance(self, report: Callable[[Progress], None]) -> None:
         """One step, and what is due after it."""
         config, started = self.config, time.monotonic()
-        sample, labels = self.corrupted(next(self.batches))
+        batch = next(self.batches)
+        sample, labels = self.corrupted(batch)
         output = self.model(sample.noisy, sample.t_B, labels)
         loss = self.objective.loss(output, sample).mean()
         loss.backward()
         value, norm = loss.item(), self.clipped_norm()
         if not math.isfinite(value + norm):
+            some = ", ".join(self.dataset.sources(batch.rows[:5]))
             raise FloatingPointError(
-                f"loss {value} and gradient norm {norm} at step {self.step + 1}; the last checkpoint is kept"
+                f"loss {value} and gradient norm {norm} at step {self.step + 1}, of {len(labels)} images"
+                f" such as {some}; the last checkpoint is kept"
             )
         self.update()
         self.step += 1
@@ -153,18 +159,24 @@ class Trainer:
         labels = torch.where(dropped, self.master.null_label, batch.labels)
         return sample.to(self.device), labels.to(self.device)
 
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Each parameter that is trained: what the optimizer changes, its average, and what computes."""
+        every = zip(self.master.parameters(), self.ema.parameters(), self.model.parameters(), strict=True)
+        return [weights for weights in every if weights[0].requires_grad]
+
     def clipped_norm(self) -> float:
         """Take over the gradients in float32 and clip them; their norm before."""
-        weights = list(self.master.parameters())
+        weights, _, computing = zip(*self.pairs, strict=True)
         if self.model is not self.master:
-            for weight, computed in zip(weights, self.model.parameters(), strict=True):
+            for weight, computed in zip(weights, computing, strict=True):
                 assert computed.grad is not None
                 weight.grad, computed.grad = computed.grad.float(), None
         return float(torch.nn.utils.clip_grad_norm_(weights, self.config.clip))
 
     def update(self) -> None:
         """Step, average, and hand the new weights to the model that computes."""
-        weights, averages = list(self.master.parameters()), list(self.ema.parameters())
+        weights, averages, computing = map(list, zip(*self.pairs, strict=True))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, self.step)
@@ -175,7 +187,7 @@ class Trainer:
             decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(averages, weights, 1 - decay)
             if self.model is not self.master:
-                torch._foreach_copy_(list(self.model.parameters()), weights)
+                torch._foreach_copy_(computing, weights)
 
     @torch.inference_mode()
     def validate(self) -> float:
@@ -229,28 +241,63 @@ class Trainer:
         for old in checkpoints(self.run)[: -self.config.keep]:
             shutil.rmtree(old)
 
+    def resume(self) -> None:
+        """Carry on from the newest checkpoint that can be read; those that cannot are left where they are.
+
+        Raises UserError when there are checkpoints, but none of them can be read.
+        """
+        wrong = []
+        for checkpoint in reversed(checkpoints(self.run)):
+            try:
+                self._load(checkpoint)
+            except (
+                OSError,
+                RuntimeError,
+                EOFError,
+                KeyError,
+                ValueError,
+                pickle.UnpicklingError,
+                UserError,
+            ) as error:
+                wrong.append(f"{checkpoint} is damaged ({' '.join(str(error).split())[:200]})")
+            else:
+                if wrong:
+                    warnings.warn(f"{'; '.join(wrong)}: carrying on from {checkpoint.name}", stacklevel=2)
+                return
+        if wrong:
+            raise UserError(f"{'; '.join(wrong)}: move it away to begin anew")
+
     def _load(self, checkpoint: Path) -> None:
-        try:
-            state = torch.load(checkpoint / "training.pt", map_location=self.device, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"{checkpoint} is damaged ({error}); move it away to carry on from an older one"
-            ) from error
-        self.step = state["step"]
+        state = torch.load(checkpoint / "training.pt", map_location=self.device, weights_only=True)
+        averages = load_model(checkpoint / "ema")[0].state_dict()
         self.master.load_state_dict(state["weights"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.ema.load_state_dict(load_model(checkpoint / "ema")[0].state_dict())
+        self.ema.load_state_dict(averages)
         if self.model is not self.master:
             self.model.load_state_dict(self.master.state_dict())
+        self.step = state["step"]
+
+
+def freeze(model: FiT, trainable: str) -> None:
+    """Leave the gradients that are wanted.
+
+    The paper's high-resolution post-training trains what the released code names x_embedder, bias, LN or
+    final_layer; LN is in the name of every adaLN modulation too. 14.15 % of FiTv2-XL.
+    """
+    for name, parameter in model.named_parameters():
+        chosen = name.startswith(("patch_embed.", "head.")) or name.endswith(".bias") or "modulation." in name
+        parameter.requires_grad_(trainable == "all" or chosen)
 
 
 def starting_model(name: str, architecture: Architecture, labels: tuple[str, ...]) -> FiT:
-    """The model `name` with the positions of `architecture`, which hold no weights.
+    """The model `name`, with the positions of `architecture` if it scales any: they hold no weights.
 
     Raises UserError when it has another architecture else, or other labels.
     """
     model, card = load_model(name)
+    if architecture.rope == Rope():
+        architecture = replace(architecture, rope=model.architecture.rope)
     model = model.with_rope(architecture.rope)
     theirs = asdict(model.architecture)
     differing = [key for key, value in asdict(architecture).items() if theirs[key] != value]
@@ -278,9 +325,10 @@ def optimizers(model: FiT, config: Training) -> list[torch.optim.Optimizer]:
     Muon: Jordan et al. 2024; scaled to AdamW's step size (arXiv 2502.16982), so that one learning
     rate fits both.
     """
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if config.optimizer == "muon" else []
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    blocks = {id(p) for p in model.blocks.parameters() if p.ndim == 2 and config.optimizer == "muon"}
+    matrices = [p for p in trained if id(p) in blocks]
+    rest = [p for p in trained if id(p) not in blocks]
     decay = config.weight_decay
     adamw = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, config.beta2), weight_decay=decay, fused=True)
     if not matrices:
