@@ -22,12 +22,5 @@ def test_every_option_says_what_it_does(command):
 
 
 def test_seven_commands():
-    assert {kind.__name__ for kind in COMMANDS} == {
-        "Convert",
-        "Demo",
-        "Encode",
-        "Export",
-        "Inspect",
-        "Sample",
-        "Train",
-    }
+    names = {"Convert", "Demo", "Encode", "Export", "Inspect", "Sample", "Train"}
+    assert {kind.__name__ for kind in COMMANDS} == names
