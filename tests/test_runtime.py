@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fitv2.errors import UserError
-from fitv2.runtime import default_device, derive_seed, generator, ranks, single_threaded
+from fitv2.runtime import World, default_device, derive_seed, generator, joined, ranks, single_threaded
 
 
 def test_a_seed_is_a_function_of_its_whole_key():
@@ -37,3 +37,14 @@ def test_threads_are_as_many_as_before():
         assert (before, torch.get_num_threads()) == (2, 1)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
+
+
+def test_a_world_of_one_needs_nobody():
+    with joined() as world:
+        assert (world, world.first) == (World(0, 1), True)
+        value = torch.ones(2)
+        world.add_up([value])
+        world.wait()
+        assert value.tolist() == [1, 1]
+        assert world.any(True)
+        assert not world.any(False)

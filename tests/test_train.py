@@ -1,7 +1,11 @@
 import json
 import math
+import multiprocessing
+import os
 import re
 import signal
+import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import randomized
 from fitv2.checkpoint import checkpoints, load_model, newest_checkpoint
 from fitv2.data import Steps, TokenDataset
 from fitv2.encode import encode
@@ -298,6 +303,83 @@ def test_a_token_budget_resumes_to_the_same_weights(tokens, tmp_path):
     trainer = Trainer(run(7), TokenDataset(tokens), tokens, tmp_path / "parts", None)
     sizes = [len(trainer.steps.batch(step).packed.x_TC) for step in range(8)]
     assert 24 < min(sizes) <= max(sizes) <= 40
+
+
+def curve(run):
+    """The losses and gradient norms of a log."""
+    return [(line["loss"], line["gradient_norm"]) for line in read_log(run / "log.jsonl") if "loss" in line]
+
+
+FORK = multiprocessing.get_context("fork")  # a fresh interpreter would take seconds to import
+
+
+def train_with(size, preset, tokens, run):
+    """Train with so many processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work(rank):
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        train(preset, tokens, run)
+
+    processes = [FORK.Process(target=work, args=(rank,)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * size
+
+
+@pytest.mark.parametrize("budget", [None, 60])
+@pytest.mark.parametrize(("first", "second"), [(2, 2), (1, 2), (4, 1), (2, 4)])
+def test_any_number_of_processes_trains_the_same(tokens, tmp_path, first, second, budget):
+    """Half of a run with one number of processes, half with another."""
+    chosen = lambda steps: settings(steps=steps, batch_size=8, tokens_a_step=budget, precision="float32")  # noqa: E731
+    train(chosen(6), tokens, tmp_path / "alone")
+    train_with(first, chosen(3), tokens, tmp_path / "run")
+    train_with(second, chosen(6), tokens, tmp_path / "run")
+    assert len(curve(tmp_path / "run")) == 6
+    np.testing.assert_allclose(curve(tmp_path / "run"), curve(tmp_path / "alone"), rtol=1e-4)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-0000003", "step-0000006"]
+
+
+@pytest.mark.parametrize("parts", [2, 4, 50])
+def test_parts_of_unequal_token_counts_give_the_gradients_of_one_batch(tokens, tmp_path, parts):
+    gradients = []
+    for count in (1, parts):
+        chosen = settings(steps=1, batch_size=11, micro_batches=count, precision="float32")
+        trainer = Trainer(chosen, TokenDataset(tokens), tokens, tmp_path / str(count), None)
+        randomized(trainer.master)
+        batch = trainer.steps.batch(0)
+        lengths = [sum(part.packed.lengths) for part in batch.parts(count)]
+        assert len(lengths) == min(count, 11)
+        loss = trainer.gradients(batch)
+        gradients.append([loss, *(weight.grad for weight in trainer.master.parameters())])
+    assert len(set(lengths)) > 1
+    assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-6)
+    for one, other in zip(gradients[0][1:], gradients[1][1:], strict=True):
+        assert torch.linalg.norm(one - other) <= 1e-6 * torch.linalg.norm(one)
+
+
+def test_one_process_that_is_told_to_stop_stops_all(tokens, tmp_path):
+    """SIGTERM to one of two: both leave after the same step, and a checkpoint is there."""
+    run = tmp_path / "run"
+    started = FORK.Process(target=train_with, args=(2, settings(steps=100_000), tokens, run))
+    started.start()
+    deadline = time.monotonic() + 60
+    while not read_log(run / "log.jsonl") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = [
+        int(pid) for pid in Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    ]
+    os.kill(children[1], signal.SIGTERM)
+    started.join(60)
+    assert started.exitcode == 0  # train_with saw both processes end well
+    last = read_log(run / "log.jsonl")[-1]["step"]
+    assert newest_checkpoint(run).name == f"step-{last:07d}"
 
 
 def test_learning_rate_warms_up_holds_and_decays():

@@ -56,13 +56,15 @@ def encode(options: Encode) -> int:
 
 def train(options: Train) -> int:
     """Run `fitv2 train`."""
+    from fitv2.runtime import ranks
     from fitv2.train import train
 
     training = options.training
     chosen = Preset(preset(options.preset).about, options.model, training)
     with training_bar(training) as report:
         newest = train(chosen, options.data, options.out, init=options.init, report=report, check=checking)
-    print(f"checkpoint {newest}, log {options.out}/log.jsonl, curve {options.out}/loss.png")
+    if ranks()[0] == 0:
+        print(f"checkpoint {newest}, log {options.out}/log.jsonl, curve {options.out}/loss.png")
     return 0
 
 

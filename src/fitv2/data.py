@@ -16,7 +16,7 @@ from fitv2.errors import UserError
 from fitv2.packing import Images, Sampler, Step
 from fitv2.shards import CARD, FORMAT, DatasetCard, File, facts, facts_of, index_name, shards_of
 from fitv2.stores import Store
-from fitv2.tokens import PackedTokens, layout
+from fitv2.tokens import PackedTokens, layout, select
 from fitv2.workers import read_ahead
 
 REMEDY = ": remove the folder and encode again"
@@ -173,9 +173,27 @@ class Batch:
     labels: Tensor
     keys: np.ndarray
     rows: np.ndarray  # of the dataset
+    images: int  # of the step in all processes
+
+    def parts(self, count: int) -> list["Batch"]:
+        """This batch in so many parts of nearly equal tokens, or as many as it has images."""
+        if count == 1:
+            return [self]
+        places = Step(np.arange(len(self.keys)), self.keys)
+        parts = places.shared(np.array(self.packed.lengths), min(count, len(self.keys)))
+        return [
+            Batch(
+                select(self.packed, p.rows.tolist()),
+                self.labels[p.rows],
+                p.keys,
+                self.rows[p.rows],
+                self.images,
+            )
+            for p in parts
+        ]
 
 
-Read = tuple[Step, np.ndarray]  # a step and its tokens as they are stored
+Read = tuple[Step, int, np.ndarray]  # a share of a step, images of the step, tokens as they are stored
 
 
 class Steps:
@@ -187,19 +205,20 @@ class Steps:
     def read(self, number: int) -> Read:
         """A step and its tokens. Raises UserError when it has too few images for all ranks."""
         step = self.sampler.step(number)
-        if len(step.rows) < self.ranks:
-            few = f"step {number} has {len(step.rows)} images for {self.ranks} processes"
+        images = len(step.rows)
+        if images < self.ranks:
+            few = f"step {number} has {images} images for {self.ranks} processes"
             raise UserError(f"{few}: raise --batch-size or --tokens-a-step")
         if self.ranks > 1:
             step = step.shared(self.dataset.lengths[step.rows], self.ranks)[self.rank]
         order = self.dataset.by_length(step.rows)
         step = Step(step.rows[order], step.keys[order])
-        return step, self.dataset.numbers(step.rows)
+        return step, images, self.dataset.numbers(step.rows)
 
     def packed(self, read: Read) -> Batch:
         """The batch of a step that was read."""
-        step, numbers = read
-        return Batch(*self.dataset.packed(step.rows, numbers), step.keys, step.rows)
+        step, images, numbers = read
+        return Batch(*self.dataset.packed(step.rows, numbers), step.keys, step.rows, images)
 
     def batch(self, number: int) -> Batch:
         """The batch of a step."""

@@ -17,6 +17,7 @@ from fitv2.shards import DatasetCard
 # the learning rate with it.
 FREE = (
     "check_data",
+    "micro_batches",
     "workers",
     "steps",
     "minutes",

@@ -1,11 +1,15 @@
 """The machine a run is on, and the randomness that does not depend on it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from fitv2.errors import UserError
 
@@ -34,6 +38,56 @@ def ranks() -> tuple[int, int]:
             f"RANK={rank} and WORLD_SIZE={world} in the environment: expected 0 ≤ RANK < WORLD_SIZE"
         )
     return int(rank), int(world)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and which of them this is."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Make each tensor the sum of those of all processes, in place; all get the same bits."""
+        if self.size > 1:
+            for sending in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                sending.wait()
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process."""
+        flag = torch.tensor(float(here), device=default_device())
+        self.add_up([flag])
+        return bool(flag.item())
+
+    def wait(self) -> None:
+        """Until all processes have come as far."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The world that torchrun started this process in; of one process, if it did not.
+
+    One that waits for another for longer than half an hour ends with an error.
+    """
+    rank, size = ranks()
+    if size == 1:
+        yield World()
+        return
+    device = default_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    try:
+        yield World(rank, size)
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager

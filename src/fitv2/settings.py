@@ -174,6 +174,9 @@ class Training:
     images]."""
     crop_probability: float = 0.5
     """How often a picture is taken cropped, if its tokens were stored both cropped and not."""
+    micro_batches: int = 1
+    """Parts of a step that each process computes one after another, for want of memory; the result is the
+    same."""
     check_data: bool = True
     """Compare every shard on this disk with its SHA-256 before the first step, not its size alone."""
     workers: int = 0
@@ -229,6 +232,7 @@ class Training:
         at_least(1, log_every=self.log_every, validate_every=self.validate_every)
         at_least(1, sample_every=self.sample_every, save_every=self.save_every)
         at_least(0, seed=self.seed, minutes=self.minutes or 0, learning_rate=self.learning_rate)
+        at_least(1, micro_batches=self.micro_batches)
         at_least(1, tokens_a_step=1 if self.tokens_a_step is None else self.tokens_a_step)
         at_least(0, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps, workers=self.workers)
         if not 0 <= self.crop_probability <= 1:

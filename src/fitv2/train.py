@@ -31,7 +31,7 @@ from fitv2.model import FiT
 from fitv2.packing import FixedCount, Sampler, TokenBudget
 from fitv2.presets import Preset
 from fitv2.runs import cut_log, read_log, settle
-from fitv2.runtime import default_device, derive_seed, generator
+from fitv2.runtime import World, default_device, derive_seed, generator, joined
 from fitv2.sample import Request, generate
 from fitv2.settings import Architecture, Rope, Sampling, Training
 from fitv2.stores import Store
@@ -63,22 +63,28 @@ def train(
 ) -> Path:
     """Train `preset` on the token dataset `data` in the folder `run`, or carry on there.
 
+    Under torchrun all processes share each step; with any number of them the training is the same.
     `init` starts from another model's weights. Ctrl-C and SIGTERM save and leave. Returns the
     newest checkpoint. Raises UserError for input that does not fit or is damaged, and
     FloatingPointError when the loss is not finite; the last checkpoint stays. `check` may show how
     far the dataset is compared with its SHA-256.
     """
     dataset = TokenDataset(data)
-    if preset.training.check_data and dataset.store.is_local:
-        require_whole(dataset.store, dataset.card, check)
-    trainer = Trainer(preset, dataset, data, run, init)
     minutes = preset.training.minutes
     deadline = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
-    with interrupted() as stop:
-        while trainer.step < preset.training.steps and time.monotonic() < deadline and not stop():
-            trainer.advance(report)
-    trainer.save()
-    loss_curve(read_log(run / "log.jsonl"), run / "loss.png", f"Loss of {run.name}")
+    with joined() as world:
+        if preset.training.check_data and dataset.store.is_local and world.first:
+            require_whole(dataset.store, dataset.card, check)
+        trainer = Trainer(preset, dataset, data, run, init, world)
+        with interrupted() as stop:
+            while trainer.step < preset.training.steps:
+                if world.any(stop() or time.monotonic() >= deadline):
+                    break
+                trainer.advance(report)
+        trainer.save()
+        if world.first:
+            loss_curve(read_log(run / "log.jsonl"), run / "loss.png", f"Loss of {run.name}")
+        world.wait()
     newest = newest_checkpoint(run)
     assert newest is not None
     return newest
@@ -88,9 +94,16 @@ class Trainer:
     """The state of a run, and what a step does to it."""
 
     def __init__(
-        self, preset: Preset, dataset: TokenDataset, data: Path | str, run: Path, init: str | None
+        self,
+        preset: Preset,
+        dataset: TokenDataset,
+        data: Path | str,
+        run: Path,
+        init: str | None,
+        world: World | None = None,
     ) -> None:
         self.config, self.dataset, self.run = preset.training, dataset, run
+        self.world = world = world or World()
         self.device = default_device()
         about = dataset.card.about
         self.card = Card(about.labels, about.autoencoder, about.max_tokens)
@@ -110,7 +123,9 @@ class Trainer:
         if budget is not None:
             sampler = TokenBudget(images, budget, seed)
         # Last of what can fail on wrong input: a run folder is only made for a run that can start.
-        settle(run, Preset(preset.about, architecture, preset.training), dataset.card, init)
+        if world.first:
+            settle(run, Preset(preset.about, architecture, preset.training), dataset.card, init)
+        world.wait()
         self.ema = deepcopy(self.master).eval().requires_grad_(False)
         dtype = getattr(torch, self.config.precision)
         self.model = self.master
@@ -119,28 +134,29 @@ class Trainer:
         self.optimizers = optimizers(self.master, self.config)
         self.step = 0
         self.resume()
-        cut_log(run / "log.jsonl", self.step)
-        self.steps = Steps(dataset, sampler)
+        world.wait()  # none may write a checkpoint that another has not looked for yet
+        if world.first:
+            cut_log(run / "log.jsonl", self.step)
+        self.steps = Steps(dataset, sampler, world.rank, world.size)
         self.batches = batches(self.steps, self.step, self.config.workers)
 
     def advance(self, report: Callable[[Progress], None]) -> None:
         """One step, and what is due after it."""
         config, started = self.config, time.monotonic()
         batch = next(self.batches)
-        sample, labels = self.corrupted(batch)
-        output = self.model(sample.noisy, sample.t_B, labels)
-        loss = self.objective.loss(output, sample).mean()
-        loss.backward()
-        value, norm = loss.item(), self.clipped_norm()
+        value = self.gradients(batch)
+        norm = self.clipped_norm()
         if not math.isfinite(value + norm):
             some = ", ".join(self.dataset.sources(batch.rows[:5]))
             raise FloatingPointError(
-                f"loss {value} and gradient norm {norm} at step {self.step + 1}, of {len(labels)} images"
+                f"loss {value} and gradient norm {norm} at step {self.step + 1}, of {batch.images} images"
                 f" such as {some}; the last checkpoint is kept"
             )
         self.update()
         self.step += 1
-        rate = len(labels) / (time.monotonic() - started)
+        if not self.world.first:
+            return
+        rate = batch.images / (time.monotonic() - started)
         report(Progress(self.step, value, rate))
         if self.step % config.log_every == 0:
             line = {"loss": value, "gradient_norm": norm, "images_per_second": round(rate, 1)}
@@ -151,6 +167,32 @@ class Trainer:
             self.save()
         if self.step % config.sample_every == 0:
             self.draw()
+
+    def gradients(self, batch: Batch) -> float:
+        """The gradients of a step's mean loss over its images, in float32, and that loss.
+
+        A sum over images divided by the count of all: so parts of a step, and processes, with
+        other numbers of images and tokens add up to the same.
+        """
+        total = torch.zeros((), device=self.device)
+        for part in batch.parts(self.config.micro_batches):
+            sample, labels = self.corrupted(part)
+            output = self.model(sample.noisy, sample.t_B, labels)
+            loss = self.objective.loss(output, sample).sum() / batch.images
+            loss.backward()
+            total += loss.detach()
+            self.take_gradients()
+        self.world.add_up([total, *(weight.grad for weight, *_ in self.pairs if weight.grad is not None)])
+        return total.item()
+
+    def take_gradients(self) -> None:
+        """Add the gradients of the model that computes to those of the float32 weights."""
+        if self.model is self.master:
+            return
+        for weight, _, computed in self.pairs:
+            assert computed.grad is not None
+            gradient, computed.grad = computed.grad.float(), None
+            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
 
     def corrupted(self, batch: Batch) -> tuple[PathSample, Tensor]:
         """The pictures of a step, corrupted, and their labels, some of them dropped."""
@@ -166,12 +208,8 @@ class Trainer:
         return [weights for weights in every if weights[0].requires_grad]
 
     def clipped_norm(self) -> float:
-        """Take over the gradients in float32 and clip them; their norm before."""
-        weights, _, computing = zip(*self.pairs, strict=True)
-        if self.model is not self.master:
-            for weight, computed in zip(weights, computing, strict=True):
-                assert computed.grad is not None
-                weight.grad, computed.grad = computed.grad.float(), None
+        """Clip the gradients; their norm before."""
+        weights = [weight for weight, *_ in self.pairs]
         return float(torch.nn.utils.clip_grad_norm_(weights, self.config.clip))
 
     def update(self) -> None:
@@ -225,7 +263,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint, whole or not at all, then remove the oldest ones."""
         folder = self.run / "checkpoints" / f"step-{self.step:07d}"
-        if folder.exists():
+        if folder.exists() or not self.world.first:
             return
         state = {
             "step": self.step,
@@ -261,7 +299,7 @@ class Trainer:
             ) as error:
                 wrong.append(f"{checkpoint} is damaged ({' '.join(str(error).split())[:200]})")
             else:
-                if wrong:
+                if wrong and self.world.first:
                     warnings.warn(f"{'; '.join(wrong)}: carrying on from {checkpoint.name}", stacklevel=2)
                 return
         if wrong:
