@@ -5,6 +5,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -380,6 +382,38 @@ def test_one_process_that_is_told_to_stop_stops_all(tokens, tmp_path):
     assert started.exitcode == 0  # train_with saw both processes end well
     last = read_log(run / "log.jsonl")[-1]["step"]
     assert newest_checkpoint(run).name == f"step-{last:07d}"
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_what_was_killed_and_the_curve_is_the_same(tokens, tmp_path):
+    chosen = ["--steps=60", "--save-every=10", "--sample-every=1000", "--batch-size=8"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--max-restarts=3",
+        "-m",
+        "fitv2",
+    ]
+    arguments = ["train", "debug", "--data", tokens, "--out", tmp_path / "run", *chosen]
+    running = subprocess.Popen([*command, *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    for step in (10, 30):
+        deadline = time.monotonic() + 60
+        while newest_step(tmp_path / "run") < step and time.monotonic() < deadline:
+            time.sleep(0.02)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+    assert running.wait(120) == 0
+    train(settings(steps=60, batch_size=8, save_every=10, sample_every=1000), tokens, tmp_path / "alone")
+    assert len(curve(tmp_path / "run")) == 60
+    np.testing.assert_allclose(curve(tmp_path / "run"), curve(tmp_path / "alone"), rtol=1e-4)
+
+
+def newest_step(run):
+    """The step of the newest checkpoint; 0 if there is none."""
+    newest = newest_checkpoint(run)
+    return int(newest.name.removeprefix("step-")) if newest else 0
 
 
 def test_learning_rate_warms_up_holds_and_decays():
