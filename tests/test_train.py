@@ -3,6 +3,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import randomized
-from fitv2.checkpoint import checkpoints, load_model, newest_checkpoint
+from fitv2.checkpoint import WEIGHTS, checkpoints, load_model, newest_checkpoint
 from fitv2.data import Steps, TokenDataset
 from fitv2.encode import encode
 from fitv2.errors import UserError
@@ -382,6 +383,29 @@ def test_one_process_that_is_told_to_stop_stops_all(tokens, tmp_path):
     assert started.exitcode == 0  # train_with saw both processes end well
     last = read_log(run / "log.jsonl")[-1]["step"]
     assert newest_checkpoint(run).name == f"step-{last:07d}"
+
+
+@pytest.mark.slow
+def test_killed_at_30_random_moments_the_weights_are_the_same(tokens, tmp_path):
+    chosen = settings(steps=60, save_every=4, keep=2, precision="float32")
+    whole = train(chosen, tokens, tmp_path / "whole")
+    rng, run, kills = np.random.default_rng(0), tmp_path / "run", 0
+    while kills < 30:
+        process = FORK.Process(target=train, args=(chosen, tokens, run))
+        process.start()
+        time.sleep(rng.uniform(0.02, 0.6))
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+        if newest_step(run) == 60:
+            assert (newest_checkpoint(run) / "ema" / WEIGHTS).read_bytes() == (
+                whole / "ema" / WEIGHTS
+            ).read_bytes()
+            shutil.rmtree(run)
+    parts = train(chosen, tokens, run)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(parts), strict=True))
+    assert curve(run) == curve(tmp_path / "whole")
+    assert not list(run.glob("checkpoints/.*"))
 
 
 @pytest.mark.slow

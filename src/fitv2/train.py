@@ -137,6 +137,8 @@ class Trainer:
         world.wait()  # none may write a checkpoint that another has not looked for yet
         if world.first:
             cut_log(run / "log.jsonl", self.step)
+            for partial in run.glob("checkpoints/.step-*"):  # of a process that was killed
+                shutil.rmtree(partial)
         self.steps = Steps(dataset, sampler, world.rank, world.size)
         self.batches = batches(self.steps, self.step, self.config.workers)
 
