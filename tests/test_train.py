@@ -23,14 +23,13 @@ from fitv2.data import Steps, TokenDataset
 from fitv2.encode import encode
 from fitv2.errors import UserError
 from fitv2.flow import Flow
-from fitv2.model import FiT
 from fitv2.packing import FixedCount
 from fitv2.presets import preset
 from fitv2.released import to_released
 from fitv2.runs import read_log
 from fitv2.sample import Request, generate, load_codec
-from fitv2.settings import Encoding, Rope, Sampling, Training
-from fitv2.train import Trainer, freeze, held_out, learning_rate, train
+from fitv2.settings import Encoding, Rope, Sampling
+from fitv2.train import Trainer, held_out, train
 
 DEBUG = preset("debug")
 
@@ -263,15 +262,6 @@ def to_released_name(name):
     return next(iter(to_released({name: torch.zeros(4, 4)})))
 
 
-def test_post_training_is_14_15_percent_of_fitv2_xl():
-    with torch.device("meta"):
-        model = FiT.from_preset("fitv2-xl-hr")
-    freeze(model, preset("fitv2-xl-hr").training.trainable)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == 94_961_680
-    assert round(100 * trained / sum(p.numel() for p in model.parameters()), 2) == 14.15
-
-
 def test_a_run_started_from_a_post_trained_model_keeps_its_positions(tokens, tmp_path):
     rope = Rope("ntk", train_side=4)
     scaled = replace(settings(steps=1), model=replace(DEBUG.model, rope=rope))
@@ -438,12 +428,3 @@ def newest_step(run):
     """The step of the newest checkpoint; 0 if there is none."""
     newest = newest_checkpoint(run)
     return int(newest.name.removeprefix("step-")) if newest else 0
-
-
-def test_learning_rate_warms_up_holds_and_decays():
-    config = Training(steps=100, learning_rate=1.0, warmup_steps=10, decay_steps=20)
-    rates = [learning_rate(config, step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9:80] == [1.0] * 71
-    assert rates[90] == pytest.approx(0.5)
-    assert 0 < rates[99] <= 0.05
