@@ -24,7 +24,7 @@ import fitv2.encode
 from conftest import picture
 from fitv2.autoencoder import Pixels
 from fitv2.data import TokenDataset
-from fitv2.encode import encode
+from fitv2.encode import encode, list_once
 from fitv2.errors import UserError
 from fitv2.images import flexible_resize
 from fitv2.settings import Encoding
@@ -303,6 +303,22 @@ def test_one_process_may_finish_while_another_begins(many, whole, tmp_path, monk
     report = encode(many, out, SMALL, workers=0)
     assert (report.encoded, report.skipped) == ({"train": 40, "validation": 10}, 3)
     assert contents(out) == whole
+
+
+def test_a_process_that_waits_does_not_wait_for_ever(tmp_path, monkeypatch):
+    work = tmp_path / "set" / ".encode"
+    work.mkdir(parents=True)
+    (work / "plan.json").write_text("{}")
+
+    def found_nothing(stage, seconds, _):
+        if (seconds, stage) == (1, "wait for process 1 to list the pictures"):
+            shutil.rmtree(tmp_path / "set")
+
+    with pytest.raises(UserError, match="process 1 found no pictures: see what it says"):
+        list_once(tmp_path / "set", None, {}, False, found_nothing)
+    monkeypatch.setattr("fitv2.encode.PATIENCE", 0.6)
+    with pytest.raises(UserError, match=r"process 1 has not begun in .*set for 1 seconds: all need the same"):
+        list_once(tmp_path / "set", None, {}, False, lambda *_: None)
 
 
 def test_a_process_with_another_source_is_refused(many, folder, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -122,6 +123,20 @@ def test_relieving_swaps_and_moves(lengths, before, budget):
     relieve(pack, filled, lengths, budget)
     assert filled.max() <= budget
     assert filled.tolist() == np.bincount(pack, lengths).tolist()
+
+
+def test_relieving_packs_of_very_many_images_takes_little_memory():
+    lengths = np.sort(np.random.default_rng(0).integers(1, 9, 40_000))[::-1].astype(np.int64)
+    pack, filled = dealt(lengths, 2)
+    pack[np.flatnonzero(pack == 1)[:20]] = 0  # twenty images of 8 tokens too many
+    filled = np.bincount(pack, lengths).astype(np.int64)
+    budget = int(filled.mean()) + 5
+    assert filled.max() > budget + 100
+    tracemalloc.start()
+    relieve(pack, filled, lengths, budget)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+    assert filled.max() <= budget
 
 
 def test_relieving_stops_where_nothing_helps():

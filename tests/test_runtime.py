@@ -48,3 +48,11 @@ def test_a_world_of_one_needs_nobody():
         assert value.tolist() == [1, 1]
         assert world.any(True)
         assert not world.any(False)
+
+
+def test_ranks_that_torchrun_did_not_give_cannot_train_together(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="only under torchrun"), joined():
+        pass

@@ -27,6 +27,7 @@ from fitv2.packing import FixedCount
 from fitv2.presets import preset
 from fitv2.released import to_released
 from fitv2.runs import read_log
+from fitv2.runtime import World
 from fitv2.sample import Request, generate, load_codec
 from fitv2.settings import Encoding, Rope, Sampling
 from fitv2.train import Trainer, held_out, train
@@ -217,13 +218,30 @@ def test_a_damaged_checkpoint_is_passed_over_and_left(tokens, tmp_path):
     train(settings(steps=2), tokens, tmp_path / "run")
     newest = train(settings(steps=3), tokens, tmp_path / "run")
     (newest / "training.pt").write_bytes((newest / "training.pt").read_bytes()[:1000])
-    with pytest.warns(UserWarning, match=r"step-0000003 is damaged .* carrying on from step-0000002"):
-        trainer = Trainer(settings(steps=4), TokenDataset(tokens), tokens, tmp_path / "run", None)
-    assert trainer.step == 2
-    assert newest.exists()
-    with pytest.warns(UserWarning, match="damaged"):
-        last = train(settings(steps=4), tokens, tmp_path / "run")
+    with pytest.warns(UserWarning, match=r"step-0000003 is damaged .* carrying on from step 2"):
+        last = train(settings(steps=4, keep=1), tokens, tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(expected, tensors(last), strict=True))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["damaged-step-0000003", "step-0000004"]
+
+
+def test_processes_that_find_different_checkpoints_say_so(tokens, tmp_path):
+    train(settings(steps=2), tokens, tmp_path / "run")
+    newest = train(settings(steps=3), tokens, tmp_path / "run")
+    world = World(0, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        # The other process could not read the newest one, and stands at step 2.
+        patch.setattr(World, "add_up", lambda _, tensors: [t.add_(torch.tensor([0, 2])) for t in tensors])
+        patch.setattr(World, "wait", lambda _: None)
+        with pytest.raises(UserError, match=r"different checkpoints in .*run: all need the same folder"):
+            Trainer(settings(steps=4), TokenDataset(tokens), tokens, tmp_path / "run", None, world)
+    assert newest.exists()
+
+
+def test_post_training_needs_a_trained_model(tokens, tmp_path):
+    with pytest.raises(UserError, match=r"--trainable post-training trains a part of .*: give --init"):
+        train(settings(steps=1, trainable="post-training"), tokens, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tokens, tmp_path):

@@ -260,8 +260,8 @@ def run(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """The entry point: mistakes are one line and exit status 2; so are warnings, which end nothing."""
-    warnings.formatwarning = lambda message, *_: f"fitv2: {message}\n"
+    """The entry point: mistakes are one line and exit status 2. Warnings are one line too."""
+    warnings.formatwarning = lambda message, *_: f"fitv2: {' '.join(str(message).split())}\n"
     try:
         sys.exit(run(sys.argv[1:]))
     except (UserError, FloatingPointError) as error:

@@ -142,8 +142,17 @@ def open_card(store: Store) -> DatasetCard:
     return card
 
 
-def require_whole(store: Store, card: DatasetCard, progress: Progress = lambda names, _: names) -> None:
-    """Read every file of a dataset, by several threads. Raises UserError naming those that are damaged."""
+def require_whole(
+    store: Store,
+    card: DatasetCard,
+    progress: Progress = lambda names, _: names,
+    rank: int = 0,
+    ranks: int = 1,
+) -> None:
+    """Read every file of a dataset, or every `ranks`-th, by several threads.
+
+    Raises UserError naming those that are damaged.
+    """
 
     def check(name: str) -> str | None:
         content = store.read(name)
@@ -153,7 +162,8 @@ def require_whole(store: Store, card: DatasetCard, progress: Progress = lambda n
         return wrong
 
     with ThreadPoolExecutor(4) as pool:
-        found = list(progress(pool.map(check, card.files), len(card.files)))
+        names = list(card.files)[rank::ranks]
+        found = list(progress(pool.map(check, names), len(names)))
     if wrong := [text for text in found if text]:
         raise UserError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
 
@@ -167,7 +177,7 @@ def difference(store: Store, name: str, file: File, content: Any) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The tokens of a step, shortest image first, and the keys of its images."""
+    """The tokens of this process's share of a step, shortest image first, and the keys of its images."""
 
     packed: PackedTokens
     labels: Tensor
@@ -203,7 +213,7 @@ class Steps:
         self.dataset, self.sampler, self.rank, self.ranks = dataset, sampler, rank, ranks
 
     def read(self, number: int) -> Read:
-        """A step and its tokens. Raises UserError when it has too few images for all ranks."""
+        """This rank's share of a step. Raises UserError when it has too few images for all ranks."""
         step = self.sampler.step(number)
         images = len(step.rows)
         if images < self.ranks:

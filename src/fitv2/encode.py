@@ -39,6 +39,7 @@ PIXELS_A_TOKEN = 16  # side; the paper's: downsampling 8, patch 2
 WORK = ".encode"  # folder in OUT for what is only needed until all is done
 PLAN, LISTED = "plan.json", "pictures.arrow"
 WAIT = 0.5  # seconds between looks for another process's list
+PATIENCE = 600.0  # seconds until it has to have begun
 
 Progress = Callable[[str, int, int | None], None]  # the stage, how many are done, of how many
 
@@ -212,8 +213,15 @@ def list_once(out: Path, opened: Source, settings: dict[str, Any], begins: bool,
         except UserError:
             shutil.rmtree(out)
             raise
-    seconds = 0.0
+    seconds, begun = 0.0, False
     while not (path.exists() or (out / CARD).exists()):
+        if begun and not (out / WORK / PLAN).exists() and not (out / CARD).exists():
+            raise UserError("process 1 found no pictures: see what it says")
+        if not begun and seconds > PATIENCE:
+            raise UserError(
+                f"process 1 has not begun in {out} for {PATIENCE:.0f} seconds: all need the same folder"
+            )
+        begun = begun or (out / WORK / PLAN).exists()
         progress("wait for process 1 to list the pictures", int(seconds), None)
         time.sleep(WAIT)
         seconds += WAIT

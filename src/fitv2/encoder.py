@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fitv2.autoencoder import Autoencoder
-from fitv2.errors import UserError
 from fitv2.images import UnusableImage, views
 from fitv2.listing import Listing, load_listing, read_picture
 from fitv2.runtime import default_device, generator
@@ -135,19 +134,25 @@ class ShardEncoder:
         return torch.stack([torch.randn(size, generator=generator(SAMPLES, *key)) for key in keys])
 
     def rows(self) -> ShardRows:
-        """The rows of the shard: pictures in order, of each its views in order, as they are and mirrored."""
+        """The rows of the shard: pictures in order, of each its views in order, as they are and mirrored.
+
+        Notes those whose latents float16 cannot hold as skipped.
+        """
         tokens: dict[Place, np.ndarray] = {}
         for places, made in self._made:
             flips = made.result().cpu().unflatten(0, (-1, len(places))).transpose(0, 1)
             tokens |= dict(zip(places, flips.numpy(), strict=True))
+        odd = {place.picture for place, made in tokens.items() if not np.isfinite(made).all()}
+        for n in sorted(odd):
+            reason = "the autoencoder gives numbers that float16 cannot hold"
+            self.skipped.append({"source": self.pictures[n].picture.source, "reason": reason})
         number = {label: i for i, label in enumerate(self.about.labels)}
         rows, variant = ShardRows(), 0
         for place in sorted(tokens, key=lambda place: (place.picture, place.view)):
+            if place.picture in odd:
+                continue
             variant = 0 if place.view == 0 else variant
             picture = self.pictures[place.picture].picture
-            if not np.isfinite(tokens[place]).all():
-                what = f"the autoencoder gives numbers for {picture.source} that float16 cannot hold"
-                raise UserError(f"{what}: try --precision float32, or another autoencoder")
             for mirrored in tokens[place]:
                 rows.add(mirrored, number[picture.label], picture.source, variant, self.crops[place])
                 variant += 1

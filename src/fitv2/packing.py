@@ -146,9 +146,13 @@ class TokenBudget(Sampler):
         mean, variance = self.images.moments()
         most = mean.sum() + 3 * np.sqrt(variance.sum())
         images = len(self.images.first_rows)  # each fits alone, so more packs than images would be empty
-        packs, more = int(np.ceil(max(mean.sum() / FILL, most) / self.budget)), MORE
+        packs, more, failed = int(np.ceil(max(mean.sum() / FILL, most) / self.budget)), MORE, 0
         while packs < images and self._dealt(0, 0, packs) is None:
-            packs, more = int(np.ceil(packs * (1 + more))), min(2 * more, 16 * MORE)
+            packs, more, failed = int(np.ceil(packs * (1 + more))), min(2 * more, 16 * MORE), packs
+        packs = min(images, packs)
+        while failed and packs - failed > max(1, MORE * packs):  # the steps grow: look between the last two
+            middle = (packs + failed) // 2
+            packs, failed = (middle, failed) if self._dealt(0, 0, middle) else (packs, middle)
         return min(images, round(packs * (1 + MORE)))  # other epochs may fit a little worse
 
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -214,14 +218,17 @@ def relieve(pack: np.ndarray, filled: np.ndarray, lengths: np.ndarray, budget: i
     slots = np.full((len(filled), counts.max() + 1), len(lengths))  # the images of each pack
     slots[pack[order], places] = order
     lengths = np.append(lengths, 0).astype(np.int32)
+    # Of packs of very many images a thousand are enough to choose from, with a last place, which is empty.
+    some = np.unique(np.linspace(0, slots.shape[1] - 1, min(slots.shape[1], 1_000)).astype(np.int64))
     while (filled > budget).any():
         full = np.flatnonzero(filled > budget)
         full = full[np.argsort(-filled[full], kind="stable")]
         empty = np.argsort(filled, kind="stable")[: len(full)]
-        i, j, helps = swaps(lengths[slots[full]], lengths[slots[empty]], filled[full], filled[empty], budget)
+        here, there = lengths[slots[full]][:, some], lengths[slots[empty]][:, some]
+        i, j, helps = swaps(here, there, filled[full], filled[empty], budget)
         if not helps.any():
             break
-        full, empty, i, j = full[helps], empty[helps], i[helps], j[helps]
+        full, empty, i, j = full[helps], empty[helps], some[i[helps]], some[j[helps]]
         given, taken = slots[full, i], slots[empty, j]
         slots[full, i], slots[empty, j] = taken, given
         filled[full] -= lengths[given] - lengths[taken]

@@ -11,6 +11,7 @@ from fitv2.config import read_json
 from fitv2.errors import UserError
 from fitv2.files import whole_file, write_json
 from fitv2.presets import Preset
+from fitv2.settings import Training
 from fitv2.shards import DatasetCard
 
 # Settings that may change when a run is carried on. A change of `steps` moves the final decay of
@@ -60,7 +61,8 @@ def settle(run: Path, preset: Preset, data: DatasetCard, init: str | None) -> No
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide a run's outcome, without their nesting."""
-    return {"init": settings.get("init"), **settings["data"], **settings["model"], **settings["training"]}
+    training = asdict(Training()) | settings["training"]  # what was no setting when it began was as it is
+    return {"init": settings.get("init"), **settings["data"], **settings["model"], **training}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

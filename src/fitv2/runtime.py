@@ -54,35 +54,46 @@ class World:
         return self.rank == 0
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Make each tensor the sum of those of all processes, in place; all get the same bits."""
-        if self.size > 1:
+        """Make each tensor the sum of those of all processes, in place; all get the same bits.
+
+        Raises UserError when one of them has ended.
+        """
+        if self.size == 1:
+            return
+        try:
             for sending in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 sending.wait()
+        except RuntimeError as error:
+            raise UserError("another process of this run has ended: see what it says") from error
 
     def any(self, here: bool) -> bool:
         """Whether it is so in any process."""
+        if self.size == 1:
+            return here
         flag = torch.tensor(float(here), device=default_device())
         self.add_up([flag])
         return bool(flag.item())
 
     def wait(self) -> None:
         """Until all processes have come as far."""
-        if self.size > 1:
-            dist.barrier()
+        self.any(False)
 
 
 @contextmanager
 def joined() -> Iterator[World]:
     """The world that torchrun started this process in; of one process, if it did not.
 
-    One that waits for another for longer than half an hour ends with an error.
+    One that waits for another for longer than half an hour ends with an error. Raises UserError when
+    something else set its rank.
     """
     rank, size = ranks()
     if size == 1:
         yield World()
         return
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError("several processes train together only under torchrun, which tells where they meet")
     device = default_device()
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
     store, _, _ = next(rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":

@@ -175,8 +175,8 @@ class Training:
     crop_probability: float = 0.5
     """How often a picture is taken cropped, if its tokens were stored both cropped and not."""
     micro_batches: int = 1
-    """Parts of a step that each process computes one after another, for want of memory; the result is the
-    same."""
+    """Parts of a step that each process computes one after another, for want of memory; but for rounding the
+    result is the same."""
     check_data: bool = True
     """Compare every shard on this disk with its SHA-256 before the first step, not its size alone."""
     workers: int = 0

@@ -32,7 +32,7 @@ from fitv2.optimizers import freeze, learning_rate, optimizers
 from fitv2.packing import FixedCount, Sampler, TokenBudget
 from fitv2.presets import Preset
 from fitv2.runs import cut_log, read_log, settle
-from fitv2.runtime import World, default_device, derive_seed, generator, joined
+from fitv2.runtime import World, default_device, derive_seed, generator, joined, ranks
 from fitv2.sample import Request, generate
 from fitv2.settings import Architecture, Rope, Sampling, Training
 from fitv2.stores import Store
@@ -73,9 +73,9 @@ def train(
     dataset = TokenDataset(data)
     minutes = preset.training.minutes
     deadline = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
+    if preset.training.check_data and dataset.store.is_local:
+        require_whole(dataset.store, dataset.card, check, *ranks())
     with joined() as world:
-        if preset.training.check_data and dataset.store.is_local and world.first:
-            require_whole(dataset.store, dataset.card, check)
         trainer = Trainer(preset, dataset, data, run, init, world)
         with interrupted() as stop:
             while trainer.step < preset.training.steps:
@@ -87,7 +87,8 @@ def train(
             loss_curve(read_log(run / "log.jsonl"), run / "loss.png", f"Loss of {run.name}")
         world.wait()
     newest = newest_checkpoint(run)
-    assert newest is not None
+    if newest is None:
+        raise UserError(f"no checkpoint is in {run}: all processes need the same folder")
     return newest
 
 
@@ -109,15 +110,20 @@ class Trainer:
         about = dataset.card.about
         self.card = Card(about.labels, about.autoencoder, about.max_tokens)
         architecture = fitted(preset.model, dataset)
+        if self.config.trainable != "all" and not init:
+            raise UserError(
+                f"--trainable {self.config.trainable} trains a part of a trained model: give --init"
+            )
         start = starting_model(init, architecture, self.card.labels) if init else None
         architecture = start.architecture if start else architecture
         torch.manual_seed(derive_seed(self.config.seed, WEIGHTS))
         # float32: what the optimizer changes
         self.master = (start or FiT(**asdict(architecture))).to(self.device).train()
         freeze(self.master, self.config.trainable)
-        self.codec = load_autoencoder(self.card.autoencoder, self.device)
         self.objective = objective_of(architecture, self.config)
-        self.validation = list(held_out(data, self.config.batch_size, self.objective))
+        if world.first:  # which alone validates and draws
+            self.codec = load_autoencoder(self.card.autoencoder, self.device)
+            self.validation = list(held_out(data, self.config.batch_size, self.objective))
         seed, budget = derive_seed(self.config.seed, ORDER), self.config.tokens_a_step
         images = dataset.images(self.config.crop_probability)
         sampler: Sampler = FixedCount(images, self.config.batch_size, seed)
@@ -132,6 +138,9 @@ class Trainer:
         self.model = self.master
         if dtype != torch.float32:  # not FiT.to: diffusers' warns of modules that there are none of
             self.model = torch.nn.Module.to(deepcopy(self.master), dtype)
+        # Each parameter that is trained: what the optimizer changes, its average, and what computes.
+        every = zip(self.master.parameters(), self.ema.parameters(), self.model.parameters(), strict=True)
+        self.trained = [weights for weights in every if weights[0].requires_grad]
         self.optimizers = optimizers(self.master, self.config)
         self.step = 0
         self.resume()
@@ -185,14 +194,14 @@ class Trainer:
             loss.backward()
             total += loss.detach()
             self.take_gradients()
-        self.world.add_up([total, *(weight.grad for weight, *_ in self.pairs if weight.grad is not None)])
+        self.world.add_up([total, *(weight.grad for weight, *_ in self.trained if weight.grad is not None)])
         return total.item()
 
     def take_gradients(self) -> None:
         """Add the gradients of the model that computes to those of the float32 weights."""
         if self.model is self.master:
             return
-        for weight, _, computed in self.pairs:
+        for weight, _, computed in self.trained:
             assert computed.grad is not None
             gradient, computed.grad = computed.grad.float(), None
             weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
@@ -204,20 +213,14 @@ class Trainer:
         labels = torch.where(dropped, self.master.null_label, batch.labels)
         return sample.to(self.device), labels.to(self.device)
 
-    @property
-    def pairs(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Each parameter that is trained: what the optimizer changes, its average, and what computes."""
-        every = zip(self.master.parameters(), self.ema.parameters(), self.model.parameters(), strict=True)
-        return [weights for weights in every if weights[0].requires_grad]
-
     def clipped_norm(self) -> float:
         """Clip the gradients; their norm before."""
-        weights = [weight for weight, *_ in self.pairs]
+        weights = [weight for weight, *_ in self.trained]
         return float(torch.nn.utils.clip_grad_norm_(weights, self.config.clip))
 
     def update(self) -> None:
         """Step, average, and hand the new weights to the model that computes."""
-        weights, averages, computing = map(list, zip(*self.pairs, strict=True))
+        weights, averages, computing = map(list, zip(*self.trained, strict=True))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, self.step)
@@ -283,33 +286,38 @@ class Trainer:
             shutil.rmtree(old)
 
     def resume(self) -> None:
-        """Carry on from the newest checkpoint that can be read; those that cannot are left where they are.
+        """Carry on from the newest checkpoint that can be read; damaged ones before it get another name.
 
-        Raises UserError when there are checkpoints, but none of them can be read.
+        Raises UserError when there are checkpoints, but none of them can be read, and when the
+        processes find different ones.
         """
-        wrong = []
+        wrong: dict[Path, str] = {}
         for checkpoint in reversed(checkpoints(self.run)):
             try:
                 self._load(checkpoint)
-            except (
-                OSError,
-                RuntimeError,
-                EOFError,
-                KeyError,
-                ValueError,
-                pickle.UnpicklingError,
-                UserError,
-            ) as error:
-                wrong.append(f"{checkpoint} is damaged ({' '.join(str(error).split())[:200]})")
+            except torch.OutOfMemoryError:
+                raise  # no fault of the checkpoint
+            except DAMAGE as error:
+                wrong[checkpoint] = f"{checkpoint} is damaged ({' '.join(str(error).split())[:200]})"
             else:
-                if wrong and self.world.first:
-                    warnings.warn(f"{'; '.join(wrong)}: carrying on from {checkpoint.name}", stacklevel=2)
-                return
-        if wrong:
-            raise UserError(f"{'; '.join(wrong)}: move it away to begin anew")
+                break
+        if wrong and not self.step:
+            raise UserError(f"{'; '.join(wrong.values())}: move it away to begin anew")
+        steps = torch.zeros(self.world.size, device=self.device)
+        steps[self.world.rank] = self.step
+        self.world.add_up([steps])
+        if len(steps.unique()) > 1:
+            raise UserError(
+                f"the processes find different checkpoints in {self.run}: all need the same folder"
+            )
+        if wrong and self.world.first:
+            said = f"{'; '.join(wrong.values())}; carrying on from step {self.step}"
+            warnings.warn(f"{said}, damaged ones are now called damaged-…", stacklevel=2)
+            for damaged in wrong:  # else it would stand in the way of its successor
+                damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
 
     def _load(self, checkpoint: Path) -> None:
-        state = torch.load(checkpoint / "training.pt", map_location=self.device, weights_only=True)
+        state = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
         averages = load_model(checkpoint / "ema")[0].state_dict()
         self.master.load_state_dict(state["weights"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
