@@ -2,7 +2,16 @@ import pytest
 import torch
 
 from fitv2.errors import UserError
-from fitv2.runtime import World, default_device, derive_seed, generator, joined, ranks, single_threaded
+from fitv2.runtime import (
+    World,
+    default_device,
+    derive_seed,
+    generator,
+    joined,
+    multiplies_bfloat16,
+    ranks,
+    single_threaded,
+)
 
 
 def test_a_seed_is_a_function_of_its_whole_key():
@@ -56,3 +65,12 @@ def test_ranks_that_torchrun_did_not_give_cannot_train_together(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match="only under torchrun"), joined():
         pass
+
+
+def test_a_processor_says_whether_it_has_bfloat16(monkeypatch):
+    assert multiplies_bfloat16(torch.device("cuda"))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for amx, avx in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda avx=avx: avx)
+        assert multiplies_bfloat16(torch.device("cpu")) == (amx or avx)

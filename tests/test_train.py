@@ -446,3 +446,13 @@ def newest_step(run):
     """The step of the newest checkpoint; 0 if there is none."""
     newest = newest_checkpoint(run)
     return int(newest.name.removeprefix("step-")) if newest else 0
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_precision_is_chosen_by_what_the_processor_has(tokens, tmp_path, monkeypatch, has_it):
+    monkeypatch.setattr("fitv2.train.multiplies_bfloat16", lambda _: has_it)
+    for precision, bfloat16 in (("auto", has_it), ("bfloat16", True), ("float32", False)):
+        chosen = settings(steps=1, precision=precision)
+        trainer = Trainer(chosen, TokenDataset(tokens), tokens, tmp_path / precision, None)
+        assert trainer.model.dtype == (torch.bfloat16 if bfloat16 else torch.float32)
+        assert trainer.master.dtype == torch.float32

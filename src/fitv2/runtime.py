@@ -1,6 +1,7 @@
 """The machine a run is on, and the randomness that does not depend on it."""
 
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,15 @@ def default_device() -> torch.device:
     if found is None:
         return torch.device("cpu")
     return torch.device(found.type, int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else found
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has products in bfloat16: a CPU that emulates them takes 20 times as long."""
+    if device.type != "cpu":
+        return True
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def ranks() -> tuple[int, int]:

@@ -209,8 +209,9 @@ class Training:
     """Its standard deviation."""
     loss_weight: Literal["none", "velocity", "likelihood"] = "none"
     """Of the error of a predicted noise or score, by time; see `fitv2.flow`."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the matrix products; weights, optimizer, path and loss are float32 always."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matrix products; weights, optimizer, path and loss are float32 always. auto: bfloat16, unless
+    the processor would have to emulate it."""
     seed: int = 0
     """All randomness of a run follows from it."""
     minutes: float | None = None

@@ -32,7 +32,7 @@ from fitv2.optimizers import freeze, learning_rate, optimizers
 from fitv2.packing import FixedCount, Sampler, TokenBudget
 from fitv2.presets import Preset
 from fitv2.runs import cut_log, read_log, settle
-from fitv2.runtime import World, default_device, derive_seed, generator, joined, ranks
+from fitv2.runtime import World, default_device, derive_seed, generator, joined, multiplies_bfloat16, ranks
 from fitv2.sample import Request, generate
 from fitv2.settings import Architecture, Rope, Sampling, Training
 from fitv2.stores import Store
@@ -134,10 +134,11 @@ class Trainer:
             settle(run, Preset(preset.about, architecture, preset.training), dataset.card, init)
         world.wait()
         self.ema = deepcopy(self.master).eval().requires_grad_(False)
-        dtype = getattr(torch, self.config.precision)
         self.model = self.master
-        if dtype != torch.float32:  # not FiT.to: diffusers' warns of modules that there are none of
-            self.model = torch.nn.Module.to(deepcopy(self.master), dtype)
+        fast = self.config.precision == "auto" and multiplies_bfloat16(self.device)
+        if fast or self.config.precision == "bfloat16":
+            # Not FiT.to: diffusers' warns of modules that there are none of.
+            self.model = torch.nn.Module.to(deepcopy(self.master), torch.bfloat16)
         # Each parameter that is trained: what the optimizer changes, its average, and what computes.
         every = zip(self.master.parameters(), self.ema.parameters(), self.model.parameters(), strict=True)
         self.trained = [weights for weights in every if weights[0].requires_grad]
