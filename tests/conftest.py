@@ -48,6 +48,22 @@ def noise_of(packed, channels, first=0):
     return noise(packed.lengths, channels, [generator(first + i) for i in range(len(packed.sizes))])
 
 
+def held_out_set(folder, tmp_path):
+    """The pictures of `folder` as both splits of a data set."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"image": {"bytes": path.read_bytes(), "path": None}, "label": path.parent.name}
+        for path in sorted(folder.rglob("*.png"))
+    ]
+    (tmp_path / "source").mkdir()
+    for split in ("train", "validation"):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "source" / f"{split}.parquet")
+    encode(tmp_path / "source", tmp_path / "set", Encoding(max_tokens=(16,)), workers=0)
+    return tmp_path / "set"
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """A folder of 12 pictures of several shapes under the labels blue and red."""

@@ -26,7 +26,7 @@ LEVELS = [
     },
     {"attention", "autoencoder", "bars", "figures", "flow", "presets", "rope", "shards", "sources"},
     {"archives", "data", "ddpm", "model", "options", "runs", "tables"},
-    {"guidance", "listing", "optimizers", "released", "transport"},
+    {"corruption", "guidance", "listing", "optimizers", "released", "transport"},
     {"checkpoint", "encoder"},
     {"convert", "encode", "sample"},
     {"inspection", "train"},

@@ -17,12 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import randomized
+from conftest import held_out_set, randomized
 from fitv2.checkpoint import WEIGHTS, checkpoints, load_model, newest_checkpoint
 from fitv2.data import Steps, TokenDataset
 from fitv2.encode import encode
 from fitv2.errors import UserError
-from fitv2.flow import Flow
 from fitv2.packing import FixedCount
 from fitv2.presets import preset
 from fitv2.released import to_released
@@ -30,7 +29,7 @@ from fitv2.runs import read_log
 from fitv2.runtime import World
 from fitv2.sample import Request, generate, load_codec
 from fitv2.settings import Encoding, Rope, Sampling
-from fitv2.train import Trainer, held_out, train
+from fitv2.train import Trainer, train
 
 DEBUG = preset("debug")
 
@@ -135,33 +134,9 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tokens, tmp_path, monkeypatch
         assert torch.equal(one, other)
 
 
-def held_out_set(folder, tmp_path):
-    """The pictures of `folder` as both splits of a data set."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [
-        {"image": {"bytes": path.read_bytes(), "path": None}, "label": path.parent.name}
-        for path in sorted(folder.rglob("*.png"))
-    ]
-    (tmp_path / "source").mkdir()
-    for split in ("train", "validation"):
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "source" / f"{split}.parquet")
-    encode(tmp_path / "source", tmp_path / "set", Encoding(max_tokens=(16,)), workers=0)
-    return tmp_path / "set"
-
-
-def test_validation_is_the_same_every_time_and_whatever_the_batch(folder, tmp_path):
-    data = held_out_set(folder, tmp_path)
-    pieces = {count: list(held_out(data, count, Flow())) for count in (1, 5, 100)}
-    for batches in pieces.values():
-        times = torch.cat([sample.t_B for sample, _ in batches])
-        torch.testing.assert_close(times.sort().values, (torch.arange(12) + 0.5) / 12)
-        for name in ("noise_TC", "data_TC"):
-            whole = getattr(pieces[100][0][0], name)
-            assert torch.equal(torch.cat([getattr(sample, name) for sample, _ in batches]), whole)
+def test_validation_is_the_same_every_time(folder, tmp_path):
     config = settings(steps=4, validate_every=2, learning_rate=0.0)
-    train(config, data, tmp_path / "run")
+    train(config, held_out_set(folder, tmp_path), tmp_path / "run")
     losses = [line["validation"] for line in read_log(tmp_path / "run" / "log.jsonl") if "validation" in line]
     assert len(losses) == 2
     assert losses[0] == losses[1] > 0
@@ -242,6 +217,14 @@ def test_post_training_needs_a_trained_model(tokens, tmp_path):
     with pytest.raises(UserError, match=r"--trainable post-training trains a part of .*: give --init"):
         train(settings(steps=1, trainable="post-training"), tokens, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_after_one_of_step_0_is_passed_over_too(tokens, tmp_path):
+    train(settings(steps=2, minutes=0.0), tokens, tmp_path / "run")
+    newest = train(settings(steps=2), tokens, tmp_path / "run")
+    (newest / "training.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match="carrying on from step 0"):
+        assert train(settings(steps=2), tokens, tmp_path / "run").name == "step-0000002"
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tokens, tmp_path):

@@ -22,6 +22,14 @@ from fitv2.sources import (
 from fitv2.stores import filesystem, read_range
 
 
+@dataclass
+class Sample:
+    """Members of one name."""
+
+    pictures: list[tarfile.TarInfo] = field(default_factory=list)
+    label: str | None = None
+
+
 def in_tars(source: Source) -> Iterator[Picture]:
     """WebDataset: members that share a name up to its first dot are one picture and what is said of it.
 
@@ -37,10 +45,18 @@ def in_tars(source: Source) -> Iterator[Picture]:
 
 def _pictures(file: IO[bytes], split: str, name: str, path: bytes) -> Iterator[Picture]:
     samples: dict[str, Sample] = defaultdict(Sample)  # by name up to the first dot
+    files: dict[str, tarfile.TarInfo] = {}
     broken = None
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
+                if member.isfile():
+                    files[member.name] = member
+                elif member.islnk() and member.linkname in files:  # another name of a file before it
+                    original = files[member.linkname]
+                    member.offset_data, member.size = original.offset_data, original.size
+                else:
+                    continue
                 _add(tar, member, samples)
             file.seek(tar.offset)  # tarfile takes a damaged header for the end
             if file.read(512) != bytes(512):
@@ -53,19 +69,9 @@ def _pictures(file: IO[bytes], split: str, name: str, path: bytes) -> Iterator[P
         yield broken
 
 
-@dataclass
-class Sample:
-    """Members of one name."""
-
-    pictures: list[tarfile.TarInfo] = field(default_factory=list)
-    label: str | None = None
-
-
 def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, Sample]) -> None:
     """A member to its sample."""
-    if member.islnk():  # another name of a file before it
-        member.offset_data, member.size = _linked(tar, member)
-    if not (member.isfile() or member.islnk()) or is_hidden(member.name):
+    if is_hidden(member.name):
         return
     folder, _, base = member.name.rpartition("/")
     stem, _, ending = base.partition(".")
@@ -74,14 +80,6 @@ def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, Sampl
         sample.label = _stated_label(tar, member, ending.lower()) or sample.label
     elif is_image_name(base):
         samples[f"{folder}/{stem}"].pictures.append(member)
-
-
-def _linked(tar: tarfile.TarFile, link: tarfile.TarInfo) -> tuple[int, int]:
-    """Where the content of a hard link lies, and its size."""
-    for member in tar.members:  # type: ignore[attr-defined]
-        if member.name == link.linkname and not member.islnk():
-            return member.offset_data, member.size
-    return 0, 0
 
 
 def _labelled(sample: Sample, split: str, name: str, path: bytes) -> Iterator[Picture]:

@@ -31,7 +31,8 @@ PLACES = {
     "source": "large_string", "path": "large_binary", "at": "int64", "size": "int64", "detail": "string",
     "group": "int32",
 }  # fmt: skip
-CHUNKS = {"parquet": 128}  # pictures that one process reads at once, so that others need not read their group
+CHUNK = 16  # pictures that one process reads at once
+ROW_GROUP_CHUNK = 128  # the same of a Parquet file, so that others need not read their group
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,19 @@ class Listing:
 
     def picture(self, row: int) -> Picture:
         """One of its pictures."""
-        values = {name: self.table[name][row].as_py() for name in Picture._fields if name in PLACES}
+        values = {name: self.table[name][row].as_py() for name in PLACES}
         label = self.table["label"][row].as_py()
         split = next(split for split, (start, stop) in self.splits.items() if start <= row < stop)
         return Picture(split, self.labels[label] if label >= 0 else "", **values)
 
     def chunks(self, rows: range) -> list[range]:
         """These rows in pieces for one process to read: some files, or what lies in one row group."""
-        most = CHUNKS.get(self.kind, 16)
+        in_groups = self.kind == "parquet"
+        most = ROW_GROUP_CHUNK if in_groups else CHUNK
         starts = [rows.start]
         begins_group = self.table["at"].slice(rows.start, len(rows)).to_numpy() == 0
         for row in rows:
-            grouped = self.kind == "parquet" and begins_group[row - rows.start]
+            grouped = in_groups and begins_group[row - rows.start]
             if row > starts[-1] and (grouped or row - starts[-1] == most):
                 starts.append(row)
         return [range(*pair) for pair in pairwise([*starts, rows.stop])]

@@ -95,7 +95,12 @@ def open_source(url: str, image_column: str | None = None, label_column: str | N
     root = posixpath.dirname(path) if single or "*" in path else path
     while "*" in root:
         root = posixpath.dirname(root)
-    source = Source(url, "", files, root, image_column, label_column)
+    return of_its_kind(Source(url, "", files, root, image_column, label_column))
+
+
+def of_its_kind(source: Source) -> Source:
+    """A source whose kind is seen from its files. Raises UserError when they are of several."""
+    url, files = source.url, source.files
     if {"dataset_dict.json", "state.json"} & {source.name(name) for name in files}:
         return replace(source, kind="datasets")
     by_kind = {kind: {path: size for path, size in files.items() if path.lower().endswith(endings)}
@@ -106,7 +111,7 @@ def open_source(url: str, image_column: str | None = None, label_column: str | N
         raise UserError(f"{url} holds {' and '.join(held)}: say which, such as '{pattern}'")
     if held == ["compressed archives"]:
         raise UserError(f"{url} holds {held[0]}, which have to be read in order: decompress them to .tar")
-    if (image_column or label_column) and held != ["parquet"]:
+    if (source.image_column or source.label_column) and held != ["parquet"]:
         what = held[0] if held else "no images"
         raise UserError(f"--image-column and --label-column are for tables; {url} holds {what}")
     if held in ([], ["images"]):  # with all else that lies beside them

@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -21,25 +21,23 @@ from torch import Tensor
 
 from fitv2.autoencoder import load_autoencoder
 from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint, save_model
-from fitv2.data import Batch, Steps, TokenDataset, batches, open_card, require_whole
-from fitv2.ddpm import DDPM
+from fitv2.corruption import corrupted, held_out, objective_of
+from fitv2.data import Batch, Steps, TokenDataset, batches, require_whole
 from fitv2.errors import UserError
 from fitv2.figures import contact_sheet, loss_curve
 from fitv2.files import whole_file, whole_folder
-from fitv2.flow import Flow, PathSample, flow_of, noise
+from fitv2.flow import PathSample
 from fitv2.model import FiT
 from fitv2.optimizers import freeze, learning_rate, optimizers
 from fitv2.packing import FixedCount, Sampler, TokenBudget
 from fitv2.presets import Preset
 from fitv2.runs import cut_log, read_log, settle
-from fitv2.runtime import World, default_device, derive_seed, generator, joined, multiplies_bfloat16, ranks
+from fitv2.runtime import World, default_device, derive_seed, joined, multiplies_bfloat16, ranks
 from fitv2.sample import Request, generate
-from fitv2.settings import Architecture, Rope, Sampling, Training
-from fitv2.stores import Store
-from fitv2.tokens import PackedTokens
+from fitv2.settings import Architecture, Rope, Sampling
 
 # First numbers of the keys that randomness is derived from: (seed, purpose, …).
-WEIGHTS, ORDER, CORRUPTION, VALIDATION = range(4)
+WEIGHTS, ORDER, CORRUPTION = range(3)
 # What libraries raise on a file that is not whole.
 DAMAGE = (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, UserError)
 
@@ -293,6 +291,7 @@ class Trainer:
         processes find different ones.
         """
         wrong: dict[Path, str] = {}
+        loaded = False
         for checkpoint in reversed(checkpoints(self.run)):
             try:
                 self._load(checkpoint)
@@ -301,8 +300,9 @@ class Trainer:
             except DAMAGE as error:
                 wrong[checkpoint] = f"{checkpoint} is damaged ({' '.join(str(error).split())[:200]})"
             else:
+                loaded = True
                 break
-        if wrong and not self.step:
+        if wrong and not loaded:
             raise UserError(f"{'; '.join(wrong.values())}: move it away to begin anew")
         steps = torch.zeros(self.world.size, device=self.device)
         steps[self.world.rank] = self.step
@@ -356,45 +356,6 @@ def fitted(architecture: Architecture, dataset: TokenDataset) -> Architecture:
         in_channels=about.in_channels,
         num_classes=len(about.labels),
     )
-
-
-def objective_of(architecture: Architecture, training: Training) -> Flow | DDPM:
-    """What a model of this architecture is trained on."""
-    return DDPM() if architecture.path == "ddpm" else flow_of(architecture, training)
-
-
-def corrupted(
-    data: PackedTokens, keys: Sequence[tuple[int, ...]], objective: Flow | DDPM, label_dropout: float
-) -> tuple[PathSample, Tensor]:
-    """A path sample, and which labels to drop (B,): each image's draws come from its own key."""
-    times, chances, noises = [], [], []
-    for key, length in zip(keys, data.lengths, strict=True):
-        rng = generator(*key)
-        times.append(objective.draw_time(rng))
-        chances.append(torch.rand((), generator=rng))
-        noises.append(torch.randn(length, data.x_TC.shape[1], generator=rng))
-    sample = objective.sample(data, torch.cat(noises), torch.stack(times))
-    return sample, torch.stack(chances) < label_dropout
-
-
-def held_out(data: Path | str, count: int, objective: Flow | DDPM) -> Iterator[tuple[PathSample, Tensor]]:
-    """All held-out pictures as they are (not mirrored), `count` at a time; none if there are none.
-
-    Each has its own noise, the same every time, and their times cover the training's evenly.
-    """
-    if not open_card(Store(data)).pictures.get("validation"):
-        return
-    dataset = TokenDataset(data, "validation")
-    rows = dataset.first_rows
-    rows = rows[dataset.by_length(rows)]
-    order = torch.randperm(len(rows), generator=generator(VALIDATION))
-    times = objective.spaced((order + 0.5) / len(rows))
-    for start in range(0, len(rows), count):
-        chosen = rows[start : start + count]
-        packed, labels = dataset.batch(chosen)
-        rngs = [generator(VALIDATION, int(r)) for r in chosen]
-        start_TC = noise(packed.lengths, dataset.token_channels, rngs)
-        yield objective.sample(packed, start_TC, times[start : start + count]), labels
 
 
 @contextmanager

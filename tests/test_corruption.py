@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from conftest import held_out_set
+from fitv2.corruption import corrupted, held_out, objective_of
+from fitv2.ddpm import DDPM
+from fitv2.flow import Flow
+from fitv2.presets import preset
+from fitv2.tokens import layout, select
+
+
+@pytest.mark.parametrize("objective", [Flow(), DDPM()])
+def test_an_image_is_corrupted_by_its_own_key_whatever_its_neighbours(objective):
+    data = layout([(2, 3), (1, 4), (5, 1)], 6)
+    keys = [(0, 7), (0, 8), (0, 9)]
+    together, dropped = corrupted(data, keys, objective, 0.5)
+    alone, dropped_alone = corrupted(select(data, [2]), keys[2:], objective, 0.5)
+    assert torch.equal(together.noise_TC[-5:], alone.noise_TC)
+    assert torch.equal(together.t_B[2:], alone.t_B)
+    assert dropped[2] == dropped_alone[0]
+    other, _ = corrupted(select(data, [2]), [(0, 10)], objective, 0.5)
+    assert not torch.equal(other.noise_TC, alone.noise_TC)
+
+
+def test_labels_are_dropped_as_often_as_asked():
+    data = layout([(1, 1)] * 2_000, 1)
+    keys = [(0, i) for i in range(2_000)]
+    shares = [corrupted(data, keys, Flow(), share)[1].float().mean().item() for share in (0.0, 0.1, 1.0)]
+    assert shares == [0.0, pytest.approx(0.1, abs=0.02), 1.0]
+
+
+def test_held_out_pictures_are_the_same_whatever_the_batch(folder, tmp_path):
+    data = held_out_set(folder, tmp_path)
+    pieces = {count: list(held_out(data, count, Flow())) for count in (1, 5, 100)}
+    for batches in pieces.values():
+        times = torch.cat([sample.t_B for sample, _ in batches])
+        torch.testing.assert_close(times.sort().values, (torch.arange(12) + 0.5) / 12)
+        for name in ("noise_TC", "data_TC"):
+            whole = getattr(pieces[100][0][0], name)
+            assert torch.equal(torch.cat([getattr(sample, name) for sample, _ in batches]), whole)
+
+
+def test_a_set_without_held_out_pictures_has_none(tokens):
+    assert list(held_out(tokens, 5, Flow())) == []
+
+
+@pytest.mark.parametrize(("name", "kind"), [("fit-b", DDPM), ("fitv2-b", Flow), ("ablation-a", Flow)])
+def test_the_objective_follows_from_the_path(name, kind):
+    chosen = preset(name)
+    assert isinstance(objective_of(chosen.model, chosen.training), kind)
