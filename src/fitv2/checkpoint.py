@@ -26,6 +26,7 @@ __all__ = [
     "newest_checkpoint",
     "released_forward",
     "save_model",
+    "step_of",
 ]
 
 SHIPPED = Path(__file__).parent / "models"
@@ -130,6 +131,11 @@ def find_model(name: str | Path) -> Path:
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first. Only complete ones carry this name."""
     return sorted(run.glob("checkpoints/step-*"))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest_checkpoint(run: Path) -> Path | None:

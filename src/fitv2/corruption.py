@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fitv2.data import TokenDataset, open_card
 from fitv2.ddpm import DDPM
+from fitv2.errors import UserError
 from fitv2.flow import Flow, PathSample, flow_of, noise
 from fitv2.runtime import generator
 from fitv2.settings import Architecture, Training
@@ -18,8 +19,12 @@ VALIDATION = 3  # first number of the keys of held-out pictures; those of a run'
 
 
 def objective_of(architecture: Architecture, training: Training) -> Flow | DDPM:
-    """What a model of this architecture is trained on."""
-    return DDPM() if architecture.path == "ddpm" else flow_of(architecture, training)
+    """What a model of this architecture is trained on. Raises UserError for settings it cannot have."""
+    if architecture.path != "ddpm":
+        return flow_of(architecture, training)
+    if training.direction_weight:
+        raise UserError("--direction-weight is for velocities, which --path ddpm has none of")
+    return DDPM()
 
 
 def corrupted(
@@ -39,7 +44,8 @@ def corrupted(
 def held_out(data: Path | str, count: int, objective: Flow | DDPM) -> Iterator[tuple[PathSample, Tensor]]:
     """All held-out pictures as they are (not mirrored), `count` at a time; none if there are none.
 
-    Each has its own noise, the same every time, and their times cover the training's evenly.
+    Each has its own noise, the same every time. Their times are spread as the paper's, not as the training's:
+    runs that draw theirs otherwise are comparable.
     """
     if not open_card(Store(data)).pictures.get("validation"):
         return
@@ -47,7 +53,7 @@ def held_out(data: Path | str, count: int, objective: Flow | DDPM) -> Iterator[t
     rows = dataset.first_rows
     rows = rows[dataset.by_length(rows)]
     order = torch.randperm(len(rows), generator=generator(VALIDATION))
-    times = objective.spaced((order + 0.5) / len(rows))
+    times = objective.quantiles((order + 0.5) / len(rows))
     for start in range(0, len(rows), count):
         chosen = rows[start : start + count]
         packed, labels = dataset.batch(chosen)

@@ -184,13 +184,17 @@ class Batch:
     keys: np.ndarray
     rows: np.ndarray  # of the dataset
     images: int  # of the step in all processes
+    fewest: int  # of the process that has fewest of them
 
     def parts(self, count: int) -> list["Batch"]:
-        """This batch in so many parts of nearly equal tokens, or as many as it has images."""
-        if count == 1:
+        """This batch in so many parts of nearly equal tokens, or as many as every process has images.
+
+        All processes have as many parts: they may hold the model between them.
+        """
+        if min(count, self.fewest) == 1:
             return [self]
         places = Step(np.arange(len(self.keys)), self.keys)
-        parts = places.shared(np.array(self.packed.lengths), min(count, len(self.keys)))
+        parts = places.shared(np.array(self.packed.lengths), min(count, self.fewest))
         return [
             Batch(
                 select(self.packed, p.rows.tolist()),
@@ -198,12 +202,14 @@ class Batch:
                 p.keys,
                 self.rows[p.rows],
                 self.images,
+                self.fewest,
             )
             for p in parts
         ]
 
 
-Read = tuple[Step, int, np.ndarray]  # a share of a step, images of the step, tokens as they are stored
+# A share of a step, images of the step and of the smallest share, and tokens as they are stored.
+Read = tuple[Step, int, int, np.ndarray]
 
 
 class Steps:
@@ -219,16 +225,16 @@ class Steps:
         if images < self.ranks:
             few = f"step {number} has {images} images for {self.ranks} processes"
             raise UserError(f"{few}: raise --batch-size or --tokens-a-step")
-        if self.ranks > 1:
-            step = step.shared(self.dataset.lengths[step.rows], self.ranks)[self.rank]
+        shares = step.shared(self.dataset.lengths[step.rows], self.ranks) if self.ranks > 1 else [step]
+        fewest, step = min(len(share.rows) for share in shares), shares[self.rank]
         order = self.dataset.by_length(step.rows)
         step = Step(step.rows[order], step.keys[order])
-        return step, images, self.dataset.numbers(step.rows)
+        return step, images, fewest, self.dataset.numbers(step.rows)
 
     def packed(self, read: Read) -> Batch:
         """The batch of a step that was read."""
-        step, images, numbers = read
-        return Batch(*self.dataset.packed(step.rows, numbers), step.keys, step.rows, images)
+        step, images, fewest, numbers = read
+        return Batch(*self.dataset.packed(step.rows, numbers), step.keys, step.rows, images, fewest)
 
     def batch(self, number: int) -> Batch:
         """The batch of a step."""

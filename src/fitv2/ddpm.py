@@ -35,6 +35,14 @@ class DDPM:
         """Shares in (0, 1), from noise to data, as steps."""
         return ((1 - share) * STEPS).long().clamp_max(STEPS - 1)
 
+    def progress(self, t_B: Tensor) -> Tensor:
+        """How far steps are from noise (0) to data (1)."""
+        return 1 - (t_B + 0.5) / STEPS
+
+    def quantiles(self, share: Tensor) -> Tensor:
+        """The same: all steps are equally likely."""
+        return self.spaced(share)
+
     def sample(self, data: PackedTokens, noise_TC: Tensor, t_B: Tensor) -> PathSample:
         """√ᾱ·data + √(1−ᾱ)·noise at the steps `t_B`."""
         signal = _at(KEPT.sqrt(), t_B, data)

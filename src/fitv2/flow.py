@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import cosine_similarity
 
 from fitv2.errors import UserError, nearest
 from fitv2.paths import PATHS, Path, score
@@ -182,6 +183,14 @@ class Flow:
         """A random time of training, ()."""
         return self.spaced(self.draw(rng))
 
+    def progress(self, t_B: Tensor) -> Tensor:
+        """How far times are from noise (0) to data (1)."""
+        return t_B
+
+    def quantiles(self, share: Tensor) -> Tensor:
+        """Shares in (0, 1) as times of the paper's distribution, logit-normal (0, 1), whatever `draw` is."""
+        return self.spaced(torch.sigmoid(torch.special.ndtri(share)))
+
     def sample(self, data: PackedTokens, noise_TC: Tensor, t_B: Tensor) -> PathSample:
         """The points x_t of the path between `noise_TC` and `data` at times `t_B`."""
         alpha, sigma = self.path.coefficients(data.spread(t_B)[:, None])
@@ -193,6 +202,16 @@ class Flow:
         error = PREDICTIONS[self.prediction].error(self.path, output_TC.float(), sample, t_T1)
         weight_B = WEIGHTS[self.weight](self.path, sample.t_B)
         return weight_B * sample.noisy.mean_per_image(error.square().mean(1))
+
+    def direction_loss(self, output_TC: Tensor, sample: PathSample) -> Tensor:
+        """1 − cosine of the predicted and the true velocity, mean over each image's tokens, (B,).
+
+        "FasterDiT" (arXiv 2410.10356) adds it to the squared error.
+        """
+        alpha_rate, sigma_rate = self.path.derivatives(sample.noisy.spread(sample.t_B)[:, None])
+        true_TC = alpha_rate * sample.data_TC + sigma_rate * sample.noise_TC
+        made_TC = self.velocity(output_TC, sample.noisy, sample.t_B)
+        return sample.noisy.mean_per_image(1 - cosine_similarity(made_TC, true_TC, dim=1))
 
     def velocity(self, output_TC: Tensor, noisy: PackedTokens, t_B: Tensor) -> Tensor:
         """The velocity that an output stands for, (T, C) float32."""

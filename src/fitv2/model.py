@@ -155,8 +155,10 @@ class FiT(ModelMixin, ConfigMixin):
 
     Arguments are those of `fitv2.settings.Architecture`; `rope` are the fields of `fitv2.settings.Rope`.
     The null label of classifier-free guidance is `num_classes`. Raises UserError for a shape that no
-    model can have.
+    model can have. `enable_gradient_checkpointing()` keeps a block's input alone and computes the rest again.
     """
+
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -177,6 +179,7 @@ class FiT(ModelMixin, ConfigMixin):
         rope: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = False
         self.architecture = Architecture(
             depth, width, heads, patch_size, in_channels, num_classes, prediction, path, mlp_width,
             adaln, lora_rank, qk_norm, time_shift, from_dict(Rope, rope or {}),
@@ -242,7 +245,11 @@ class FiT(ModelMixin, ConfigMixin):
         shared_B6D = 0.0 if self.modulation is None else self.modulation(silu_c_BD)
         head_dim = self.architecture.width // self.architecture.heads
         rotation_T1P = rotation(packed, head_dim, self.architecture.rope)
-        x_TD = self.patch_embed(packed.x_TC.to(self.dtype))
+        x_TD = self.patch_embed(packed.x_TC.to(self.patch_embed.weight.dtype))
         for block in self.blocks:
-            x_TD = block(x_TD, packed, shared_B6D, silu_c_BD, rotation_T1P)
+            inputs = x_TD, packed, shared_B6D, silu_c_BD, rotation_T1P
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_TD = self._gradient_checkpointing_func(block, *inputs)
+            else:
+                x_TD = block(*inputs)
         return self.head(x_TD, packed, silu_c_BD)

@@ -1,7 +1,14 @@
 """What a run folder says of itself: run.json, which rebuilds the run, and its log."""
 
 import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
 from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +25,12 @@ from fitv2.shards import DatasetCard
 # the learning rate with it.
 FREE = (
     "check_data",
+    "compile",
+    "milestone_every",
+    "recompute",
+    "shard",
+    "stall_minutes",
+    "track",
     "micro_batches",
     "workers",
     "steps",
@@ -57,6 +70,46 @@ def settle(run: Path, preset: Preset, data: DatasetCard, init: str | None) -> No
     elif run.exists() and any(run.iterdir()):
         raise UserError(f"{run} exists and is not a run: choose another --out")
     write_json(path, described | {"torch": torch.__version__})
+
+
+def note_start(run: Path, step: int, processes: int) -> None:
+    """Append to starts.jsonl what is being started: the command, versions, the state of the code."""
+    line = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "command": shlex.join(sys.argv),
+        "processes": processes,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("fitv2", "torch", "diffusers")},
+        },
+        "machine": machine(),
+        "code": code_state(),
+    }
+    with (run / "starts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def machine() -> str:
+    """What a run computes on, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} cores, {platform.machine()} {platform.system()}"
+
+
+def code_state() -> str | None:
+    """The commit of the package's own repository, and whether files differ from it; None if it has none."""
+    asked = []
+    for question in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
+        try:
+            command = ["git", "-C", str(Path(__file__).parent), *question]
+            asked.append(
+                subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+    commit, changes = asked
+    return f"{commit} with changes" if changes else commit
 
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:

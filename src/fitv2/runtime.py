@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,12 +21,13 @@ def default_device() -> torch.device:
 
     Under torchrun each process of a machine has an accelerator of its own.
     """
-    if named := os.environ.get("FITV2_DEVICE"):
-        return torch.device(named)
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None:
+    named = os.environ.get("FITV2_DEVICE")
+    found = torch.device(named) if named else torch.accelerator.current_accelerator(check_available=True)
+    if found is None or found.type == "cpu":
         return torch.device("cpu")
-    return torch.device(found.type, int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else found
+    if found.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device(found.type, int(os.environ["LOCAL_RANK"]))
+    return found
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -57,32 +58,35 @@ class World:
 
     rank: int = 0
     size: int = 1
+    group: dist.ProcessGroup | None = None
+    """For messages beside those of training, from another thread."""
 
     @property
     def first(self) -> bool:
         """Whether this is the process that writes and reports."""
         return self.rank == 0
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Make each tensor the sum of those of all processes, in place; all get the same bits.
+    def add_up(self, tensor: Tensor) -> None:
+        """Make a tensor the sum of those of all processes, in place; all get the same bits."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
 
-        Raises UserError when one of them has ended.
-        """
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, stacked in order of their ranks."""
         if self.size == 1:
-            return
-        try:
-            for sending in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                sending.wait()
-        except RuntimeError as error:
-            raise UserError("another process of this run has ended: see what it says") from error
+            return tensor[None]
+        row = torch.zeros(self.size, *tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        row[self.rank] = tensor
+        self.add_up(row)
+        return row
 
     def any(self, here: bool) -> bool:
         """Whether it is so in any process."""
-        if self.size == 1:
-            return here
-        flag = torch.tensor(float(here), device=default_device())
-        self.add_up([flag])
-        return bool(flag.item())
+        return bool(self.gather(torch.tensor(here, device=default_device(), dtype=torch.int32)).any())
+
+    def ranks(self) -> range:
+        """Of all processes."""
+        return range(self.size)
 
     def wait(self) -> None:
         """Until all processes have come as far."""
@@ -90,11 +94,11 @@ class World:
 
 
 @contextmanager
-def joined() -> Iterator[World]:
+def joined(stall_minutes: float = 10) -> Iterator[World]:
     """The world that torchrun started this process in; of one process, if it did not.
 
-    One that waits for another for longer than half an hour ends with an error. Raises UserError when
-    something else set its rank.
+    Raises UserError when something else set its rank, when another process ends, and when one waits for
+    another for longer than `stall_minutes`.
     """
     rank, size = ranks()
     if size == 1:
@@ -111,11 +115,31 @@ def joined() -> Iterator[World]:
         # could be reached. (Of several machines each has a count of its own.)
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30))
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=stall_minutes)
+    )
     try:
-        yield World(rank, size)
+        with partner_named():
+            yield World(rank, size, dist.new_group(backend="gloo"))
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def partner_named() -> Iterator[None]:
+    """Turn an error in talking to another process into a UserError that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if not (isinstance(error, dist.DistError) or "gloo/" in said):
+            raise
+        done = (
+            "did not answer in time (--stall-minutes)"
+            if "imed out" in said
+            else "has ended: see what it says"
+        )
+        raise UserError(f"another process of this run {done}") from error
 
 
 @contextmanager

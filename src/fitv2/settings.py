@@ -183,6 +183,14 @@ class Training:
     """Processes that read tokens ahead; 0 reads them between steps, which is enough on a local disk."""
     trainable: Literal["all", "post-training"] = "all"
     """post-training: as in the paper, the patch embedding, the biases, the modulations and the head alone."""
+    shard: int = 1
+    """Of several processes, how many hold the model, its average and the optimizer's state once between them
+    (FSDP2); 1: each holds all. Results are the same."""
+    recompute: bool = False
+    """Keep no activations inside the blocks, but compute them again in the backward pass (activation
+    checkpointing): less memory, a third more work."""
+    compile: bool = False
+    """torch.compile of the blocks: minutes before the first step, faster steps on a GPU."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Muon is for the matrices of the blocks; the rest is AdamW's always."""
     learning_rate: float = 1e-4
@@ -209,6 +217,8 @@ class Training:
     """Its standard deviation."""
     loss_weight: Literal["none", "velocity", "likelihood"] = "none"
     """Of the error of a predicted noise or score, by time; see `fitv2.flow`."""
+    direction_weight: float = 0.0
+    """How much 1 - cosine of the predicted and the true velocity counts beside the squared error."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; weights, optimizer, path and loss are float32 always. auto: bfloat16, unless
     the processor would have to emulate it."""
@@ -226,6 +236,13 @@ class Training:
     """Steps between checkpoints."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    milestone_every: int | None = None
+    """Steps between checkpoints that are kept for good [default: none is]."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where numbers and sheets of samples go, beside log.jsonl in the run folder. wandb sends them over the
+    network."""
+    stall_minutes: float = 10.0
+    """How long a process waits for the others before it gives up, and torchrun may start all again."""
 
     def __post_init__(self) -> None:
         """UserError for settings that cannot work."""
@@ -233,7 +250,11 @@ class Training:
         at_least(1, log_every=self.log_every, validate_every=self.validate_every)
         at_least(1, sample_every=self.sample_every, save_every=self.save_every)
         at_least(0, seed=self.seed, minutes=self.minutes or 0, learning_rate=self.learning_rate)
-        at_least(1, micro_batches=self.micro_batches)
+        at_least(1, micro_batches=self.micro_batches, shard=self.shard)
+        at_least(1, milestone_every=1 if self.milestone_every is None else self.milestone_every)
+        if not 0 < self.stall_minutes < 1e6:
+            raise UserError(f"--stall-minutes is {self.stall_minutes}; it must be above 0")
+        at_least(0, direction_weight=self.direction_weight)
         at_least(1, tokens_a_step=1 if self.tokens_a_step is None else self.tokens_a_step)
         at_least(0, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps, workers=self.workers)
         if not 0 <= self.crop_probability <= 1:

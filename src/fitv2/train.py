@@ -1,45 +1,45 @@
 """The training loop. A run is a folder; the same command run again carries on from its checkpoint."""
 
-import json
 import math
-import pickle
-import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fitv2.autoencoder import load_autoencoder
-from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint, save_model
+from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint, step_of
 from fitv2.corruption import corrupted, held_out, objective_of
 from fitv2.data import Batch, Steps, TokenDataset, batches, require_whole
 from fitv2.errors import UserError
 from fitv2.figures import contact_sheet, loss_curve
-from fitv2.files import whole_file, whole_folder
-from fitv2.flow import PathSample
+from fitv2.files import whole_file
+from fitv2.flops import TrainingFlops, peak_flops
+from fitv2.flow import Flow, PathSample
+from fitv2.meters import ByTime, Rates, memory_gib
 from fitv2.model import FiT
 from fitv2.optimizers import freeze, learning_rate, optimizers
 from fitv2.packing import FixedCount, Sampler, TokenBudget
+from fitv2.parallel import Weights
 from fitv2.presets import Preset
-from fitv2.runs import cut_log, read_log, settle
+from fitv2.runs import cut_log, note_start, read_log, settle
 from fitv2.runtime import World, default_device, derive_seed, joined, multiplies_bfloat16, ranks
 from fitv2.sample import Request, generate
-from fitv2.settings import Architecture, Rope, Sampling
+from fitv2.saver import Saver
+from fitv2.settings import Architecture, Rope, Sampling, Training
+from fitv2.tracking import Tracker, trackers
+from fitv2.training_state import DAMAGE, read_state, staged, state_of
 
 # First numbers of the keys that randomness is derived from: (seed, purpose, …).
 WEIGHTS, ORDER, CORRUPTION = range(3)
-# What libraries raise on a file that is not whole.
-DAMAGE = (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, UserError)
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,19 @@ def train(
     deadline = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
     if preset.training.check_data and dataset.store.is_local:
         require_whole(dataset.store, dataset.card, check, *ranks())
-    with joined() as world:
+    with joined(preset.training.stall_minutes) as world, interrupted() as signalled:
+
+        def stop() -> bool:
+            return signalled() or time.monotonic() >= deadline
+
         trainer = Trainer(preset, dataset, data, run, init, world)
-        with interrupted() as stop:
-            while trainer.step < preset.training.steps:
-                if world.any(stop() or time.monotonic() >= deadline):
-                    break
-                trainer.advance(report)
-        trainer.save()
+        try:
+            stopping = world.any(stop())
+            while trainer.step < preset.training.steps and not stopping:
+                stopping = trainer.advance(report, stop)
+            trainer.save()
+        finally:
+            trainer.close()
         if world.first:
             loss_curve(read_log(run / "log.jsonl"), run / "loss.png", f"Loss of {run.name}")
         world.wait()
@@ -102,145 +107,159 @@ class Trainer:
         init: str | None,
         world: World | None = None,
     ) -> None:
-        self.config, self.dataset, self.run = preset.training, dataset, run
+        self.config, self.dataset, self.data, self.run = preset.training, dataset, data, run
         self.world = world = world or World()
         self.device = default_device()
         about = dataset.card.about
         self.card = Card(about.labels, about.autoencoder, about.max_tokens)
-        architecture = fitted(preset.model, dataset)
-        if self.config.trainable != "all" and not init:
-            raise UserError(
-                f"--trainable {self.config.trainable} trains a part of a trained model: give --init"
-            )
-        start = starting_model(init, architecture, self.card.labels) if init else None
-        architecture = start.architecture if start else architecture
-        torch.manual_seed(derive_seed(self.config.seed, WEIGHTS))
-        # float32: what the optimizer changes
-        self.master = (start or FiT(**asdict(architecture))).to(self.device).train()
-        freeze(self.master, self.config.trainable)
-        self.objective = objective_of(architecture, self.config)
-        if world.first:  # which alone validates and draws
+        model = first_model(preset, dataset, self.card.labels, init)
+        self.weights = Weights(model, self.device, self.dtype, world, self.config.shard)
+        self.objective = objective_of(model.architecture, self.config)
+        # Which draw: the processes that hold the first copy of the model between them.
+        self.draws = world.rank < self.config.shard
+        if self.draws:
             self.codec = load_autoencoder(self.card.autoencoder, self.device)
-            self.validation = list(held_out(data, self.config.batch_size, self.objective))
-        seed, budget = derive_seed(self.config.seed, ORDER), self.config.tokens_a_step
-        images = dataset.images(self.config.crop_probability)
-        sampler: Sampler = FixedCount(images, self.config.batch_size, seed)
-        if budget is not None:
-            sampler = TokenBudget(images, budget, seed)
+        self.optimizers = optimizers(self.weights.master, self.config)
+        self.flops, self.rates = TrainingFlops(model), Rates(peak_flops(self.device))
         # Last of what can fail on wrong input: a run folder is only made for a run that can start.
         if world.first:
-            settle(run, Preset(preset.about, architecture, preset.training), dataset.card, init)
+            settle(run, Preset(preset.about, model.architecture, preset.training), dataset.card, init)
         world.wait()
-        self.ema = deepcopy(self.master).eval().requires_grad_(False)
-        self.model = self.master
-        fast = self.config.precision == "auto" and multiplies_bfloat16(self.device)
-        if fast or self.config.precision == "bfloat16":
-            # Not FiT.to: diffusers' warns of modules that there are none of.
-            self.model = torch.nn.Module.to(deepcopy(self.master), torch.bfloat16)
-        # Each parameter that is trained: what the optimizer changes, its average, and what computes.
-        every = zip(self.master.parameters(), self.ema.parameters(), self.model.parameters(), strict=True)
-        self.trained = [weights for weights in every if weights[0].requires_grad]
-        self.optimizers = optimizers(self.master, self.config)
         self.step = 0
+        self.saver = Saver(run, self.card, world, self.config.keep, self.config.milestone_every)
         self.resume()
         world.wait()  # none may write a checkpoint that another has not looked for yet
+        self.trackers: list[Tracker] = []
         if world.first:
+            self.saver.clean()
             cut_log(run / "log.jsonl", self.step)
-            for partial in run.glob("checkpoints/.step-*"):  # of a process that was killed
-                shutil.rmtree(partial)
-        self.steps = Steps(dataset, sampler, world.rank, world.size)
+            note_start(run, self.step, world.size)
+            self.trackers = trackers(self.config.track, run, self.step, asdict(preset))
+        if self.config.compile:
+            compile_blocks(self.weights.model)
+        self.by_time = ByTime(self.device)
+        self.steps = Steps(dataset, sampler_of(dataset, self.config), world.rank, world.size)
         self.batches = batches(self.steps, self.step, self.config.workers)
 
-    def advance(self, report: Callable[[Progress], None]) -> None:
-        """One step, and what is due after it."""
-        config, started = self.config, time.monotonic()
-        batch = next(self.batches)
-        value = self.gradients(batch)
-        norm = self.clipped_norm()
-        if not math.isfinite(value + norm):
-            some = ", ".join(self.dataset.sources(batch.rows[:5]))
-            raise FloatingPointError(
-                f"loss {value} and gradient norm {norm} at step {self.step + 1}, of {batch.images} images"
-                f" such as {some}; the last checkpoint is kept"
-            )
-        self.update()
-        self.step += 1
-        if not self.world.first:
-            return
-        rate = batch.images / (time.monotonic() - started)
-        report(Progress(self.step, value, rate))
-        if self.step % config.log_every == 0:
-            line = {"loss": value, "gradient_norm": norm, "images_per_second": round(rate, 1)}
-            self.log(line | {"learning_rate": learning_rate(config, self.step - 1)})
-        if self.step % config.validate_every == 0 and self.validation:
-            self.log({"validation": self.validate()})
-        if self.step % config.save_every == 0:
-            self.save()
-        if self.step % config.sample_every == 0:
-            self.draw()
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        precision = self.config.precision
+        fast = precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(self.device))
+        return torch.bfloat16 if fast else torch.float32
 
-    def gradients(self, batch: Batch) -> float:
-        """The gradients of a step's mean loss over its images, in float32, and that loss.
+    def advance(self, report: Callable[[Progress], None], stop: Callable[[], bool] = lambda: False) -> bool:
+        """One step, and what is due after it; whether any process was told to stop meanwhile."""
+        with self.rates.step():
+            with self.rates.waiting():
+                batch = next(self.batches)
+            loss, stopping = self.gradients(batch, stop)
+            norm = self.weights.clip(self.config.clip)
+            if not math.isfinite(norm):
+                raise self.not_finite("a gradient norm", norm, batch, self.world.ranks())
+            self.update()
+            self.step += 1
+        self.rates.count(batch.packed.lengths, batch.images, self.flops(batch.packed.lengths))
+        if self.world.first:
+            report(Progress(self.step, loss, batch.images / self.rates.latest))
+        self.follow_up(loss, norm)
+        return stopping or (self.world.size == 1 and stop())  # what came later, without asking the others
+
+    def gradients(self, batch: Batch, stop: Callable[[], bool] = lambda: False) -> tuple[float, bool]:
+        """The gradients of a step's mean loss over its images, in float32; that loss; whether any is to stop.
 
         A sum over images divided by the count of all: so parts of a step, and processes, with
-        other numbers of images and tokens add up to the same.
+        other numbers of images and tokens add up to the same. Raises FloatingPointError when the
+        loss is not finite.
         """
-        total = torch.zeros((), device=self.device)
+        mine = torch.zeros((), device=self.device)
         for part in batch.parts(self.config.micro_batches):
             sample, labels = self.corrupted(part)
-            output = self.model(sample.noisy, sample.t_B, labels)
-            loss = self.objective.loss(output, sample).sum() / batch.images
+            output = self.weights.model(sample.noisy, sample.t_B, labels)
+            loss_B = self.objective.loss(output, sample)
+            self.by_time.add(self.objective.progress(sample.t_B), loss_B.detach())
+            if self.config.direction_weight and isinstance(self.objective, Flow):
+                loss_B = loss_B + self.config.direction_weight * self.objective.direction_loss(output, sample)
+            loss = loss_B.sum() / batch.images
             loss.backward()
-            total += loss.detach()
-            self.take_gradients()
-        self.world.add_up([total, *(weight.grad for weight, *_ in self.trained if weight.grad is not None)])
-        return total.item()
+            mine += loss.detach()
+            self.weights.collect()
+        # One message and one wait for the device: the losses of all processes, and which want to stop.
+        told = self.world.gather(torch.stack([mine, mine.new_tensor(float(stop()))])).tolist()
+        total = sum(loss for loss, _ in told)
+        if not math.isfinite(total):
+            odd = [rank for rank, (loss, _) in enumerate(told) if not math.isfinite(loss)]
+            raise self.not_finite("a loss", total, batch, odd)
+        return total, any(flag for _, flag in told)
 
-    def take_gradients(self) -> None:
-        """Add the gradients of the model that computes to those of the float32 weights."""
-        if self.model is self.master:
-            return
-        for weight, _, computed in self.trained:
-            assert computed.grad is not None
-            gradient, computed.grad = computed.grad.float(), None
-            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+    def not_finite(self, what: str, value: float, batch: Batch, ranks: Sequence[int]) -> FloatingPointError:
+        """The error that names the step, the processes, and the images of this one if it is among them."""
+        said = f"{what} of {value} at step {self.step + 1}"
+        if self.world.size > 1:
+            said += f" in process {', '.join(map(str, ranks))}"
+        if self.world.rank in ranks:
+            said += f", of images such as {', '.join(self.dataset.sources(batch.rows[:5]))}"
+        return FloatingPointError(f"{said}; the last checkpoint is kept")
 
     def corrupted(self, batch: Batch) -> tuple[PathSample, Tensor]:
         """The pictures of a step, corrupted, and their labels, some of them dropped."""
         keys = [(self.config.seed, CORRUPTION, int(key)) for key in batch.keys]
         sample, dropped = corrupted(batch.packed, keys, self.objective, self.config.label_dropout)
-        labels = torch.where(dropped, self.master.null_label, batch.labels)
+        labels = torch.where(dropped, self.weights.master.null_label, batch.labels)
         return sample.to(self.device), labels.to(self.device)
-
-    def clipped_norm(self) -> float:
-        """Clip the gradients; their norm before."""
-        weights = [weight for weight, *_ in self.trained]
-        return float(torch.nn.utils.clip_grad_norm_(weights, self.config.clip))
 
     def update(self) -> None:
         """Step, average, and hand the new weights to the model that computes."""
-        weights, averages, computing = map(list, zip(*self.trained, strict=True))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, self.step)
             optimizer.step()
             optimizer.zero_grad()
-        with torch.no_grad():
-            # An average over at most a tenth of the steps so far: early weights do not linger.
-            decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(averages, weights, 1 - decay)
-            if self.model is not self.master:
-                torch._foreach_copy_(computing, weights)
+        # An average over at most a tenth of the steps so far: early weights do not linger.
+        self.weights.follow(min(self.config.ema_decay, (1 + self.step) / (10 + self.step)))
 
-    @torch.inference_mode()
-    def validate(self) -> float:
-        """The averaged model's loss on held-out pictures, with fixed noise and evenly spread times."""
-        losses = []
-        for held, labels in self.validation:
-            sample = held.to(self.device)
-            output = self.ema(sample.noisy, sample.t_B, labels.to(self.device))
-            losses.append(self.objective.loss(output, sample))
-        return float(torch.cat(losses).mean())
+    def follow_up(self, loss: float, norm: float) -> None:
+        """What is due after some steps: lines of the log, validation, a sheet of samples, a checkpoint."""
+        config, step = self.config, self.step
+        if step % config.log_every == 0:
+            self.log(self.measured(loss, norm))
+        if step % config.validate_every == 0:
+            self.log(self.validate())
+        if step % config.save_every == 0 or step % (config.milestone_every or math.inf) == 0:
+            self.save()
+        if step % config.sample_every == 0 and self.draws:
+            self.draw()
+        self.saver.look()
+
+    def measured(self, loss: float, norm: float) -> dict[str, float]:
+        """What a line of the log says of the step, and of those since the last line."""
+        self.world.add_up(self.by_time.sums)
+        values = {"loss": loss, "gradient_norm": norm, "weight_norm": self.weights.norm()}
+        values |= {"learning_rate": learning_rate(self.config, self.step - 1)}
+        # That of this step stays the first: lines that differ in what was logged between may be compared.
+        values = self.by_time.means("loss") | values | self.rates.values(self.world.size)
+        values |= {"memory_gib": memory_gib(self.device)}
+        self.by_time, self.rates = ByTime(self.device), Rates(self.rates.peak)
+        return values
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The averaged model's loss on held-out pictures with fixed times and noise, also by time.
+
+        Nothing if there are no such pictures.
+        The processes share the batches. Each computes as many, since they may hold the model between them.
+        """
+        losses = ByTime(self.device)
+        size = -(-self.config.batch_size // self.world.size)
+        for shared in batched(held_out(self.data, size, self.objective), self.world.size):
+            has_one = self.world.rank < len(shared)
+            sample, labels = shared[self.world.rank if has_one else 0]
+            sample = sample.to(self.device)
+            output = self.weights.average(sample.noisy, sample.t_B, labels.to(self.device))
+            if has_one:
+                losses.add(self.objective.progress(sample.t_B), self.objective.loss(output, sample))
+        self.world.add_up(losses.sums)
+        return losses.means("validation")
 
     def draw(self) -> None:
         """A sheet of samples at several sizes from fixed seeds."""
@@ -254,35 +273,36 @@ class Trainer:
         requests = [Request(int(label), size, 0) for size in sizes for label in labels]
         made = [
             (self.card.labels[request.label], image)
-            for request, image in generate(self.ema, self.codec, requests, sampling=Sampling(steps=20))
+            for request, image in generate(
+                self.weights.average, self.codec, requests, sampling=Sampling(steps=20)
+            )
         ]
+        if not self.world.first:
+            return
         rows = [made[i : i + len(labels)] for i in range(0, len(made), len(labels))]
+        sheet = contact_sheet(rows, f"step {self.step}")
         with whole_file(self.run / "samples" / f"step-{self.step:07d}.png") as partial:
-            contact_sheet(rows, f"step {self.step}").save(partial)
+            sheet.save(partial)
+        for tracker in self.trackers:
+            tracker.image(self.step, "samples", sheet)
 
-    def log(self, values: dict[str, Any]) -> None:
-        """Append a line to log.jsonl."""
-        with (self.run / "log.jsonl").open("a") as file:
-            file.write(json.dumps({"step": self.step} | values) + "\n")
+    def log(self, values: dict[str, float]) -> None:
+        """Hand values to the trackers; only the first process has any."""
+        for tracker in self.trackers if values else ():
+            tracker.scalars(self.step, values)
 
     def save(self) -> None:
-        """Write a checkpoint, whole or not at all, then remove the oldest ones."""
-        folder = self.run / "checkpoints" / f"step-{self.step:07d}"
-        if folder.exists() or not self.world.first:
+        """Begin to write a checkpoint, unless that of this step is there."""
+        if self.saver.begun(self.step):
             return
-        state = {
-            "step": self.step,
-            "weights": self.master.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        try:
-            with whole_folder(folder) as partial:
-                save_model(self.ema, self.card, partial / "ema")
-                torch.save(state, partial / "training.pt")
-        except (RuntimeError, SafetensorError) as error:  # a quota or a limit on the size of files
-            raise UserError(f"checkpoint {folder} cannot be written: {error}") from error
-        for old in checkpoints(self.run)[: -self.config.keep]:
-            shutil.rmtree(old)
+        state = staged(state_of(self.weights.master, self.optimizers))
+        self.saver.save(self.step, state, self.weights.averaged(self.world))
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written, and end the trackers."""
+        self.saver.finish()
+        for tracker in self.trackers:
+            tracker.close()
 
     def resume(self) -> None:
         """Carry on from the newest checkpoint that can be read; damaged ones before it get another name.
@@ -290,43 +310,77 @@ class Trainer:
         Raises UserError when there are checkpoints, but none of them can be read, and when the
         processes find different ones.
         """
-        wrong: dict[Path, str] = {}
-        loaded = False
-        for checkpoint in reversed(checkpoints(self.run)):
-            try:
-                self._load(checkpoint)
-            except torch.OutOfMemoryError:
-                raise  # no fault of the checkpoint
-            except DAMAGE as error:
-                wrong[checkpoint] = f"{checkpoint} is damaged ({' '.join(str(error).split())[:200]})"
-            else:
-                loaded = True
-                break
-        if wrong and not loaded:
-            raise UserError(f"{'; '.join(wrong.values())}: move it away to begin anew")
-        steps = torch.zeros(self.world.size, device=self.device)
-        steps[self.world.rank] = self.step
-        self.world.add_up([steps])
-        if len(steps.unique()) > 1:
+        found = checkpoints(self.run)
+        newest = torch.tensor(step_of(found[-1]) if found else -1, device=self.device)
+        if len(self.world.gather(newest).unique()) > 1:
             raise UserError(
                 f"the processes find different checkpoints in {self.run}: all need the same folder"
             )
+        wrong: dict[Path, str] = {}
+        for checkpoint in reversed(found):
+            reason = self._load(checkpoint)
+            if not self.world.any(reason is not None):
+                self.step = step_of(checkpoint)
+                break
+            said = reason or "so another process says"
+            wrong[checkpoint] = f"{checkpoint} is damaged ({' '.join(said.split())[:200]})"
+        if wrong and len(wrong) == len(found):
+            raise UserError(f"{'; '.join(wrong.values())}: move it away to begin anew")
         if wrong and self.world.first:
             said = f"{'; '.join(wrong.values())}; carrying on from step {self.step}"
             warnings.warn(f"{said}, damaged ones are now called damaged-…", stacklevel=2)
             for damaged in wrong:  # else it would stand in the way of its successor
                 damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
 
-    def _load(self, checkpoint: Path) -> None:
-        state = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
-        averages = load_model(checkpoint / "ema")[0].state_dict()
-        self.master.load_state_dict(state["weights"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.ema.load_state_dict(averages)
-        if self.model is not self.master:
-            self.model.load_state_dict(self.master.state_dict())
-        self.step = state["step"]
+    def _load(self, checkpoint: Path) -> str | None:
+        """Put a checkpoint into the weights and optimizers; what is wrong with it if it cannot be read."""
+        try:
+            averages = load_model(checkpoint / "ema")[0]
+            read_state(checkpoint / "state", self.weights.master, self.optimizers)
+            self.weights.restore(averages)
+        except torch.OutOfMemoryError:
+            raise  # no fault of the checkpoint
+        except DAMAGE as error:
+            return str(error)
+        return None
+
+
+def first_model(preset: Preset, dataset: TokenDataset, labels: tuple[str, ...], init: str | None) -> FiT:
+    """What a run starts from, in float32 on the CPU: random weights, or those of another model.
+
+    Raises UserError when a part of a model is to be trained and there is none.
+    """
+    config = preset.training
+    architecture = fitted(preset.model, dataset)
+    if config.trainable != "all" and not init:
+        raise UserError(f"--trainable {config.trainable} trains a part of a trained model: give --init")
+    torch.manual_seed(derive_seed(config.seed, WEIGHTS))
+    model = starting_model(init, architecture, labels) if init else FiT(**asdict(architecture))
+    freeze(model, config.trainable)
+    if config.recompute:
+        model.enable_gradient_checkpointing()
+    return model.train()
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of so many items, the last may have fewer."""
+    items = iter(items)
+    while some := list(islice(items, size)):
+        yield some
+
+
+def sampler_of(dataset: TokenDataset, config: Training) -> Sampler:
+    """Which images a step takes."""
+    images, seed = dataset.images(config.crop_probability), derive_seed(config.seed, ORDER)
+    if config.tokens_a_step is not None:
+        return TokenBudget(images, config.tokens_a_step, seed)
+    return FixedCount(images, config.batch_size, seed)
+
+
+def compile_blocks(model: FiT) -> None:
+    """Compile each block's forward pass once, for any number of tokens and images."""
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def starting_model(name: str, architecture: Architecture, labels: tuple[str, ...]) -> FiT:

@@ -1,0 +1,119 @@
+"""Where the numbers and pictures of a run go: log.jsonl always, and what people watch it with."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from fitv2.errors import UserError
+
+Scalars = Mapping[str, float]
+
+
+class Tracker(Protocol):
+    """Takes the numbers of a step, and its pictures. Names have a / between group and quantity."""
+
+    def scalars(self, step: int, values: Scalars) -> None:
+        """Some numbers of a step."""
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """A picture of a step."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
+
+class JsonLines:
+    """A line of JSON for each call, in a file that is cut to a checkpoint when a run resumes from it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def scalars(self, step: int, values: Scalars) -> None:
+        """Append a line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """Nothing: pictures lie beside the file."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class TensorBoard:
+    """Event files. What a killed run logged after its checkpoint is hidden when it resumes."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        board: Any = imported("tensorboard", "torch.utils.tensorboard")
+        self.writer = board.SummaryWriter(str(run / "tensorboard"), purge_step=step + 1, flush_secs=30)
+
+    def scalars(self, step: int, values: Scalars) -> None:
+        """One curve each."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """A slider of pictures."""
+        self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write the rest."""
+        self.writer.close()
+
+
+class Hosted:
+    """Weights & Biases, or trackio, which has the same functions."""
+
+    def __init__(self, name: str, run: Path, config: Mapping[str, Any]) -> None:
+        self.module: Any = imported(name, name)
+        options: dict[str, Any] = {"project": "fitv2", "name": run.name, "config": dict(config)}
+        if name == "wandb":
+            # One run for one folder, however often it was started.
+            options |= {"id": run_id(run), "resume": "allow", "dir": str(run)}
+        else:
+            options |= {"resume": "allow"}
+        self.module.init(**options)
+
+    def scalars(self, step: int, values: Scalars) -> None:
+        """One curve each."""
+        self.module.log(dict(values), step=step)
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """A picture."""
+        self.module.log({name: self.module.Image(image)}, step=step)
+
+    def close(self) -> None:
+        """Hand over the rest."""
+        self.module.finish()
+
+
+def trackers(names: Iterable[str], run: Path, step: int, config: Mapping[str, Any]) -> list[Tracker]:
+    """The log, and one tracker for each name. Raises UserError when its package is not installed."""
+    chosen: list[Tracker] = [JsonLines(run / "log.jsonl")]
+    for name in names:
+        chosen.append(TensorBoard(run, step) if name == "tensorboard" else Hosted(name, run, config))
+    return chosen
+
+
+def run_id(run: Path) -> str:
+    """A name for the run that no other folder has, of the letters that services allow."""
+    import hashlib
+
+    return hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+
+
+def imported(package: str, module: str) -> ModuleType:
+    """A module of a package that is optional; UserError saying how to install it."""
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"--track {package} needs it: pip install {package}, or give another --track"
+        ) from error
