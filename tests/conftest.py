@@ -1,7 +1,9 @@
 """Small real pictures, datasets and models that tests share."""
 
 import io
+import multiprocessing
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,37 @@ def randomized(model, seed=0):
 def noise_of(packed, channels, first=0):
     """Noise tokens for a pack, image i's from the key (first + i,)."""
     return noise(packed.lengths, channels, [generator(first + i) for i in range(len(packed.sizes))])
+
+
+FORK = multiprocessing.get_context("fork")  # a fresh interpreter would take seconds to import
+
+
+def together(size, work):
+    """What `work` of each rank raises, as text, in so many processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    said = FORK.Queue()
+
+    def run(rank):
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        try:
+            work(rank)
+        except Exception as error:
+            said.put((rank, f"{type(error).__name__}: {error}"))
+        else:
+            said.put((rank, None))
+
+    processes = [FORK.Process(target=run, args=(rank,)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    errors = dict(said.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * size
+    return [errors[rank] for rank in range(size)]
 
 
 def held_out_set(folder, tmp_path):

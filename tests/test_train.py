@@ -1,12 +1,10 @@
 import json
 import math
-import multiprocessing
 import os
 import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import held_out_set, randomized
+from conftest import FORK, held_out_set, randomized, together
 from fitv2.checkpoint import WEIGHTS, checkpoints, load_model, newest_checkpoint
 from fitv2.data import Steps, TokenDataset
 from fitv2.encode import encode
@@ -98,20 +96,6 @@ def test_a_run_folder_holds_what_people_look_for(tokens, tmp_path):
     assert model.config.num_classes == 2
 
 
-def test_continuing_another_model(tokens, tmp_path):
-    train(settings(steps=2), tokens, tmp_path / "first")
-    dataset = TokenDataset(tokens)
-    trainer = Trainer(settings(steps=1), dataset, tokens, tmp_path / "second", str(tmp_path / "first"))
-    expected = load_model(tmp_path / "first")[0]
-    for averaged in (trainer.weights.master, trainer.weights.average):
-        for one, other in zip(averaged.parameters(), expected.parameters(), strict=True):
-            assert torch.equal(one, other)
-    wider = replace(settings(steps=1), model=replace(DEBUG.model, width=64))
-    with pytest.raises(UserError, match="another width"):
-        train(wider, tokens, tmp_path / "third", init=str(tmp_path / "first"))
-    assert not (tmp_path / "third").exists()
-
-
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tokens, tmp_path):
     train(settings(steps=1), tokens, tmp_path / "run")
     trainer = Trainer(settings(steps=9), TokenDataset(tokens), tokens, tmp_path / "run", None)
@@ -122,6 +106,64 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tokens, tmp_pa
     ):
         trainer.advance(lambda _: None)
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-0000001"]
+
+
+def test_a_loss_that_is_not_finite_names_the_process(tokens, tmp_path):
+    def work(rank):
+        steps = []
+        corrupt = Trainer.corrupted
+
+        def with_a_hole(trainer, batch):
+            sample, labels = corrupt(trainer, batch)
+            steps.append(0)
+            if rank == 1 and len(steps) == 3:
+                sample.data_TC[0] = math.nan
+            return sample, labels
+
+        Trainer.corrupted = with_a_hole
+        train(settings(steps=9, save_every=2, batch_size=8), tokens, tmp_path / "run")
+
+    others, its_own = together(2, work)
+    assert others == "FloatingPointError: a loss of nan at step 3 in process 1; the last checkpoint is kept"
+    assert re.match(
+        r"FloatingPointError: a loss of nan at step 3 in process 1, of images such as \w+/\d+\.png", its_own
+    )
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
+
+
+def test_a_process_that_stalls_is_found(tokens, tmp_path):
+    def work(rank):
+        update = Trainer.update
+
+        def asleep(trainer):
+            if rank == 1 and trainer.step == 3:
+                time.sleep(8)
+            update(trainer)
+
+        Trainer.update = asleep
+        train(settings(steps=9, batch_size=8, stall_minutes=0.05), tokens, tmp_path / "run")
+
+    waited, stalled = together(2, work)
+    assert waited == "UserError: another process of this run did not answer in time (--stall-minutes)"
+    assert stalled == "UserError: another process of this run has ended: see what it says"
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same_and_are_compiled_once(tokens, tmp_path):
+    """Steps of other numbers of images and tokens; a compilation more only where there is a single image."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    for compiled in (False, True):
+        chosen = settings(steps=8, compile=compiled, tokens_a_step=60, sample_every=100, validate_every=100)
+        train(
+            replace(chosen, model=replace(DEBUG.model, depth=1)), tokens, tmp_path / str(compiled),
+            report=lambda _: graphs.append(counters["stats"]["unique_graphs"]),
+        )  # fmt: skip
+    assert 0 < graphs[8] == graphs[-1]
+    np.testing.assert_allclose(curve(tmp_path / "True"), curve(tmp_path / "False"), rtol=1e-4)
 
 
 @pytest.mark.parametrize("part", ["ema", "state"])
@@ -225,12 +267,6 @@ def test_processes_that_find_different_checkpoints_say_so(tokens, tmp_path):
     assert newest.exists()
 
 
-def test_post_training_needs_a_trained_model(tokens, tmp_path):
-    with pytest.raises(UserError, match=r"--trainable post-training trains a part of .*: give --init"):
-        train(settings(steps=1, trainable="post-training"), tokens, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_damaged_checkpoint_after_one_of_step_0_is_passed_over_too(tokens, tmp_path):
     train(settings(steps=2, minutes=0.0), tokens, tmp_path / "run")
     newest = train(settings(steps=2), tokens, tmp_path / "run")
@@ -275,17 +311,6 @@ def to_released_name(name):
     return next(iter(to_released({name: torch.zeros(4, 4)})))
 
 
-def test_a_run_started_from_a_post_trained_model_keeps_its_positions(tokens, tmp_path):
-    rope = Rope("ntk", train_side=4)
-    scaled = replace(settings(steps=1), model=replace(DEBUG.model, rope=rope))
-    train(scaled, tokens, tmp_path / "first")
-    train(settings(steps=1), tokens, tmp_path / "second", init=str(tmp_path / "first"))
-    assert load_model(tmp_path / "second")[0].architecture.rope == rope
-    assert (
-        json.loads((tmp_path / "second" / "run.json").read_text())["model"]["rope"]["extrapolation"] == "ntk"
-    )
-
-
 def test_batch_does_not_depend_on_its_size(tokens, tmp_path):
     """What a picture meets (time, noise, dropped label) follows from its position alone."""
     trainer = Trainer(settings(steps=1), TokenDataset(tokens), tokens, tmp_path / "run", None)
@@ -314,37 +339,6 @@ def test_a_token_budget_resumes_to_the_same_weights(tokens, tmp_path):
 def curve(run):
     """The losses and gradient norms of a log."""
     return [(line["loss"], line["gradient_norm"]) for line in read_log(run / "log.jsonl") if "loss" in line]
-
-
-FORK = multiprocessing.get_context("fork")  # a fresh interpreter would take seconds to import
-
-
-def together(size, work):
-    """What `work` of each rank raises, as text, in so many processes, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    said = FORK.Queue()
-
-    def run(rank):
-        os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
-        try:
-            work(rank)
-        except Exception as error:
-            said.put((rank, f"{type(error).__name__}: {error}"))
-        else:
-            said.put((rank, None))
-
-    processes = [FORK.Process(target=run, args=(rank,)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    errors = dict(said.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * size
-    return [errors[rank] for rank in range(size)]
 
 
 def train_with(size, preset, tokens, run):

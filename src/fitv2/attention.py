@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fitv2.tokens import PackedTokens
 
 
+@torch.compiler.disable  # what is compiled must hold for images of any lengths
 def attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packed: PackedTokens) -> Tensor:
     """Softmax attention within each image of `packed`; (T, H, K) in and out.
 

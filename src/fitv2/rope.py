@@ -139,5 +139,9 @@ def rotation(packed: PackedTokens, head_dim: int, rope: Rope) -> Tensor:
 
 def rotate(x_THK: Tensor, rotation_T1P: Tensor) -> Tensor:
     """Turn interleaved pairs (2i, 2i+1) of every head, in float32; returns the dtype of `x_THK`."""
+    if torch.compiler.is_compiling():  # it generates no code for complex numbers
+        a, b = x_THK.float().unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = torch.view_as_real(rotation_T1P).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x_THK.dtype)
     pairs = torch.view_as_complex(x_THK.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation_T1P).flatten(-2).to(x_THK.dtype)

@@ -62,11 +62,7 @@ class Saver:
             if self.world.first:
                 partial.rename(folder)
                 self._prune()
-        except OSError:
-            raise
-        except BaseException as error:  # that of torch's checkpoints is none of Exception
-            if isinstance(error, KeyboardInterrupt):
-                raise
+        except Exception as error:
             reason = " ".join(str(error).split())[-300:]
             raise UserError(f"checkpoint {folder} cannot be written: {reason}") from error
         finally:

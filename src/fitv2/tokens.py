@@ -73,7 +73,9 @@ class PackedTokens:
         values are gathered, and summed back by segment: the scatter that autograd would use rounds
         at every addition and adds in no fixed order.
         """
-        kind = _ScaledSum if x_TD.device.type == "cpu" else _GatheredScaledSum
+        # A compiled graph must not depend on the runs.
+        by_run = x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
+        kind = _ScaledSum if by_run else _GatheredScaledSum
         return kind.apply(base, x_TD, scale_BD, self)
 
     def by_run(self, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:

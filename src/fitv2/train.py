@@ -6,12 +6,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,26 +19,27 @@ from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint, s
 from fitv2.corruption import corrupted, held_out, objective_of
 from fitv2.data import Batch, Steps, TokenDataset, batches, require_whole
 from fitv2.errors import UserError
-from fitv2.figures import contact_sheet, loss_curve
+from fitv2.figures import loss_curve
 from fitv2.files import whole_file
 from fitv2.flops import TrainingFlops, peak_flops
 from fitv2.flow import Flow, PathSample
 from fitv2.meters import ByTime, Rates, memory_gib
 from fitv2.model import FiT
-from fitv2.optimizers import freeze, learning_rate, optimizers
+from fitv2.optimizers import learning_rate, optimizers
 from fitv2.packing import FixedCount, Sampler, TokenBudget
 from fitv2.parallel import Weights
 from fitv2.presets import Preset
+from fitv2.preview import preview
 from fitv2.runs import cut_log, note_start, read_log, settle
 from fitv2.runtime import World, default_device, derive_seed, joined, multiplies_bfloat16, ranks
-from fitv2.sample import Request, generate
 from fitv2.saver import Saver
-from fitv2.settings import Architecture, Rope, Sampling, Training
+from fitv2.settings import Training
+from fitv2.starting import first_model
 from fitv2.tracking import Tracker, trackers
 from fitv2.training_state import DAMAGE, read_state, staged, state_of
 
-# First numbers of the keys that randomness is derived from: (seed, purpose, …).
-WEIGHTS, ORDER, CORRUPTION = range(3)
+# First numbers of the keys that randomness is derived from: (seed, purpose, …). 0 is of random weights.
+ORDER, CORRUPTION = 1, 2
 
 
 @dataclass(frozen=True)
@@ -263,24 +263,9 @@ class Trainer:
 
     def draw(self) -> None:
         """A sheet of samples at several sizes from fixed seeds."""
-        side = max(2, math.isqrt(self.card.max_tokens))
-        sizes = [
-            (side, side),
-            (max(1, side * 5 // 8), side * 5 // 4),
-            (max(1, side // 2), side * 3 // 2),
-        ]
-        labels = np.linspace(0, len(self.card.labels) - 1, min(8, len(self.card.labels))).astype(int)
-        requests = [Request(int(label), size, 0) for size in sizes for label in labels]
-        made = [
-            (self.card.labels[request.label], image)
-            for request, image in generate(
-                self.weights.average, self.codec, requests, sampling=Sampling(steps=20)
-            )
-        ]
+        sheet = preview(self.weights.average, self.codec, self.card, f"step {self.step}")
         if not self.world.first:
             return
-        rows = [made[i : i + len(labels)] for i in range(0, len(made), len(labels))]
-        sheet = contact_sheet(rows, f"step {self.step}")
         with whole_file(self.run / "samples" / f"step-{self.step:07d}.png") as partial:
             sheet.save(partial)
         for tracker in self.trackers:
@@ -345,23 +330,6 @@ class Trainer:
         return None
 
 
-def first_model(preset: Preset, dataset: TokenDataset, labels: tuple[str, ...], init: str | None) -> FiT:
-    """What a run starts from, in float32 on the CPU: random weights, or those of another model.
-
-    Raises UserError when a part of a model is to be trained and there is none.
-    """
-    config = preset.training
-    architecture = fitted(preset.model, dataset)
-    if config.trainable != "all" and not init:
-        raise UserError(f"--trainable {config.trainable} trains a part of a trained model: give --init")
-    torch.manual_seed(derive_seed(config.seed, WEIGHTS))
-    model = starting_model(init, architecture, labels) if init else FiT(**asdict(architecture))
-    freeze(model, config.trainable)
-    if config.recompute:
-        model.enable_gradient_checkpointing()
-    return model.train()
-
-
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Lists of so many items, the last may have fewer."""
     items = iter(items)
@@ -379,37 +347,9 @@ def sampler_of(dataset: TokenDataset, config: Training) -> Sampler:
 
 def compile_blocks(model: FiT) -> None:
     """Compile each block's forward pass once, for any number of tokens and images."""
+    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
     for block in model.blocks:
         block.forward = torch.compile(block.forward, dynamic=True)
-
-
-def starting_model(name: str, architecture: Architecture, labels: tuple[str, ...]) -> FiT:
-    """The model `name`, with the positions of `architecture` if it scales any: they hold no weights.
-
-    Raises UserError when it has another architecture else, or other labels.
-    """
-    model, card = load_model(name)
-    if architecture.rope == Rope():
-        architecture = replace(architecture, rope=model.architecture.rope)
-    model = model.with_rope(architecture.rope)
-    theirs = asdict(model.architecture)
-    differing = [key for key, value in asdict(architecture).items() if theirs[key] != value]
-    if card.labels != labels:
-        differing.append("labels")
-    if differing:
-        raise UserError(f"{name} cannot start this run: it has another {', '.join(differing)}")
-    return model
-
-
-def fitted(architecture: Architecture, dataset: TokenDataset) -> Architecture:
-    """`architecture` with the token layout and labels of the dataset."""
-    about = dataset.card.about
-    return replace(
-        architecture,
-        patch_size=about.patch_size,
-        in_channels=about.in_channels,
-        num_classes=len(about.labels),
-    )
 
 
 @contextmanager

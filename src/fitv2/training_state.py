@@ -5,7 +5,8 @@ state.json, written last, names them: without it, or with a file of another size
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 
 from fitv2.config import read_json
 from fitv2.errors import UserError
@@ -50,7 +55,8 @@ def write_state(state: State, folder: Path, group: dist.ProcessGroup | None = No
     Returns in the first process when all have written.
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
+    with unwrapped():
+        dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
     if group is None or dist.get_rank(group) == 0:
         files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
         write_json(folder / CARD, {"files": files})
@@ -74,7 +80,20 @@ def read_state(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.
     if state.keys() != stored.keys():
         odd = sorted(state.keys() ^ stored.keys())[0]
         raise UserError(f"{folder} is the state of another model or optimizer: {odd} is only in one of them")
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    with unwrapped():
+        dcp.load(state, storage_reader=reader, no_dist=True)
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raise what went wrong in place of torch's own error, which is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        if isinstance(reason, Exception):
+            raise reason from error
+        raise RuntimeError(f"process {rank}: {reason}") from error
 
 
 def _remember(
