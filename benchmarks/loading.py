@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -28,8 +29,8 @@ from fitv2.shards import CARD, About, Shard, ShardRows, finish, shard_name
 CHANNELS, IMAGES_A_SHARD, IMAGES_A_STEP = 16, 4096, 64
 
 
-def synthetic(folder: Path, images: int) -> None:
-    """A dataset of so many images of 4 to 256 tokens, 130 on average, one row each."""
+def synthetic(folder: Path, images: int, sizes: Sequence[tuple[int, int]] = ()) -> None:
+    """A dataset of so many images, one row each, of `sizes` or of 4 to 256 tokens, 130 on average."""
     rng = np.random.default_rng(0)
     numbers = rng.standard_normal((1 << 20, CHANNELS)).astype(np.float16)
     about = About(tuple(f"label {i}" for i in range(1000)), "pixels", 1.0, 0.0, 2, 4, 256)
@@ -39,6 +40,7 @@ def synthetic(folder: Path, images: int) -> None:
         rows = ShardRows()
         for image in range(start, min(start + IMAGES_A_SHARD, images)):
             size = rng.integers(2, 17, 2) if image % 3 else (13, 18)
+            size = sizes[image] if sizes else size
             length = int(size[0] * size[1])
             at = int(rng.integers(len(numbers) - length))
             tokens = numbers[at : at + length].reshape(int(size[0]), int(size[1]), CHANNELS)

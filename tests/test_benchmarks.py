@@ -21,9 +21,23 @@ def test_packed_vs_padded_prints_one_object_of_ratios():
         assert all(ratio > 0 for ratio in mix.values())
 
 
+TINY = ["--width=48", "--depth=1"]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
+        (
+            "training_step.py",
+            [*TINY, "--tokens=600", "--steps=2"],
+            {"seconds", "beside_forward_and_backward"},
+        ),
+        ("image_size.py", [*TINY, "--repeats=1"], {"tokens_per_second", "time", "flops", "ratio"}),
+        (
+            "gpu_train.py",
+            [*TINY, "--preset=fitv2-b", "--images=4", "--micro-batches=2", "--steps=1", "--eager-only"],
+            {"images_per_second", "share_of_peak"},
+        ),
         ("planning.py", ["20000"], {"fill", "seconds_an_epoch", "megabytes"}),
         ("encoding.py", ["--pictures=40", "--milliseconds=1"], {"busy", "reading_alone_per_second"}),
         (
@@ -33,7 +47,7 @@ def test_packed_vs_padded_prints_one_object_of_ratios():
         ),
     ],
 )
-def test_benchmarks_of_the_data_print_their_figures(name, options, said):
+def test_benchmarks_print_their_figures(name, options, said):
     command = [sys.executable, BENCHMARKS / name, *options]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     for line in result.stdout.splitlines():

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,10 +112,7 @@ def joined(stall_minutes: float = 10) -> Iterator[World]:
     if device.index is not None:
         torch.cuda.set_device(device)
     store, _, _ = next(rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun keeps the store when it starts its processes again, and what it says is where the last ones
-        # could be reached. (Of several machines each has a count of its own.)
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = fresh(store, rank, size, 60 * stall_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=stall_minutes)
@@ -123,6 +122,35 @@ def joined(stall_minutes: float = 10) -> Iterator[World]:
             yield World(rank, size, dist.new_group(backend="gloo"))
     finally:
         dist.destroy_process_group()
+
+
+def fresh(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store:
+    """A part of the store that only the processes living now use, once all have come.
+
+    torchrun keeps the store when it starts processes again, and what it says is where the last ones could be
+    reached. Each process writes a number of its own; the first gathers them until nobody has written another
+    since, which it knows when all repeat what it gathered. Raises UserError when that takes too long.
+    """
+    mine, others = secrets.token_hex(8), range(1, size)
+    deadline = time.monotonic() + seconds
+
+    def said(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    store.set(f"fitv2/here/{rank}", mine)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            gathered = ",".join([mine, *(said(f"fitv2/here/{other}") for other in others)])
+            store.set("fitv2/gathered", gathered)
+            if all(said(f"fitv2/seen/{other}") == gathered for other in others):
+                store.set("fitv2/go", gathered)
+                return dist.PrefixStore(f"fitv2/{gathered}", store)
+        elif mine in (gathered := said("fitv2/gathered")).split(","):
+            store.set(f"fitv2/seen/{rank}", gathered)
+            if said("fitv2/go") == gathered:
+                return dist.PrefixStore(f"fitv2/{gathered}", store)
+        time.sleep(0.02)
+    raise UserError("another process of this run did not come in time (--stall-minutes)")
 
 
 @contextmanager

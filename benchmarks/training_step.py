@@ -1,0 +1,120 @@
+"""Where a training step's time goes: data, forward, backward, optimizer, rest.
+
+    python benchmarks/training_step.py [--preset fitv2-b] [--depth 3] [--tokens 2048] [--steps 5]
+
+Trains a preset, by default at a smaller depth for a CPU's sake, on synthetic latents of ImageNet-like sizes.
+`data` is reading, packing and corrupting; `optimizer` clipping, AdamW and the average. The floor is the
+products of forward and backward at the rate of a large product of matrices: measured, or the data sheet's.
+Prints one JSON object, medians over the steps.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from fitv2.data import TokenDataset
+from fitv2.flops import peak_flops
+from fitv2.presets import preset
+from fitv2.train import Trainer
+from loading import synthetic
+from packed_vs_padded import imagenet_sizes
+
+
+class Stopwatch:
+    """Seconds by part of a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, defaultdict[str, float](float)
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            started = self.now()
+            result = function(*arguments, **options)
+            self.seconds[part] += self.now() - started
+            return result
+
+        return run
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return perf_counter()
+
+
+def watched(trainer: Trainer, watch: Stopwatch) -> Callable[[], bool]:
+    """A step of the trainer whose parts are timed."""
+    trainer.batches = iter(watch.timed("data", trainer.batches.__next__), None)
+    trainer.corrupted = watch.timed("data", trainer.corrupted)  # type: ignore[method-assign]
+    trainer.weights.model.forward = watch.timed("forward", trainer.weights.model.forward)
+    object.__setattr__(trainer.objective, "loss", watch.timed("forward", trainer.objective.loss))
+    trainer.weights.clip = watch.timed("optimizer", trainer.weights.clip)  # type: ignore[method-assign]
+    trainer.update = watch.timed("optimizer", trainer.update)  # type: ignore[method-assign]
+    setattr(torch.Tensor, "backward", watch.timed("backward", torch.Tensor.backward))  # noqa: B010
+    return watch.timed("all", lambda: trainer.advance(lambda _: None))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--preset", default="fitv2-b")
+    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--width", type=int, help="another than the preset's")
+    parser.add_argument("--tokens", type=int, default=2048, help="a step")
+    parser.add_argument("--steps", type=int, default=5)
+    options = parser.parse_args()
+    chosen = preset(options.preset)
+    model = replace(chosen.model, depth=options.depth, width=options.width or chosen.model.width)
+    training = replace(chosen.training, tokens_a_step=options.tokens, log_every=1 << 40, track=())
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "tokens"
+        synthetic(data, 500, imagenet_sizes(500, np.random.default_rng(0)))
+        trainer = Trainer(
+            replace(chosen, model=model, training=training),
+            TokenDataset(data),
+            data,
+            Path(folder) / "run",
+            None,
+        )
+        trainer.advance(lambda _: None)
+        watch = Stopwatch(trainer.device)
+        step = watched(trainer, watch)
+        splits, floors = [], []
+        for _ in range(options.steps):
+            watch.seconds.clear()
+            flops = trainer.rates.flops
+            step()
+            splits.append(dict(watch.seconds))
+            floors.append((trainer.rates.flops - flops) / peak_flops(trainer.device))
+        trainer.close()
+    parts = {
+        part: statistics.median(split[part] for split in splits)
+        for part in ("all", "data", "forward", "backward", "optimizer")
+    }
+    beside = [1 - (split["forward"] + split["backward"]) / split["all"] for split in splits]
+    rest = statistics.median(
+        s["all"] - s["data"] - s["forward"] - s["backward"] - s["optimizer"] for s in splits
+    )
+    print(
+        json.dumps(
+            {
+                "device": str(trainer.device),
+                "parameters": trainer.weights.master.num_parameters(),
+                "seconds": {name: round(value, 4) for name, value in (parts | {"rest": rest}).items()},
+                "beside_forward_and_backward": round(statistics.median(beside), 4),
+                "of_floor": round(statistics.median(floors) / parts["all"], 3),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
