@@ -55,7 +55,9 @@ def watched(trainer: Trainer, watch: Stopwatch) -> Callable[[], bool]:
     """A step of the trainer whose parts are timed."""
     trainer.batches = iter(watch.timed("data", trainer.batches.__next__), None)
     trainer.corrupted = watch.timed("data", trainer.corrupted)  # type: ignore[method-assign]
-    trainer.weights.model.forward = watch.timed("forward", trainer.weights.model.forward)
+    trainer.weights.model.forward = watch.timed(  # type: ignore[method-assign]
+        "forward", trainer.weights.model.forward
+    )
     object.__setattr__(trainer.objective, "loss", watch.timed("forward", trainer.objective.loss))
     trainer.weights.clip = watch.timed("optimizer", trainer.weights.clip)  # type: ignore[method-assign]
     trainer.update = watch.timed("optimizer", trainer.update)  # type: ignore[method-assign]

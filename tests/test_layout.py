@@ -32,6 +32,7 @@ LEVELS = [
         "bars",
         "figures",
         "flow",
+        "muon",
         "presets",
         "rope",
         "shards",

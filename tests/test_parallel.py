@@ -6,8 +6,8 @@ from torch.nn.functional import mse_loss
 from conftest import randomized, together
 from fitv2.errors import UserError
 from fitv2.model import FiT
-from fitv2.parallel import Weights, local, whole
-from fitv2.runtime import World, joined
+from fitv2.parallel import Weights
+from fitv2.runtime import World, joined, local, whole
 from fitv2.tokens import layout
 
 CPU = torch.device("cpu")

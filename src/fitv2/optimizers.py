@@ -3,6 +3,7 @@
 import torch
 
 from fitv2.model import FiT
+from fitv2.muon import Muon
 from fitv2.settings import Training
 
 
@@ -17,22 +18,27 @@ def freeze(model: FiT, trainable: str) -> None:
         parameter.requires_grad_(trainable == "all" or chosen)
 
 
+# Matrices that hold several in their rows: q, k and v; gate and up; shifts, scales and gates.
+PIECES = {"qkv.weight": 3, "gate_up.weight": 2, "modulation.weight": 6, "modulation.up.weight": 6}
+
+
 def optimizers(model: FiT, config: Training) -> list[torch.optim.Optimizer]:
     """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
 
-    Muon: Jordan et al. 2024; scaled to AdamW's step size (arXiv 2502.16982), so that one learning
-    rate fits both.
+    Muon's steps are as large as AdamW's, so that one learning rate fits both.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    blocks = {id(p) for p in model.blocks.parameters() if p.ndim == 2 and config.optimizer == "muon"}
-    matrices = [p for p in trained if id(p) in blocks]
-    rest = [p for p in trained if id(p) not in blocks]
+    groups = []
+    chosen: set[int] = set()
+    if config.optimizer == "muon":
+        for name, matrix in model.blocks.named_parameters():
+            if matrix.requires_grad and matrix.ndim == 2:
+                pieces = next((n for end, n in PIECES.items() if name.endswith(end)), 1)
+                groups.append({"params": [matrix], "pieces": pieces})
+                chosen.add(id(matrix))
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     decay = config.weight_decay
     adamw = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, config.beta2), weight_decay=decay, fused=True)
-    if not matrices:
-        return [adamw]
-    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, adamw]
+    return [Muon(groups, weight_decay=decay), adamw] if groups else [adamw]
 
 
 def learning_rate(config: Training, step: int) -> float:

@@ -5,15 +5,13 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fitv2.errors import UserError
 from fitv2.model import FiT
-from fitv2.runtime import World
+from fitv2.runtime import World, local, part, whole
 
 
 class Weights:
@@ -100,20 +98,10 @@ class Weights:
     def restore(self, average: FiT) -> None:
         """Take over an average; the weights were read in place."""
         for mine, whole_one in zip(self.average.parameters(), average.parameters(), strict=True):
-            local(mine).copy_(_part(whole_one, mine))
+            local(mine).copy_(part(whole_one, mine))
         if self.model is not self.master:
             for computing, weight in zip(self.model.parameters(), self.master.parameters(), strict=True):
                 computing.copy_(weight)
-
-
-def _part(tensor: Tensor, like: Tensor) -> Tensor:
-    """What this process holds of a tensor that is divided as `like`."""
-    if not isinstance(like, DTensor):
-        return tensor
-    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    for dimension, (length, first) in enumerate(zip(shape, offset, strict=True)):
-        tensor = tensor.narrow(dimension, first, length)
-    return tensor
 
 
 def _mesh(device: torch.device, world: World, shard: int) -> DeviceMesh:
@@ -127,18 +115,8 @@ def _mesh(device: torch.device, world: World, shard: int) -> DeviceMesh:
 
 def _shard(model: FiT, mesh: DeviceMesh, **options: Any) -> None:
     """Block by block, so that one block at a time is whole."""
-    for part in (*model.blocks, model):
-        sharded = cast(FSDPModule, fully_shard(part, mesh=mesh, **options))
+    for module in (*model.blocks, model):
+        sharded = cast(FSDPModule, fully_shard(module, mesh=mesh, **options))
         # The loss is divided by the images of all processes: gradients are summed, not averaged.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that processes share; all of them have to ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

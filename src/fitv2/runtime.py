@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fitv2.errors import UserError
 
@@ -168,6 +170,26 @@ def partner_named() -> Iterator[None]:
             else "has ended: see what it says"
         )
         raise UserError(f"another process of this run {done}") from error
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that processes share; all of them have to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part(tensor: Tensor, like: Tensor) -> Tensor:
+    """What this process holds of a tensor that is divided as `like`."""
+    if not isinstance(like, DTensor):
+        return tensor
+    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    for dimension, (length, first) in enumerate(zip(shape, offset, strict=True)):
+        tensor = tensor.narrow(dimension, first, length)
+    return tensor
 
 
 @contextmanager
