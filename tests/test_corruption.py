@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from conftest import held_out_set
 from fitv2.corruption import corrupted, held_out, objective_of
 from fitv2.ddpm import DDPM
-from fitv2.flow import Flow
+from fitv2.errors import UserError
+from fitv2.flow import Flow, flow_of
 from fitv2.presets import preset
 from fitv2.tokens import layout, select
 
@@ -22,6 +25,9 @@ def test_an_image_is_corrupted_by_its_own_key_whatever_its_neighbours(objective)
     assert not torch.equal(other.noise_TC, alone.noise_TC)
 
 
+DEBUG = preset("debug")
+
+
 def test_labels_are_dropped_as_often_as_asked():
     data = layout([(1, 1)] * 2_000, 1)
     keys = [(0, i) for i in range(2_000)]
@@ -34,7 +40,8 @@ def test_held_out_pictures_are_the_same_whatever_the_batch(folder, tmp_path):
     pieces = {count: list(held_out(data, count, Flow())) for count in (1, 5, 100)}
     for batches in pieces.values():
         times = torch.cat([sample.t_B for sample, _ in batches])
-        torch.testing.assert_close(times.sort().values, (torch.arange(12) + 0.5) / 12)
+        even = torch.special.ndtr(torch.logit(times.sort().values))  # as logit-normal ones have it
+        torch.testing.assert_close(even, (torch.arange(12) + 0.5) / 12)
         for name in ("noise_TC", "data_TC"):
             whole = getattr(pieces[100][0][0], name)
             assert torch.equal(torch.cat([getattr(sample, name) for sample, _ in batches]), whole)
@@ -48,3 +55,20 @@ def test_a_set_without_held_out_pictures_has_none(tokens):
 def test_the_objective_follows_from_the_path(name, kind):
     chosen = preset(name)
     assert isinstance(objective_of(chosen.model, chosen.training), kind)
+
+
+def test_validation_is_the_same_however_a_run_draws_its_times(folder, tmp_path):
+    data = held_out_set(folder, tmp_path)
+    flows = [
+        flow_of(DEBUG.model, replace(DEBUG.training, **how))
+        for how in ({}, {"times": "uniform"}, {"time_mean": 2.0})
+    ]
+    times = [torch.cat([sample.t_B for sample, _ in held_out(data, 5, flow)]) for flow in flows]
+    assert torch.equal(times[0], times[1])
+    assert torch.equal(times[0], times[2])
+
+
+def test_a_direction_is_refused_where_there_is_no_velocity():
+    chosen = preset("fit-b")
+    with pytest.raises(UserError, match="--direction-weight is for velocities"):
+        objective_of(chosen.model, replace(chosen.training, direction_weight=0.5))

@@ -134,3 +134,23 @@ def test_an_image_has_the_same_noise_in_any_company():
 def test_what_there_is_not_is_named(names, said):
     with pytest.raises(UserError, match=said):
         Flow(*names)
+
+
+def test_quantiles_are_those_of_the_papers_times():
+    """Half-way is the median, and drawn times fill their shares evenly."""
+    flow = Flow()
+    assert float(flow.quantiles(torch.tensor(0.5))) == pytest.approx(0.5)
+    drawn = torch.stack([logit_normal(generator(i)) for i in range(4000)])
+    for share in (0.1, 0.5, 0.8):
+        below = (drawn < flow.quantiles(torch.tensor(share))).float().mean()
+        assert float(below) == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=names)
+def test_the_direction_of_a_perfect_output_costs_nothing_and_of_its_opposite_two(flow):
+    point = sample(flow)
+    right = perfect(flow, point)
+    torch.testing.assert_close(flow.direction_loss(right, point), torch.zeros(3), atol=1e-5, rtol=0)
+    if flow.prediction == "velocity":
+        torch.testing.assert_close(flow.direction_loss(-right, point), torch.full((3,), 2.0))
+        torch.testing.assert_close(flow.direction_loss(7 * right, point), torch.zeros(3), atol=1e-5, rtol=0)

@@ -139,3 +139,22 @@ def test_gated_and_its_gradients():
     gate, up = (torch.randn(shape, generator=generator, dtype=torch.double).requires_grad_() for _ in "ab")
     torch.testing.assert_close(_Gated.apply(gate, up), gate * gate.sigmoid() * up)
     assert torch.autograd.gradcheck(_Gated.apply, (gate, up))
+
+
+def test_activations_that_are_computed_again_give_the_same_gradients(model):
+    """And fewer numbers are kept meanwhile."""
+    packed = layout([(2, 3), (4, 4)], 6)
+    packed = packed.with_tokens(torch.randn(22, 6, generator=torch.Generator().manual_seed(0)))
+    gradients, kept = [], []
+    for again in (False, True):
+        model.zero_grad()
+        if again:
+            model.enable_gradient_checkpointing()
+        numbers = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: numbers.append(x.numel()) or x, lambda x: x):  # noqa: B023
+            loss = model(packed, torch.tensor([0.2, 0.8]), torch.tensor([1, 2])).square().sum()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        kept.append(sum(numbers))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert kept[1] < kept[0] / 2

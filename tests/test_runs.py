@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -6,7 +8,7 @@ import pytest
 from fitv2.config import from_dict, read_json
 from fitv2.errors import UserError
 from fitv2.presets import Architecture, Training, preset
-from fitv2.runs import cut_log, read_log, settle
+from fitv2.runs import code_state, cut_log, note_start, read_log, settle
 from fitv2.shards import About, DatasetCard
 
 DEBUG = preset("debug")
@@ -52,3 +54,35 @@ def test_the_log_is_cut_to_the_checkpoint(tmp_path):
     log.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)) + '{"step": 6, "lo')
     cut_log(log, 3)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_each_start_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fitv2", "train", "a b"])
+    note_start(tmp_path, 0, 1)
+    note_start(tmp_path, 30, 8)
+    first, second = (json.loads(line) for line in (tmp_path / "starts.jsonl").open())
+    assert (first["step"], second["step"], second["processes"]) == (0, 30, 8)
+    assert first["command"] == "fitv2 train 'a b'"
+    assert {"python", "fitv2", "torch", "diffusers"} <= first["versions"].keys()
+    assert first["machine"]
+
+
+def test_the_state_of_the_code_is_that_of_its_repository(tmp_path, monkeypatch):
+    import fitv2.runs
+
+    module = tmp_path / "package" / "runs.py"
+    module.parent.mkdir()
+    module.write_text("x")
+    monkeypatch.setattr(fitv2.runs, "__file__", str(module))
+    assert code_state() is None
+
+    def git(*command):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *command], check=True, capture_output=True)
+
+    for command in (["init"], ["add", "."], ["commit", "-m", "one"]):
+        git(*command)
+    commit = code_state()
+    assert len(commit) == 40
+    module.write_text("y")
+    assert code_state() == f"{commit} with changes"

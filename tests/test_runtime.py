@@ -1,11 +1,16 @@
+import time
+from threading import Thread
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from fitv2.errors import UserError
 from fitv2.runtime import (
     World,
     default_device,
     derive_seed,
+    fresh,
     generator,
     joined,
     multiplies_bfloat16,
@@ -74,3 +79,46 @@ def test_a_processor_says_whether_it_has_bfloat16(monkeypatch):
         monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda amx=amx: amx)
         monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda avx=avx: avx)
         assert multiplies_bfloat16(torch.device("cpu")) == (amx or avx)
+
+
+def meet(store, size, seconds=10.0):
+    """What each of so many processes gets as its part of the store."""
+    found = {}
+
+    def come(rank):
+        time.sleep(0.05 * (size - rank))
+        found[rank] = fresh(store, rank, size, seconds).underlying_store, fresh_prefix(store)
+
+    def fresh_prefix(store):
+        return store.get("fitv2/go").decode()
+
+    threads = [Thread(target=come, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(found) == size
+    return {prefix for _, prefix in found.values()}
+
+
+def test_each_attempt_meets_in_a_part_of_its_own():
+    """Also after one in which a process came and went before the others."""
+    store = dist.HashStore()
+    (first,) = meet(store, 3)
+    store.set("fitv2/here/1", "gone")
+    store.set("fitv2/seen/2", "something old")
+    (second,) = meet(store, 3)
+    assert first != second
+    assert "gone" not in second
+
+
+def test_one_that_nobody_meets_gives_up():
+    with pytest.raises(UserError, match="did not come in time"):
+        fresh(dist.HashStore(), 0, 2, 0.2)
+
+
+def test_a_named_accelerator_gets_the_number_of_its_process(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for named, expected in (("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        monkeypatch.setenv("FITV2_DEVICE", named)
+        assert str(default_device()) == expected

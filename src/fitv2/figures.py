@@ -57,7 +57,7 @@ def loss_curve(lines: Sequence[dict[str, Any]], out: Path, title: str) -> None:
             "o-",
             color="#d95f0e",
             markersize=3,
-            label="held-out pictures, times spread evenly",
+            label="held-out pictures, the averaged model",
         )
     axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")

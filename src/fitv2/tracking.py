@@ -71,12 +71,12 @@ class Hosted:
 
     def __init__(self, name: str, run: Path, config: Mapping[str, Any]) -> None:
         self.module: Any = imported(name, name)
-        options: dict[str, Any] = {"project": "fitv2", "name": run.name, "config": dict(config)}
+        options: dict[str, Any] = {"project": "fitv2", "config": dict(config), "resume": "allow"}
+        # One run for one folder, however often it was started.
         if name == "wandb":
-            # One run for one folder, however often it was started.
-            options |= {"id": run_id(run), "resume": "allow", "dir": str(run)}
+            options |= {"id": run_id(run), "name": run.name, "dir": str(run)}
         else:
-            options |= {"resume": "allow"}
+            options |= {"name": f"{run.name}-{run_id(run)[:6]}"}
         self.module.init(**options)
 
     def scalars(self, step: int, values: Scalars) -> None:
