@@ -27,6 +27,7 @@ from fitv2.presets import preset
 from fitv2.released import to_released
 from fitv2.runs import read_log
 from fitv2.sample import Request, generate, load_codec
+from fitv2.saver import Saver
 from fitv2.settings import Encoding, Rope, Sampling
 from fitv2.train import Trainer, train
 
@@ -129,6 +130,21 @@ def test_a_loss_that_is_not_finite_names_the_process(tokens, tmp_path):
         r"FloatingPointError: a loss of nan at step 3 in process 1, of images such as \w+/\d+\.png", its_own
     )
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
+
+
+def test_processes_agree_that_the_last_checkpoint_is_being_written(tokens, tmp_path):
+    """One has done its part and looked before the end, the other has not."""
+
+    def work(rank):
+        def look(saver):
+            if rank == 1 and saver.writing is not None:
+                saver.finish()
+
+        Saver.look = look
+        train(settings(steps=4, save_every=2, batch_size=8, stall_minutes=0.2), tokens, tmp_path / "run")
+
+    assert together(2, work) == [None, None]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-0000002", "step-0000004"]
 
 
 def test_a_process_that_stalls_is_found(tokens, tmp_path):

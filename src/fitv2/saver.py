@@ -27,6 +27,7 @@ class Saver:
         self.run, self.card, self.world = run, card, world
         self.keep, self.milestone_every = keep, milestone_every
         self.writing: tuple[int, Future[None]] | None = None
+        self.last: int | None = None  # step whose checkpoint was written or begun last
 
     def clean(self) -> None:
         """Remove what a process that was killed left half-written."""
@@ -34,17 +35,14 @@ class Saver:
             shutil.rmtree(partial)
 
     def save(self, step: int, state: State, average: FiT | None) -> None:
-        """Begin to write a checkpoint that is not there yet, after the one before is written.
+        """Begin to write a checkpoint, after the one before is written.
 
         `state` and `average` (of the first process; in the others None) may not change any more.
         """
         self.finish()
         partial = self._folder(step, ".")
+        self.last = step
         self.writing = step, in_background(lambda: self._write(partial, state, average))
-
-    def begun(self, step: int) -> bool:
-        """Whether the checkpoint of this step is written, or being written."""
-        return self._folder(step).exists() or (self.writing is not None and self.writing[0] == step)
 
     def look(self) -> None:
         """Give a checkpoint its name if it is written by now. Raises as `finish`."""

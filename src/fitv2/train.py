@@ -278,7 +278,7 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint, unless that of this step is there."""
-        if self.saver.begun(self.step):
+        if self.step == self.saver.last:
             return
         state = staged(state_of(self.weights.master, self.optimizers))
         self.saver.save(self.step, state, self.weights.averaged(self.world))
@@ -305,7 +305,7 @@ class Trainer:
         for checkpoint in reversed(found):
             reason = self._load(checkpoint)
             if not self.world.any(reason is not None):
-                self.step = step_of(checkpoint)
+                self.step = self.saver.last = step_of(checkpoint)
                 break
             said = reason or "so another process says"
             wrong[checkpoint] = f"{checkpoint} is damaged ({' '.join(said.split())[:200]})"
