@@ -9,6 +9,7 @@ operations of the images alone, not those of padding. Prints one JSON object a c
 
 import argparse
 import datetime
+import gc
 import json
 import tempfile
 from dataclasses import replace
@@ -33,7 +34,9 @@ WARM_UP, NEVER = 3, 1 << 40
 def measure(chosen: Preset, sizes: list[Size], real: list[Size], steps: int) -> dict[str, float]:
     """Steps on images of `sizes`, of which `real` are no padding."""
     device = default_device()
+    gc.collect()  # compiled blocks refer to themselves
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "tokens"
@@ -45,7 +48,7 @@ def measure(chosen: Preset, sizes: list[Size], real: list[Size], steps: int) -> 
         for _ in range(steps):  # each waits for the device, to read its loss
             trainer.advance(lambda _: None)
         elapsed = perf_counter() - started
-        trainer.close()
+        trainer.saver.finish()
     flops = trainer.flops([rows * columns for rows, columns in real]) * chosen.training.batch_size / len(real)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
     return {

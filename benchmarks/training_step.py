@@ -96,7 +96,7 @@ def main() -> None:
             step()
             splits.append(dict(watch.seconds))
             floors.append((trainer.rates.flops - flops) / peak_flops(trainer.device))
-        trainer.close()
+        trainer.saver.finish()
     parts = {
         part: statistics.median(split[part] for split in splits)
         for part in ("all", "data", "forward", "backward", "optimizer")

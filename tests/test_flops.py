@@ -37,7 +37,7 @@ def test_the_peak_is_measured_where_no_sheet_says_it():
 
 @pytest.mark.parametrize(("name", "rate"), [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12),
+    ("NVIDIA L40S", 362e12), ("NVIDIA L40", 181e12), ("NVIDIA L4", 121e12), ("NVIDIA H100 NVL", 835e12),
 ])  # fmt: skip
 def test_accelerators_by_name(monkeypatch, name, rate):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)

@@ -118,7 +118,11 @@ def test_one_that_nobody_meets_gives_up():
 
 
 def test_a_named_accelerator_gets_the_number_of_its_process(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
     monkeypatch.setenv("LOCAL_RANK", "3")
     for named, expected in (("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
         monkeypatch.setenv("FITV2_DEVICE", named)
         assert str(default_device()) == expected
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)  # each process sees one
+    monkeypatch.setenv("FITV2_DEVICE", "cuda")
+    assert str(default_device()) == "cuda:0"

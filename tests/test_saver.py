@@ -1,3 +1,5 @@
+from threading import Event
+
 import pytest
 import torch
 
@@ -42,8 +44,6 @@ def test_a_checkpoint_holds_a_model(tmp_path):
 
 def test_a_checkpoint_has_no_name_until_it_is_whole(tmp_path, monkeypatch):
     """And training can go on meanwhile."""
-    from threading import Event
-
     room = Event()
     monkeypatch.setattr("fitv2.saver.write_state", lambda *_: room.wait(30))
     saver = Saver(tmp_path, CARD, World(), 2, None)
@@ -78,6 +78,34 @@ def test_what_cannot_be_written_is_an_error_and_leaves_the_rest(tmp_path, monkey
         saver.finish()
     assert names(tmp_path) == ["step-0000010"]
     saver.finish()  # said once
+
+
+def test_after_a_graver_error_a_failing_checkpoint_is_a_warning(tmp_path, monkeypatch):
+    saver = Saver(tmp_path, CARD, World(), 1, None)
+    saver.save(10, {"step": torch.tensor(10)}, model())
+    saver.abandon(30)
+    assert names(tmp_path) == ["step-0000010"]
+
+    def fail(*_):
+        raise RuntimeError("no quota left")
+
+    monkeypatch.setattr("fitv2.saver.write_state", fail)
+    saver.save(20, {}, model())
+    with pytest.warns(UserWarning, match="step-0000020 cannot be written: no quota left"):
+        saver.abandon(30)
+    assert names(tmp_path) == ["step-0000010"]
+
+
+def test_a_checkpoint_that_takes_too_long_is_left_and_not_touched(tmp_path, monkeypatch):
+    """Other processes may still write to it."""
+    room = Event()
+    monkeypatch.setattr("fitv2.saver.write_state", lambda *_: room.wait(30))
+    saver = Saver(tmp_path, CARD, World(), 1, None)
+    saver.save(10, {}, None)
+    with pytest.warns(UserWarning, match="checkpoint of step 10 is left half-written"):
+        saver.abandon(0.1)
+    assert names(tmp_path) == [".step-0000010"]
+    room.set()
 
 
 def test_what_a_kill_left_is_removed(tmp_path):

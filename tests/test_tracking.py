@@ -65,6 +65,25 @@ def test_hosted_trackers_get_one_run_for_a_folder(tmp_path, monkeypatch, name):
     assert first[1:] == [("log", 3, {"loss": 0.5}), ("log", 3, {"samples": (8, 4)}), ("finish",)]
 
 
+def test_a_service_that_fails_is_left_alone(tmp_path, monkeypatch):
+    calls = []
+
+    def fail(*_, **__):
+        calls.append(0)
+        raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: None, log=fail, finish=fail))
+    _, service = trackers(["wandb"], tmp_path, 0, {})
+    with pytest.warns(UserWarning, match="wandb gets nothing more: no network"):
+        service.scalars(1, {"loss": 1.0})
+    service.scalars(2, {"loss": 1.0})
+    service.close()
+    assert len(calls) == 1
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail))
+    with pytest.raises(UserError, match="--track wandb cannot begin: no network"):
+        trackers(["wandb"], tmp_path, 0, {})
+
+
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(UserError, match="--track trackio needs it: pip install trackio"):

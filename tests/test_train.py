@@ -147,6 +147,69 @@ def test_processes_agree_that_the_last_checkpoint_is_being_written(tokens, tmp_p
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-0000002", "step-0000004"]
 
 
+def test_the_image_whose_loss_is_not_finite_is_named(tokens, tmp_path):
+    trainer = Trainer(settings(steps=9), TokenDataset(tokens), tokens, tmp_path / "run", None)
+    corrupt, culprit = trainer.corrupted, []
+
+    def with_a_hole(batch):
+        sample, labels = corrupt(batch)
+        sample.data_TC[-1] = math.nan
+        culprit[:] = trainer.dataset.sources(batch.rows[-1:])
+        return sample, labels
+
+    trainer.corrupted = with_a_hole
+    with pytest.raises(FloatingPointError) as error:
+        trainer.advance(lambda _: None)
+    assert f"of images such as {culprit[0]};" in str(error.value)
+
+
+def test_an_error_is_not_hidden_by_a_checkpoint_that_fails(tokens, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("disk gone")
+
+    monkeypatch.setattr("fitv2.saver.write_state", fail)
+    monkeypatch.setattr(Saver, "look", lambda _: None)
+    monkeypatch.setattr("fitv2.train.learning_rate", lambda _, step: math.nan if step == 2 else 1e-3)
+    with (
+        pytest.warns(UserWarning, match="disk gone"),
+        pytest.raises(FloatingPointError, match="at step 4"),
+    ):
+        train(settings(steps=9, save_every=3), tokens, tmp_path / "run")
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_every_validation_and_checkpoint_is_of_the_average_of_its_step(folder, tmp_path, shard):
+    """Sheets and validations in turn, several of each in one process."""
+    data = held_out_set(folder, tmp_path)
+    often = {"steps": 6, "batch_size": 8, "sample_every": 2, "validate_every": 3, "save_every": 6}
+    alone = train(settings(**often), data, tmp_path / "alone")
+    train_with(2, settings(**often, shard=shard), data, tmp_path / "run")
+    np.testing.assert_allclose(validation(tmp_path / "run"), validation(tmp_path / "alone"), rtol=1e-4)
+    together = newest_checkpoint(tmp_path / "run")
+    one, two = (load_file(path / "ema" / WEIGHTS) for path in (alone, together))
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-5)
+
+
+def test_signals_to_the_whole_group_leave_the_readers_alone(tokens, tmp_path):
+    """As torchrun and schedulers send them: a checkpoint is saved all the same."""
+    run = tmp_path / "run"
+
+    def work():
+        os.setpgid(0, 0)
+        train(settings(steps=100_000, workers=2, save_every=5), tokens, run)
+
+    process = FORK.Process(target=work)
+    process.start()
+    deadline = time.monotonic() + 60
+    while newest_step(run) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 0
+    assert newest_step(run) == read_log(run / "log.jsonl")[-1]["step"]
+
+
 def test_a_process_that_stalls_is_found(tokens, tmp_path):
     def work(rank):
         update = Trainer.update
@@ -390,6 +453,21 @@ def test_any_number_of_processes_trains_the_same(folder, tmp_path, first, second
 
 def validation(run):
     return [line["validation"] for line in read_log(run / "log.jsonl") if "validation" in line]
+
+
+def test_damage_twice_at_one_step_and_names_of_other_kinds(tokens, tmp_path):
+    run = tmp_path / "run"
+    train(settings(steps=2), tokens, run)
+    for _ in range(2):
+        newest = train(settings(steps=3), tokens, run)
+        (newest.parent / "step-0000003.bak").mkdir(exist_ok=True)
+        with state_file(newest).open("r+b") as file:  # the size stays
+            file.seek(-64, os.SEEK_END)
+            file.write(b"damage")
+        with pytest.warns(UserWarning, match=r"step-0000003 is damaged .*; carrying on from step 2"):
+            train(settings(steps=2), tokens, run)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["damaged-step-0000003", "damaged-step-0000003-2", "step-0000002", "step-0000003.bak"]
 
 
 def test_post_training_of_a_shared_model_changes_the_same(tokens, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from conftest import randomized
 from fitv2.errors import UserError
 from fitv2.model import FiT
-from fitv2.training_state import read_state, staged, state_of, write_state
+from fitv2.training_state import read_state, require_whole_state, staged, state_of, write_state
 
 SHAPE = {"depth": 1, "width": 16, "heads": 2, "patch_size": 1, "in_channels": 4, "num_classes": 3}
 
@@ -74,17 +74,28 @@ def test_there_is_no_pickle(folder):
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "no card"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "changed", "no card"])
 def test_a_damaged_state_is_refused(folder, damage):
     (path,) = folder.glob("*.safetensors")
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-8])
+    elif damage == "changed":
+        with path.open("r+b") as file:
+            file.seek(-100, 2)
+            file.write(bytes(50))
     elif damage == "gone":
         path.unlink()
     else:
         (folder / "state.json").unlink()
-    with pytest.raises(UserError, match=r"is missing or cut|state\.json"):
-        read_state(folder, *trained(1))
+    with pytest.raises(UserError, match=r"is missing or damaged|state\.json"):
+        require_whole_state(folder)
+    for rank in range(2):  # of two processes one finds it
+        try:
+            require_whole_state(folder, rank, 2)
+        except UserError:
+            break
+    else:
+        pytest.fail("neither of two processes found it")
 
 
 def test_the_state_of_another_model_or_optimizer_is_refused(folder):

@@ -5,6 +5,7 @@ card.json, which says how to use the weights: labels, autoencoder, token limit.
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ __all__ = [
 SHIPPED = Path(__file__).parent / "models"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CARD = "card.json"
+NAME = re.compile(r"step-\d{7,}")  # of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def find_model(name: str | Path) -> Path:
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first. Only complete ones carry this name."""
-    return sorted(run.glob("checkpoints/step-*"))
+    return sorted(path for path in run.glob("checkpoints/step-*") if NAME.fullmatch(path.name))
 
 
 def step_of(checkpoint: Path) -> int:

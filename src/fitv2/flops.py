@@ -1,5 +1,6 @@
 """How many floating-point operations a step is, and how many a device can do."""
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from time import perf_counter
@@ -11,8 +12,9 @@ from fitv2.model import FiT
 
 # Dense bfloat16 products, in 10¹² operations a second, from the makers' data sheets.
 PEAKS = {
-    "A100": 312, "A10G": 70, "L4": 121, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 210,
-    "H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250,
+    "A100": 312, "A10G": 70, "L4": 121, "L40": 181, "L40S": 362,
+    "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 210,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250,
 }  # fmt: skip
 
 
@@ -50,12 +52,12 @@ def peak_flops(device: torch.device) -> float:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = [rate for part, rate in sorted(PEAKS.items(), key=lambda item: -len(item[0])) if part in name]
+        known = [part for part in PEAKS if re.search(rf"\b{part}\b", name) and "Laptop" not in name]
         if known:
-            return known[0] * 1e12
-    side = 1024
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    matrix = torch.ones(side, side, device=device, dtype=dtype)
+            return PEAKS[max(known, key=len)] * 1e12
+    on_cpu = device.type == "cpu"
+    side = 1024 if on_cpu else 8192
+    matrix = torch.ones(side, side, device=device, dtype=torch.float32 if on_cpu else torch.bfloat16)
     best = min(_seconds(matrix) for _ in range(5))
     return 2 * side**3 / best
 

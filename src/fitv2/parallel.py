@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fitv2.errors import UserError
@@ -34,12 +35,16 @@ class Weights:
         self.master = master
         self.average = deepcopy(master).eval().requires_grad_(False)
         self.model = self.master
+        self.sums_last = False
         if world.size > 1:
             mesh = _mesh(device, world, shard)
             # cast_forward_inputs: times and angles stay in float32.
             policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-            _shard(self.master, mesh, mp_policy=policy)
-            _shard(self.average, mesh)
+            _shard(self.master, mesh, mp_policy=policy, reshard_after_forward=shard > 1)
+            # What no backward pass follows has to let go of whole weights, or it would keep old ones.
+            _shard(self.average, mesh, reshard_after_forward=True)
+            # With whole weights everywhere, parts of a step need not be summed one by one.
+            self.sums_last = shard == 1
         else:
             self.master.to(device)
             self.average.to(device)
@@ -49,6 +54,11 @@ class Weights:
         # Each parameter that is trained, as this process holds it: what changes, its average, what computes.
         every = zip(*(held.parameters() for held in (self.master, self.average, self.model)), strict=True)
         self.trained = [weights for weights in every if weights[0].requires_grad]
+
+    def before_part(self, last: bool) -> None:
+        """Say whether a part of a step is its last."""
+        if self.sums_last:
+            cast(FSDPModule, self.model).set_requires_gradient_sync(last)
 
     def collect(self) -> None:
         """Add the gradients of the model that computes to those of the float32 weights."""
@@ -107,6 +117,8 @@ class Weights:
 def _mesh(device: torch.device, world: World, shard: int) -> DeviceMesh:
     """The processes as (copies of the model, processes that share one)."""
     mesh = init_device_mesh(device.type, (world.size // shard, shard), mesh_dim_names=("copies", "shards"))
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(world.patience, group)
     if world.size == shard:
         return mesh["shards"]
     mesh["copies", "shards"]._flatten("all")  # so that a sum over both is one

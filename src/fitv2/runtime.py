@@ -1,12 +1,13 @@
 """The machine a run is on, and the randomness that does not depend on it."""
 
+import hashlib
 import os
 import platform
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
@@ -30,7 +31,9 @@ def default_device() -> torch.device:
     if found is None or found.type == "cpu":
         return torch.device("cpu")
     if found.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device(found.type, int(os.environ["LOCAL_RANK"]))
+        # Modulo: some launchers let each process see one accelerator alone.
+        seen = max(1, torch.accelerator.device_count())
+        return torch.device(found.type, int(os.environ["LOCAL_RANK"]) % seen)
     return found
 
 
@@ -64,6 +67,10 @@ class World:
     size: int = 1
     group: dist.ProcessGroup | None = None
     """For messages beside those of training, from another thread."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Of messages."""
+    patience: timedelta = field(default_factory=lambda: timedelta(minutes=10))
+    """How long one waits for the others."""
 
     @property
     def first(self) -> bool:
@@ -86,7 +93,7 @@ class World:
 
     def any(self, here: bool) -> bool:
         """Whether it is so in any process."""
-        return bool(self.gather(torch.tensor(here, device=default_device(), dtype=torch.int32)).any())
+        return bool(self.gather(torch.tensor(here, device=self.device, dtype=torch.int32)).any())
 
     def ranks(self) -> range:
         """Of all processes."""
@@ -112,18 +119,17 @@ def joined(stall_minutes: float = 10) -> Iterator[World]:
         raise UserError("several processes train together only under torchrun, which tells where they meet")
     device = default_device()
     if device.index is not None:
-        torch.cuda.set_device(device)
+        torch.accelerator.set_device_index(device.index)
+    patience = timedelta(minutes=stall_minutes)
     store, _, _ = next(rendezvous("env://"))
-    store = fresh(store, rank, size, 60 * stall_minutes)
+    store = fresh(store, rank, size, patience.total_seconds())
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=stall_minutes)
-    )
-    try:
-        with partner_named():
-            yield World(rank, size, dist.new_group(backend="gloo"))
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    with partner_named():
+        group = dist.new_group(backend="gloo", timeout=patience)
+        yield World(rank, size, group, device, patience)
+    # Not after an error: NCCL would wait for the others, who may wait for this one. They see it end.
+    dist.destroy_process_group()
 
 
 def fresh(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store:
@@ -146,13 +152,15 @@ def fresh(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store
             store.set("fitv2/gathered", gathered)
             if all(said(f"fitv2/seen/{other}") == gathered for other in others):
                 store.set("fitv2/go", gathered)
-                return dist.PrefixStore(f"fitv2/{gathered}", store)
+                break
         elif mine in (gathered := said("fitv2/gathered")).split(","):
             store.set(f"fitv2/seen/{rank}", gathered)
             if said("fitv2/go") == gathered:
-                return dist.PrefixStore(f"fitv2/{gathered}", store)
+                break
         time.sleep(0.02)
-    raise UserError("another process of this run did not come in time (--stall-minutes)")
+    else:
+        raise UserError("another process of this run did not come in time (--stall-minutes)")
+    return dist.PrefixStore(f"fitv2/{hashlib.sha256(gathered.encode()).hexdigest()[:16]}", store)
 
 
 @contextmanager

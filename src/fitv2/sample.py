@@ -48,7 +48,7 @@ def file_name(card: Card, request: Request, unit: int) -> str:
     return f"{label}_{request.size[0] * unit}x{request.size[1] * unit}_{request.seed}.png"
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: FSDP keeps its buffers for later passes
 def generate(
     model: FiT,
     autoencoder: Autoencoder,

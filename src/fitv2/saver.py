@@ -5,11 +5,13 @@ what training carries on from. It is written as `.step-NNNNNNN`; only what is wh
 """
 
 import shutil
+import warnings
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from threading import Thread
 
+import torch
 import torch.distributed as dist
 
 from fitv2.checkpoint import Card, checkpoints, save_model, step_of
@@ -27,7 +29,7 @@ class Saver:
         self.run, self.card, self.world = run, card, world
         self.keep, self.milestone_every = keep, milestone_every
         self.writing: tuple[int, Future[None]] | None = None
-        self.last: int | None = None  # step whose checkpoint was written or begun last
+        self.last: int | None = None  # step whose checkpoint was begun last
 
     def clean(self) -> None:
         """Remove what a process that was killed left half-written."""
@@ -61,16 +63,35 @@ class Saver:
                 partial.rename(folder)
                 self._prune()
         except Exception as error:
+            if self.world.first and written.done():
+                shutil.rmtree(partial, ignore_errors=True)
             reason = " ".join(str(error).split())[-300:]
             raise UserError(f"checkpoint {folder} cannot be written: {reason}") from error
-        finally:
-            if self.world.first:
-                shutil.rmtree(partial, ignore_errors=True)
+
+    def abandon(self, seconds: float) -> None:
+        """Give a checkpoint that is being written some time more; that it fails is only a warning.
+
+        For when there is a graver error, which may be that another process is gone.
+        """
+        if self.writing is None:
+            return
+        step, written = self.writing
+        wait([written], seconds)
+        if not written.done():
+            self.writing = None  # the next start removes what there is
+            warnings.warn(f"checkpoint of step {step} is left half-written", stacklevel=2)
+            return
+        try:
+            self.finish()
+        except UserError as error:
+            warnings.warn(str(error), stacklevel=2)
 
     def _folder(self, step: int, prefix: str = "") -> Path:
         return self.run / "checkpoints" / f"{prefix}step-{step:07d}"
 
     def _write(self, partial: Path, state: State, average: FiT | None) -> None:
+        if self.world.device.index is not None:
+            torch.accelerator.set_device_index(self.world.device.index)  # each thread has its own
         with full_disk_named(self.run):
             if self.world.first:
                 (partial / "state").mkdir(parents=True)
@@ -78,7 +99,8 @@ class Saver:
                 dist.barrier(self.world.group)
             if average is not None:
                 save_model(average, self.card, partial / "ema")
-            write_state(state, partial / "state", self.world.group)
+            weights = sorted((partial / "ema").glob("*.safetensors")) if self.world.first else []
+            write_state(state, partial / "state", self.world.group, weights)
 
     def _prune(self) -> None:
         """Remove all but the newest and the milestones."""

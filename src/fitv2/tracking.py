@@ -1,7 +1,9 @@
 """Where the numbers and pictures of a run go: log.jsonl always, and what people watch it with."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -77,19 +79,33 @@ class Hosted:
             options |= {"id": run_id(run), "name": run.name, "dir": str(run)}
         else:
             options |= {"name": f"{run.name}-{run_id(run)[:6]}"}
-        self.module.init(**options)
+        try:
+            self.module.init(**options)
+        except Exception as error:
+            raise UserError(f"--track {name} cannot begin: {' '.join(str(error).split())[:300]}") from error
+        self.name, self.works = name, True
 
     def scalars(self, step: int, values: Scalars) -> None:
         """One curve each."""
-        self.module.log(dict(values), step=step)
+        self._try(lambda: self.module.log(dict(values), step=step))
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """A picture."""
-        self.module.log({name: self.module.Image(image)}, step=step)
+        self._try(lambda: self.module.log({name: self.module.Image(image)}, step=step))
 
     def close(self) -> None:
         """Hand over the rest."""
-        self.module.finish()
+        self._try(self.module.finish)
+
+    def _try(self, call: Callable[[], Any]) -> None:
+        """A service that fails does not end the training; it is left alone from then on."""
+        if not self.works:
+            return
+        try:
+            call()
+        except Exception as error:
+            self.works = False
+            warnings.warn(f"{self.name} gets nothing more: {error}", stacklevel=2)
 
 
 def trackers(names: Iterable[str], run: Path, step: int, config: Mapping[str, Any]) -> list[Tracker]:
@@ -102,8 +118,6 @@ def trackers(names: Iterable[str], run: Path, step: int, config: Mapping[str, An
 
 def run_id(run: Path) -> str:
     """A name for the run that no other folder has, of the letters that services allow."""
-    import hashlib
-
     return hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
 
 

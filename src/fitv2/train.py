@@ -4,13 +4,15 @@ import math
 import signal
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ from fitv2.saver import Saver
 from fitv2.settings import Training
 from fitv2.starting import first_model
 from fitv2.tracking import Tracker, trackers
-from fitv2.training_state import DAMAGE, read_state, staged, state_of
+from fitv2.training_state import DAMAGE, read_state, require_whole_state, staged, state_of
 
 # First numbers of the keys that randomness is derived from: (seed, purpose, …). 0 is of random weights.
 ORDER, CORRUPTION = 1, 2
@@ -79,13 +81,12 @@ def train(
             return signalled() or time.monotonic() >= deadline
 
         trainer = Trainer(preset, dataset, data, run, init, world)
-        try:
+        with trainer.watched():
             stopping = world.any(stop())
             while trainer.step < preset.training.steps and not stopping:
                 stopping = trainer.advance(report, stop)
             trainer.save()
-        finally:
-            trainer.close()
+            trainer.saver.finish()
         if world.first:
             loss_curve(read_log(run / "log.jsonl"), run / "loss.png", f"Loss of {run.name}")
         world.wait()
@@ -148,6 +149,12 @@ class Trainer:
         fast = precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(self.device))
         return torch.bfloat16 if fast else torch.float32
 
+    @property
+    def tokens_at_once(self) -> int:
+        """About as many as this process computes in a part of a step."""
+        a_step = self.config.tokens_a_step or self.config.batch_size * float(self.dataset.lengths.mean())
+        return max(1, int(a_step / (self.world.size * self.config.micro_batches)))
+
     def advance(self, report: Callable[[Progress], None], stop: Callable[[], bool] = lambda: False) -> bool:
         """One step, and what is due after it; whether any process was told to stop meanwhile."""
         with self.rates.step():
@@ -156,7 +163,7 @@ class Trainer:
             loss, stopping = self.gradients(batch, stop)
             norm = self.weights.clip(self.config.clip)
             if not math.isfinite(norm):
-                raise self.not_finite("a gradient norm", norm, batch, self.world.ranks())
+                raise self.not_finite("a gradient norm", norm, batch.rows, self.world.ranks())
             self.update()
             self.step += 1
         self.rates.count(batch.packed.lengths, batch.images, self.flops(batch.packed.lengths))
@@ -173,11 +180,15 @@ class Trainer:
         loss is not finite.
         """
         mine = torch.zeros((), device=self.device)
-        for part in batch.parts(self.config.micro_batches):
+        odd: list[Tensor] = []
+        parts = batch.parts(self.config.micro_batches)
+        for number, part in enumerate(parts, 1):
+            self.weights.before_part(number == len(parts))
             sample, labels = self.corrupted(part)
             output = self.weights.model(sample.noisy, sample.t_B, labels)
             loss_B = self.objective.loss(output, sample)
             self.by_time.add(self.objective.progress(sample.t_B), loss_B.detach())
+            odd.append(~loss_B.detach().isfinite())
             if self.config.direction_weight and isinstance(self.objective, Flow):
                 loss_B = loss_B + self.config.direction_weight * self.objective.direction_loss(output, sample)
             loss = loss_B.sum() / batch.images
@@ -188,17 +199,20 @@ class Trainer:
         told = self.world.gather(torch.stack([mine, mine.new_tensor(float(stop()))])).tolist()
         total = sum(loss for loss, _ in told)
         if not math.isfinite(total):
-            odd = [rank for rank, (loss, _) in enumerate(told) if not math.isfinite(loss)]
-            raise self.not_finite("a loss", total, batch, odd)
+            ranks = [rank for rank, (loss, _) in enumerate(told) if not math.isfinite(loss)]
+            rows = np.concatenate([part.rows for part in parts])[torch.cat(odd).cpu().numpy()]
+            raise self.not_finite("a loss", total, rows, ranks)
         return total, any(flag for _, flag in told)
 
-    def not_finite(self, what: str, value: float, batch: Batch, ranks: Sequence[int]) -> FloatingPointError:
-        """The error that names the step, the processes, and the images of this one if it is among them."""
+    def not_finite(
+        self, what: str, value: float, rows: np.ndarray, ranks: Sequence[int]
+    ) -> FloatingPointError:
+        """The error that names the step, the processes, and images of this one if it is among them."""
         said = f"{what} of {value} at step {self.step + 1}"
         if self.world.size > 1:
             said += f" in process {', '.join(map(str, ranks))}"
-        if self.world.rank in ranks:
-            said += f", of images such as {', '.join(self.dataset.sources(batch.rows[:5]))}"
+        if self.world.rank in ranks and len(rows):
+            said += f", of images such as {', '.join(self.dataset.sources(rows[:5]))}"
         return FloatingPointError(f"{said}; the last checkpoint is kept")
 
     def corrupted(self, batch: Batch) -> tuple[PathSample, Tensor]:
@@ -246,24 +260,27 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """The averaged model's loss on held-out pictures with fixed times and noise, also by time.
 
-        Nothing if there are no such pictures.
-        The processes share the batches. Each computes as many, since they may hold the model between them.
+        Nothing if there are no such pictures. The processes share them.
         """
         losses = ByTime(self.device)
-        size = -(-self.config.batch_size // self.world.size)
-        for shared in batched(held_out(self.data, size, self.objective), self.world.size):
-            has_one = self.world.rank < len(shared)
-            sample, labels = shared[self.world.rank if has_one else 0]
+        rank, ranks = self.world.rank, self.world.size
+        for sample, labels, counts in held_out(self.data, self.tokens_at_once, self.objective, rank, ranks):
             sample = sample.to(self.device)
             output = self.weights.average(sample.noisy, sample.t_B, labels.to(self.device))
-            if has_one:
+            if counts:
                 losses.add(self.objective.progress(sample.t_B), self.objective.loss(output, sample))
         self.world.add_up(losses.sums)
         return losses.means("validation")
 
     def draw(self) -> None:
         """A sheet of samples at several sizes from fixed seeds."""
-        sheet = preview(self.weights.average, self.codec, self.card, f"step {self.step}")
+        try:
+            sheet = preview(self.weights.average, self.codec, self.card, f"step {self.step}")
+        except torch.OutOfMemoryError:
+            if self.config.shard > 1:  # the others wait for this one
+                raise
+            warnings.warn(f"no sheet of samples at step {self.step}: not enough memory", stacklevel=2)
+            return
         if not self.world.first:
             return
         with whole_file(self.run / "samples" / f"step-{self.step:07d}.png") as partial:
@@ -280,14 +297,21 @@ class Trainer:
         """Begin to write a checkpoint, unless that of this step is there."""
         if self.step == self.saver.last:
             return
+        self.saver.finish()  # so that the host never holds two
         state = staged(state_of(self.weights.master, self.optimizers))
         self.saver.save(self.step, state, self.weights.averaged(self.world))
 
-    def close(self) -> None:
-        """Wait for the checkpoint that is being written, and end the trackers."""
-        self.saver.finish()
-        for tracker in self.trackers:
-            tracker.close()
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """End the trackers in the end; after an error, give the checkpoint that is being written a minute."""
+        try:
+            yield
+        except BaseException:
+            self.saver.abandon(60)
+            raise
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
 
     def resume(self) -> None:
         """Carry on from the newest checkpoint that can be read; damaged ones before it get another name.
@@ -296,8 +320,8 @@ class Trainer:
         processes find different ones.
         """
         found = checkpoints(self.run)
-        newest = torch.tensor(step_of(found[-1]) if found else -1, device=self.device)
-        if len(self.world.gather(newest).unique()) > 1:
+        seen = zlib.crc32(" ".join(path.name for path in found).encode())
+        if len(self.world.gather(torch.tensor(seen, device=self.device)).unique()) > 1:
             raise UserError(
                 f"the processes find different checkpoints in {self.run}: all need the same folder"
             )
@@ -315,11 +339,12 @@ class Trainer:
             said = f"{'; '.join(wrong.values())}; carrying on from step {self.step}"
             warnings.warn(f"{said}, damaged ones are now called damaged-…", stacklevel=2)
             for damaged in wrong:  # else it would stand in the way of its successor
-                damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
+                damaged.rename(unused(damaged.with_name(f"damaged-{damaged.name}")))
 
     def _load(self, checkpoint: Path) -> str | None:
         """Put a checkpoint into the weights and optimizers; what is wrong with it if it cannot be read."""
         try:
+            require_whole_state(checkpoint / "state", self.world.rank, self.world.size)
             averages = load_model(checkpoint / "ema")[0]
             read_state(checkpoint / "state", self.weights.master, self.optimizers)
             self.weights.restore(averages)
@@ -330,11 +355,10 @@ class Trainer:
         return None
 
 
-def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of so many items, the last may have fewer."""
-    items = iter(items)
-    while some := list(islice(items, size)):
-        yield some
+def unused(path: Path) -> Path:
+    """The path, or with a number after it if there is something."""
+    later = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return path if not path.exists() else next(other for other in later if not other.exists())
 
 
 def sampler_of(dataset: TokenDataset, config: Training) -> Sampler:

@@ -1,10 +1,13 @@
 """The state of a run on disk: written by all of its processes at once, read by any other number of them.
 
 Safetensors files through torch.distributed.checkpoint, one a process. (Its own format keeps a pickle.)
-state.json, written last, names them: without it, or with a file of another size, nothing is read.
+state.json, written last, names them and their SHA-256: without it nothing is read.
 """
 
+import hashlib
+import os
 import warnings
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,28 +52,50 @@ def staged(state: State) -> State:
     return copied
 
 
-def write_state(state: State, folder: Path, group: dist.ProcessGroup | None = None) -> None:
+def write_state(
+    state: State, folder: Path, group: dist.ProcessGroup | None = None, beside: Sequence[Path] = ()
+) -> None:
     """Write a state into a folder that is there; all processes of `group` together.
 
-    Returns in the first process when all have written.
+    `beside` are other files that belong to it, each in one process alone.
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer.per_thread_copy_ahead = 0  # what is staged lies on the host; else a stream of GPU 0 is asked for
     with unwrapped():
         dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
-    if group is None or dist.get_rank(group) == 0:
-        files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-        write_json(folder / CARD, {"files": files})
+    rank = 0 if group is None else dist.get_rank(group)
+    written = [*folder.glob(f"shard-{rank + 1:05d}-*.safetensors"), *beside]
+    own = {os.path.relpath(path, folder): sha256(path) for path in written}
+    everyone: list[Any] = [own]
+    if group is not None:
+        everyone = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, own, group)
+    if rank == 0:
+        write_json(folder / CARD, {"files": dict(ChainMap(*everyone))})
+
+
+def require_whole_state(folder: Path, rank: int = 0, ranks: int = 1) -> None:
+    """UserError if one of this process's share of the files is missing, cut or changed."""
+    for name, expected in sorted(read_json(folder / CARD)["files"].items())[rank::ranks]:
+        path = folder / name
+        if not path.exists() or sha256(path) != expected:
+            raise UserError(f"{path} is missing or damaged")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Put a state into a model and its optimizers; each process reads what it holds, alone.
 
-    Raises UserError when a file is missing or cut, and when the state is that of another model or optimizer.
+    Raises UserError when a file is missing, and when the state is that of another model or optimizer.
     """
-    for name, size in read_json(folder / CARD)["files"].items():
-        path = folder / name
-        if not path.exists() or path.stat().st_size != size:
-            raise UserError(f"{path} is missing or cut")
+    for name in read_json(folder / CARD)["files"]:
+        if not (folder / name).exists():
+            raise UserError(f"{folder / name} is missing or damaged")
     for optimizer in optimizers:
         optimizer.state.clear()  # of a checkpoint that could only be read in part
     reader = HuggingFaceStorageReader(str(folder))

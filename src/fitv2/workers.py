@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
@@ -60,10 +61,13 @@ def _same(item: Any) -> Any:
 
 
 def end_with_parent(_: int) -> None:
-    """End this process, a worker of another, as soon as that one was killed.
+    """End this process, a worker of another, as soon as that one was killed, and not before.
 
-    torch's loader workers notice too, but then wait for ever to hand over what they read.
+    torch's loader workers notice too, but then wait for ever to hand over what they read. Signals to stop go
+    to all processes of a group, and the parent decides when: it may have something to save.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def wait() -> None:
