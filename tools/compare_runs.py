@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from fitv2.files import whole_file
@@ -37,10 +38,13 @@ def reached(curve: Curve, loss: float) -> int | None:
 def plot(curves: dict[str, Curve], out: Path) -> None:
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     for i, (name, curve) in enumerate(curves.items()):
-        style: dict[str, Any] = {"color": "black", "linewidth": 2} if i == 0 else {}
+        style: dict[str, Any] = {"color": "black", "linewidth": 2} if i == 0 else {"color": colours[i % 20]}
         axes.plot(*zip(*curve, strict=True), label=f"{name}: {curve[-1][1]:.4f}", **style)
-    axes.set(xlabel="step", ylabel="loss on held-out pictures", yscale="log", xlim=(0, None))
+    best = min(loss for curve in curves.values() for _, loss in curve)
+    axes.set(xlabel="step", ylabel="loss on held-out pictures", yscale="log")
+    axes.set(xlim=(0, None), ylim=(0.95 * best, 4 * best))  # the beginning is the same for all
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")

@@ -188,9 +188,9 @@ class Trainer:
             output = self.weights.model(sample.noisy, sample.t_B, labels)
             loss_B = self.objective.loss(output, sample)
             self.by_time.add(self.objective.progress(sample.t_B), loss_B.detach())
-            odd.append(~loss_B.detach().isfinite())
             if self.config.direction_weight and isinstance(self.objective, Flow):
                 loss_B = loss_B + self.config.direction_weight * self.objective.direction_loss(output, sample)
+            odd.append(~loss_B.detach().isfinite())
             loss = loss_B.sum() / batch.images
             loss.backward()
             mine += loss.detach()
