@@ -129,5 +129,5 @@ def imported(package: str, module: str) -> ModuleType:
         return import_module(module)
     except ImportError as error:
         raise UserError(
-            f"--track {package} needs it: pip install {package}, or give another --track"
+            f"--track {package} needs it: pip install {package}, or leave it out of --track"
         ) from error
