@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -54,14 +55,15 @@ class Stopwatch:
 def watched(trainer: Trainer, watch: Stopwatch) -> Callable[[], bool]:
     """A step of the trainer whose parts are timed."""
     trainer.batches = iter(watch.timed("data", trainer.batches.__next__), None)
-    trainer.corrupted = watch.timed("data", trainer.corrupted)  # type: ignore[method-assign]
-    trainer.weights.model.forward = watch.timed(  # type: ignore[method-assign]
-        "forward", trainer.weights.model.forward
-    )
-    object.__setattr__(trainer.objective, "loss", watch.timed("forward", trainer.objective.loss))
-    trainer.weights.clip = watch.timed("optimizer", trainer.weights.clip)  # type: ignore[method-assign]
-    trainer.update = watch.timed("optimizer", trainer.update)  # type: ignore[method-assign]
-    setattr(torch.Tensor, "backward", watch.timed("backward", torch.Tensor.backward))  # noqa: B010
+    for part, owner, name in (
+        ("data", trainer, "corrupted"),
+        ("forward", trainer.weights.model, "forward"),
+        ("forward", type(trainer.objective), "loss"),
+        ("backward", torch.Tensor, "backward"),
+        ("optimizer", trainer.weights, "clip"),
+        ("optimizer", trainer, "update"),
+    ):
+        mock.patch.object(owner, name, watch.timed(part, getattr(owner, name))).start()
     return watch.timed("all", lambda: trainer.advance(lambda _: None))
 
 

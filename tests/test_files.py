@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from fitv2.errors import UserError
-from fitv2.files import whole_file, whole_folder, write_json
+from fitv2.files import sha256, unused, whole_file, whole_folder, write_json
 
 
 def test_folder_appears_whole(tmp_path):
@@ -43,3 +43,16 @@ def test_failed_rewrite_keeps_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", {"a": object()})
     assert '"a": 1' in (tmp_path / "x.json").read_text()
+
+
+def test_a_name_that_is_taken_gets_a_number(tmp_path):
+    assert unused(tmp_path / "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    assert unused(tmp_path / "a") == tmp_path / "a-2"
+    (tmp_path / "a-2").touch()
+    assert unused(tmp_path / "a") == tmp_path / "a-3"
+
+
+def test_the_digest_of_a_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -62,3 +62,16 @@ def test_a_model_gives_its_fused_matrices_in_pieces(adaln):
     assert pieces == expected | (lora if adaln == "lora" else own)
     rest = {names[p] for group in adamw.param_groups for p in group["params"]}
     assert rest == set(names.values()) - set(pieces)
+
+
+def test_a_closure_computes_the_loss_and_its_gradients():
+    matrix = torch.nn.Parameter(torch.eye(4))
+    optimizer = Muon([{"params": [matrix]}], lr=0.1)
+
+    def closure():
+        loss = matrix.square().sum()
+        loss.backward()
+        return float(loss)
+
+    assert optimizer.step(closure) == 4.0
+    assert float(matrix.square().sum()) < 4.0

@@ -38,9 +38,9 @@ def reached(curve: Curve, loss: float) -> int | None:
 def plot(curves: dict[str, Curve], out: Path) -> None:
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    colours = colormaps["tab20"]
     for i, (name, curve) in enumerate(curves.items()):
-        style: dict[str, Any] = {"color": "black", "linewidth": 2} if i == 0 else {"color": colours[i % 20]}
+        style: dict[str, Any] = {"color": "black", "linewidth": 2} if i == 0 else {"color": colours(i % 20)}
         axes.plot(*zip(*curve, strict=True), label=f"{name}: {curve[-1][1]:.4f}", **style)
     best = min(loss for curve in curves.values() for _, loss in curve)
     axes.set(xlabel="step", ylabel="loss on held-out pictures", yscale="log")

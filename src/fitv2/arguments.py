@@ -36,8 +36,8 @@ def option_names(kind: type) -> Iterator[str]:
     yield "--help"
     for option in dataclasses.fields(kind):
         inner = getattr(option.type, "__origin__", option.type)
-        if dataclasses.is_dataclass(inner):
-            yield from option_names(inner)  # type: ignore[arg-type]
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            yield from option_names(inner)
         else:
             name = option.name.replace("_", "-")
             yield f"--{name}"

@@ -6,11 +6,14 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fitv2.errors import UserError, nearest
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
@@ -19,7 +22,7 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
     Raises UserError for an unknown key, naming the nearest known one, for a missing key, and for a
     value of another type.
     """
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     fitting = {}
     for key, value in values.items():
         if key not in fields:

@@ -1,6 +1,7 @@
 """Writes that happen whole or not at all."""
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -8,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,18 @@ def full_disk_named(target: Path) -> Iterator[None]:
         if isinstance(error, UserError) or shutil.disk_usage(target.parent).free >= FULL:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unused(path: Path) -> Path:
+    """The path, or with a number after it if there is something."""
+    later = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return path if not path.exists() else next(other for other in later if not other.exists())
 
 
 def write_text(path: Path, text: str, scratch: Path | None = None) -> None:

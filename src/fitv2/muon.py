@@ -1,7 +1,7 @@
 """Muon: momentum, made orthogonal (Jordan et al. 2024, "Muon: An optimizer for hidden layers")."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -29,13 +29,24 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "pieces": 1})
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Change each matrix that has a gradient."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Change each matrix that has a gradient; the loss, if `closure` computes it and the gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is not None:
                     self._change(matrix, group)
+        return loss
 
     def _change(self, matrix: Tensor, group: dict[str, Any]) -> None:
         memory = self.state[matrix]

@@ -1,5 +1,6 @@
 """The weights of a run: what changes, their average, and what computes; in one process or many."""
 
+import warnings
 from copy import deepcopy
 from dataclasses import asdict
 from typing import Any, cast
@@ -132,3 +133,10 @@ def _shard(model: FiT, mesh: DeviceMesh, **options: Any) -> None:
         # The loss is divided by the images of all processes: gradients are summed, not averaged.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
+
+
+def compile_blocks(model: FiT) -> None:
+    """Compile each block's forward pass once, for any number of tokens and images."""
+    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, dynamic=True)

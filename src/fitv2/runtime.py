@@ -4,11 +4,13 @@ import hashlib
 import os
 import platform
 import secrets
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -198,6 +200,25 @@ def part(tensor: Tensor, like: Tensor) -> Tensor:
     for dimension, (length, first) in enumerate(zip(shape, offset, strict=True)):
         tensor = tensor.narrow(dimension, first, length)
     return tensor
+
+
+@contextmanager
+def interrupted() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM came since; a second one acts as usual."""
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class Saver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait until a checkpoint is written. Raises UserError or OSError when it cannot be."""
+        """Wait until a checkpoint is written. Raises UserError when it cannot be."""
         if self.writing is None:
             return
         (step, written), self.writing = self.writing, None

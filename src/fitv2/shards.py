@@ -3,7 +3,6 @@
 docs/data.md describes it for those who read or write it by other means.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fitv2.files import whole_file, write_json, write_text
+from fitv2.files import sha256, whole_file, write_json, write_text
 
 CARD = "dataset.json"
 SKIPPED = "skipped.jsonl"
@@ -169,9 +168,7 @@ def shard_schema(about: About) -> Any:
 
 def described(path: Path) -> File:
     """Size and SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return File(path.stat().st_size, digest)
+    return File(path.stat().st_size, sha256(path))
 
 
 def finish(

@@ -1,14 +1,12 @@
 """The training loop. A run is a folder; the same command run again carries on from its checkpoint."""
 
 import math
-import signal
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +20,17 @@ from fitv2.corruption import corrupted, held_out, objective_of
 from fitv2.data import Batch, Steps, TokenDataset, batches, require_whole
 from fitv2.errors import UserError
 from fitv2.figures import loss_curve
-from fitv2.files import whole_file
+from fitv2.files import unused, whole_file
 from fitv2.flops import TrainingFlops, peak_flops
 from fitv2.flow import Flow, PathSample
 from fitv2.meters import ByTime, Rates, memory_gib
-from fitv2.model import FiT
 from fitv2.optimizers import learning_rate, optimizers
 from fitv2.packing import FixedCount, Sampler, TokenBudget
-from fitv2.parallel import Weights
+from fitv2.parallel import Weights, compile_blocks
 from fitv2.presets import Preset
 from fitv2.preview import preview
 from fitv2.runs import cut_log, note_start, read_log, settle
-from fitv2.runtime import World, default_device, derive_seed, joined, multiplies_bfloat16, ranks
+from fitv2.runtime import World, default_device, derive_seed, interrupted, joined, multiplies_bfloat16, ranks
 from fitv2.saver import Saver
 from fitv2.settings import Training
 from fitv2.starting import first_model
@@ -306,7 +303,7 @@ class Trainer:
         """End the trackers in the end; after an error, give the checkpoint that is being written a minute."""
         try:
             yield
-        except BaseException:
+        except Exception:  # an interrupt does not wait
             self.saver.abandon(60)
             raise
         finally:
@@ -355,41 +352,9 @@ class Trainer:
         return None
 
 
-def unused(path: Path) -> Path:
-    """The path, or with a number after it if there is something."""
-    later = (path.with_name(f"{path.name}-{number}") for number in count(2))
-    return path if not path.exists() else next(other for other in later if not other.exists())
-
-
 def sampler_of(dataset: TokenDataset, config: Training) -> Sampler:
     """Which images a step takes."""
     images, seed = dataset.images(config.crop_probability), derive_seed(config.seed, ORDER)
     if config.tokens_a_step is not None:
         return TokenBudget(images, config.tokens_a_step, seed)
     return FixedCount(images, config.batch_size, seed)
-
-
-def compile_blocks(model: FiT) -> None:
-    """Compile each block's forward pass once, for any number of tokens and images."""
-    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
-    for block in model.blocks:
-        block.forward = torch.compile(block.forward, dynamic=True)
-
-
-@contextmanager
-def interrupted() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM came since; a second one acts as usual."""
-    received: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(number: int, _: Any) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
-    try:
-        yield lambda: bool(received)
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)

@@ -4,7 +4,6 @@ Safetensors files through torch.distributed.checkpoint, one a process. (Its own 
 state.json, written last, names them and their SHA-256: without it nothing is read.
 """
 
-import hashlib
 import os
 import warnings
 from collections import ChainMap
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint import (
 
 from fitv2.config import read_json
 from fitv2.errors import UserError
-from fitv2.files import write_json
+from fitv2.files import sha256, write_json
 
 CARD = "state.json"
 # What libraries raise on files that are not whole.
@@ -80,12 +79,6 @@ def require_whole_state(folder: Path, rank: int = 0, ranks: int = 1) -> None:
         path = folder / name
         if not path.exists() or sha256(path) != expected:
             raise UserError(f"{path} is missing or damaged")
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
