@@ -20,13 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import fitv2.encode
-from fitv2.encode import encode, processors
-from fitv2.encoder import Reader
-from fitv2.listing import list_pictures
-from fitv2.settings import Encoding
-from fitv2.sources import open_source
-from fitv2.workers import read_ahead
+import fitv2.encoding.encode
+from fitv2.config import Encoding
+from fitv2.encoding.encode import encode, processors
+from fitv2.encoding.manifest import list_pictures
+from fitv2.encoding.shard_encoder import Reader
+from fitv2.encoding.sources import open_source
+from fitv2.runtime.workers import read_ahead
 
 SIZES = ((500, 375), (375, 500), (500, 333), (500, 500), (640, 480))
 
@@ -86,7 +86,7 @@ def main() -> None:
     encoding = Encoding("timed", (256,), "mixed", shard_size=512)
     torch.set_num_threads(1)  # then one batch is encoded at a time, as on a GPU
     codec = Timed(options.milliseconds / 1000)
-    fitv2.encode.load_autoencoder = lambda *_: codec
+    fitv2.encoding.encode.load_autoencoder = lambda *_: codec
     with tempfile.TemporaryDirectory() as temporary:
         source, work = Path(temporary) / "pictures", Path(temporary) / "work"
         source.mkdir()

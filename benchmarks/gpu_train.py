@@ -19,12 +19,12 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from fitv2.data import TokenDataset
-from fitv2.flops import peak_flops
+from fitv2.data.dataset import TokenDataset
 from fitv2.presets import Preset, preset
-from fitv2.runtime import default_device
+from fitv2.runtime.device import default_device
 from fitv2.tokens import Size
-from fitv2.train import Trainer
+from fitv2.training.throughput import peak_flops
+from fitv2.training.trainer import Trainer
 from loading import synthetic
 from packed_vs_padded import imagenet_sizes
 

@@ -15,10 +15,10 @@ from time import perf_counter
 
 import torch
 
-from fitv2.flops import TrainingFlops, peak_flops
 from fitv2.model import FiT
-from fitv2.runtime import default_device
+from fitv2.runtime.device import default_device
 from fitv2.tokens import PackedTokens, layout
+from fitv2.training.throughput import TrainingFlops, peak_flops
 
 SIDES = (8, 16, 32, 64)
 

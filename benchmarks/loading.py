@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fitv2.data import Steps, TokenDataset, batches
-from fitv2.packing import FixedCount
-from fitv2.shards import CARD, About, Shard, ShardRows, finish, shard_name
+from fitv2.data.dataset import Steps, TokenDataset, batches
+from fitv2.data.format import CARD, About, Shard, ShardRows, finish, shard_name
+from fitv2.data.packing import FixedCount
 
 CHANNELS, IMAGES_A_SHARD, IMAGES_A_STEP = 16, 4096, 64
 

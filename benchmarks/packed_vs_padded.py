@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention, silu
 from tqdm import tqdm
 
-from fitv2.flow import PathSample, flow_of, noise
-from fitv2.guidance import velocity_of
-from fitv2.images import resized
+from fitv2.config import Guidance, Rope
+from fitv2.diffusion.flow import PathSample, flow_of, noise
+from fitv2.diffusion.guidance import velocity_of
+from fitv2.encoding.images import resized
 from fitv2.model import EPS, Attention, Block, FiT, SwiGLU
 from fitv2.rope import rotation
-from fitv2.runtime import generator
-from fitv2.sample import Request, packs_of, tokens_at_once
-from fitv2.settings import Guidance, Rope
+from fitv2.runtime.rng import generator
+from fitv2.sampling.generate import Request, packs_of, tokens_at_once
 from fitv2.tokens import PackedTokens, Size, layout
 
 # The commonest sizes of ImageNet's training pictures, with about their shares of it; the rest is

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from fitv2.packing import Images, TokenBudget
+from fitv2.data.packing import Images, TokenBudget
 from packed_vs_padded import imagenet_sizes
 
 

@@ -23,10 +23,10 @@ from unittest import mock
 import numpy as np
 import torch
 
-from fitv2.data import TokenDataset
-from fitv2.flops import peak_flops
+from fitv2.data.dataset import TokenDataset
 from fitv2.presets import preset
-from fitv2.train import Trainer
+from fitv2.training.throughput import peak_flops
+from fitv2.training.trainer import Trainer
 from loading import synthetic
 from packed_vs_padded import imagenet_sizes
 

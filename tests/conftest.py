@@ -12,11 +12,11 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from fitv2.encode import encode
-from fitv2.flow import noise
+from fitv2.config import Encoding
+from fitv2.diffusion.flow import noise
+from fitv2.encoding.encode import encode
 from fitv2.model import FiT
-from fitv2.runtime import generator
-from fitv2.settings import Encoding
+from fitv2.runtime.rng import generator
 
 torch.set_num_threads(1)
 os.environ["FITV2_DEVICE"] = "cpu"  # tests marked gpu name theirs
@@ -43,6 +43,22 @@ def randomized(model, seed=0):
         for parameter in model.parameters():
             parameter.normal_(std=0.1, generator=generator)
     return model
+
+
+GAUSSIAN_MEAN, GAUSSIAN_STD = 0.4, 0.6
+
+
+def gaussian(flow, packed):
+    """The velocity of the flow to N(0.4, 0.6²), for times () and (B,)."""
+
+    def velocity(x, t):
+        t = packed.spread(t.expand(len(packed.sizes)))[:, None].to(x.dtype)
+        (alpha, sigma), (alpha_rate, sigma_rate) = flow.path.coefficients(t), flow.path.derivatives(t)
+        variance = alpha**2 * GAUSSIAN_STD**2 + sigma**2
+        slope = (alpha * alpha_rate * GAUSSIAN_STD**2 + sigma * sigma_rate) / variance
+        return alpha_rate * GAUSSIAN_MEAN + slope * (x - alpha * GAUSSIAN_MEAN)
+
+    return velocity
 
 
 def noise_of(packed, channels, first=0):

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fitv2.checkpoint import Card, find_model, load_model, save_model
+from fitv2.config import Rope
 from fitv2.errors import UserError
-from fitv2.settings import Rope
 
 CARD = Card(labels=("flags", "flowers", "fruit", "cards", "birds"), autoencoder="pixels", max_tokens=16)
 

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from fitv2.checkpoint import from_released, released_forward
-from fitv2.flow import Flow
-from fitv2.guidance import guided, velocity_of
-from fitv2.images import resized
-from fitv2.released import architecture_of
+from fitv2.config import Guidance, Rope, Sampling
+from fitv2.conversion.released import architecture_of
+from fitv2.diffusion.flow import Flow
+from fitv2.diffusion.guidance import guided, velocity_of
+from fitv2.diffusion.transport import transport
+from fitv2.encoding.images import resized
 from fitv2.rope import magnitude, scaled_frequencies
-from fitv2.runtime import generator
-from fitv2.settings import Guidance, Rope, Sampling
+from fitv2.runtime.rng import generator
 from fitv2.tokens import layout
-from fitv2.transport import transport
 
 GOLDEN = Path(os.environ.get("FITV2_GOLDEN", Path(__file__).parent / "golden"))
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())

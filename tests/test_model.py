@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from conftest import noise_of, randomized
+from fitv2.config import Rope
+from fitv2.diffusion.flow import noise
 from fitv2.errors import UserError
-from fitv2.flow import noise
 from fitv2.model import FiT, _Gated
-from fitv2.runtime import generator
-from fitv2.settings import Rope
+from fitv2.runtime.rng import generator
 from fitv2.tokens import concatenate, layout
 
 RELEASED = {

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from fitv2.config import Rope
 from fitv2.rope import METHODS, frequencies, magnitude, rotate, rotation, scaled_frequencies
-from fitv2.settings import Rope
 from fitv2.tokens import layout
 
 GRID = layout([(8, 13)])  # position (row, column) is token 13·row + column

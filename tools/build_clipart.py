@@ -22,7 +22,7 @@ import datasets
 from PIL import Image
 from tqdm import tqdm
 
-from fitv2.images import UnusableImage, load_rgb
+from fitv2.encoding.images import UnusableImage, load_rgb
 
 SIDE = 160  # of the square whose area no picture exceeds
 FOLDERS = (

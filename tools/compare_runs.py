@@ -15,8 +15,8 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from fitv2.files import whole_file
-from fitv2.runs import read_log
+from fitv2.runtime.files import whole_file
+from fitv2.training.run_folder import read_log
 
 Curve = list[tuple[int, float]]
 

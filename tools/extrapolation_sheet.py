@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import tyro
 
 from fitv2.checkpoint import load_model
+from fitv2.config import Rope
+from fitv2.encoding.images import parse_size
 from fitv2.figures import contact_sheet
-from fitv2.images import parse_size
-from fitv2.runtime import default_device
-from fitv2.sample import Request, generate, load_codec
-from fitv2.settings import Rope
+from fitv2.runtime.device import default_device
+from fitv2.sampling.generate import Request, generate, load_codec
 
 METHODS: dict[str, dict[str, Any]] = {
     "none": {},

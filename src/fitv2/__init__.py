@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fitv2.checkpoint import Card, load_model, save_model
     from fitv2.model import FiT
-    from fitv2.sample import Request, generate, load_codec
+    from fitv2.sampling.generate import Request, generate, load_codec
     from fitv2.tokens import PackedTokens, pack, unpack
 
 __version__ = "0.1.0"
@@ -18,9 +18,9 @@ _HOME = {
     "Card": "checkpoint",
     "FiT": "model",
     "PackedTokens": "tokens",
-    "Request": "sample",
-    "load_codec": "sample",
-    "generate": "sample",
+    "Request": "sampling.generate",
+    "load_codec": "sampling.generate",
+    "generate": "sampling.generate",
     "load_model": "checkpoint",
     "pack": "tokens",
     "save_model": "checkpoint",

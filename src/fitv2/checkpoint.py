@@ -1,4 +1,4 @@
-"""Models in folders: saving and loading. The released weights come in through `fitv2.released`.
+"""Models in folders: saving and loading. The released weights come in through `fitv2.conversion.released`.
 
 A model folder holds what diffusers writes (config.json, diffusion_pytorch_model.safetensors) and
 card.json, which says how to use the weights: labels, autoencoder, token limit.
@@ -7,28 +7,17 @@ card.json, which says how to use the weights: labels, autoencoder, token limit.
 import math
 import re
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fitv2.config import from_dict, read_json
 from fitv2.errors import UserError, nearest
-from fitv2.files import write_json
 from fitv2.model import FiT
-from fitv2.released import from_released, released_forward
+from fitv2.runtime.files import write_json
+from fitv2.runtime.serialization import from_dict, read_json
 from fitv2.tokens import Size
-
-__all__ = [
-    "Card",
-    "checkpoints",
-    "find_model",
-    "from_released",
-    "load_model",
-    "newest_checkpoint",
-    "released_forward",
-    "save_model",
-    "step_of",
-]
 
 SHIPPED = Path(__file__).parent / "models"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -143,3 +132,9 @@ def step_of(checkpoint: Path) -> int:
 def newest_checkpoint(run: Path) -> Path | None:
     """The checkpoint to resume from, if there is one."""
     return next(reversed(checkpoints(run)), None)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("from_released", "released_forward"):
+        raise AttributeError(f"module 'fitv2.checkpoint' has no attribute {name!r}")
+    return getattr(import_module("fitv2.conversion.released"), name)  # where they lay before

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fitv2.files import whole_file
+from fitv2.runtime.files import whole_file
 
 Captioned = tuple[str, Image.Image]
 

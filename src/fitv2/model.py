@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear, silu
 
 from fitv2.attention import attention
-from fitv2.config import from_dict
+from fitv2.config import Architecture, Path, Prediction, Rope
 from fitv2.presets import preset
 from fitv2.rope import rotate, rotation
-from fitv2.settings import Architecture, Path, Prediction, Rope
+from fitv2.runtime.serialization import from_dict
 from fitv2.tokens import PackedTokens
 
 EPS = 1e-6
@@ -151,9 +151,9 @@ class Head(nn.Module):
 
 
 class FiT(ModelMixin, ConfigMixin):
-    """FiTv2 or FiT. What its output means is said by `architecture` and read by `fitv2.flow`, not here.
+    """FiTv2 or FiT. What its output means is not its business: see `fitv2.diffusion`.
 
-    Arguments are those of `fitv2.settings.Architecture`; `rope` are the fields of `fitv2.settings.Rope`.
+    Arguments are those of `fitv2.config.Architecture`; `rope` are the fields of `fitv2.config.Rope`.
     The null label of classifier-free guidance is `num_classes`. Raises UserError for a shape that no
     model can have. `enable_gradient_checkpointing()` keeps a block's input alone and computes the rest again.
     """
@@ -203,7 +203,7 @@ class FiT(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "FiT":
-        """The architecture of a preset, with fields of `fitv2.settings.Architecture` changed."""
+        """The architecture of a preset, with fields of `fitv2.config.Architecture` changed."""
         return cls(**asdict(replace(preset(name).model, **changes)))
 
     def with_rope(self, rope: Rope) -> "FiT":

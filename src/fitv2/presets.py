@@ -6,8 +6,8 @@ Nothing heavy is imported here: the command line builds its help from these.
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fitv2.config import Architecture, Rope, Training
 from fitv2.errors import nearest
-from fitv2.settings import Architecture, Rope, Training
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fitv2.config import Rope
 from fitv2.errors import nearest
-from fitv2.settings import Rope
 from fitv2.tokens import PackedTokens
 
 Method = Callable[[Tensor, int, float, int], Tensor]  # (stretch_B, dims, base, train side) → (B, F)

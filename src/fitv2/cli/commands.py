@@ -1,0 +1,282 @@
+"""The command `fitv2`. Parses first and imports after, so that help and mistakes answer at once."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+from fitv2 import __version__
+from fitv2.cli.options import Convert, Demo, Encode, Export, Inspect, Sample, Train
+from fitv2.cli.parsing import parse
+from fitv2.cli.progress import share_bar, stages_bar, training_bar
+from fitv2.config import Guidance, Rope, at_least
+from fitv2.errors import UserError, nearest
+from fitv2.presets import PRESETS, Preset, preset
+
+FINISHED_WITH_SKIPS = 3  # exit status: all done, but pictures were left out
+FROM_DATA = ("--patch-size", "--in-channels", "--num-classes")  # no choice when training
+
+
+def encode(options: Encode) -> int:
+    """Run `fitv2 encode`."""
+    from fitv2.encoding.encode import encode
+    from fitv2.runtime.distributed import ranks
+
+    at_least(0, workers=options.workers or 0)
+    _, world = ranks()
+    first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # one bar a machine
+    with stages_bar("image", first_here) as progress:
+        try:
+            report = encode(
+                options.source, options.out, options.encoding, workers=options.workers, progress=progress
+            )
+        except KeyboardInterrupt:
+            print("\nfitv2: interrupted; the same command goes on", file=sys.stderr)
+            raise
+    if report is None:
+        if first_here:
+            print(
+                f"{options.out}: this share is done; the process that finishes last makes the dataset whole"
+            )
+        return 0
+    counts = ", ".join(f"{count} {split}" for split, count in report.encoded.items())
+    print(f"{options.out}: {counts} pictures")
+    if report.others:
+        print(f"{report.others} other files, no pictures by their names: see {options.out}/skipped.jsonl")
+    if not report.skipped:
+        return 0
+    print(f"{report.skipped} pictures left out: see {options.out}/skipped.jsonl", file=sys.stderr)
+    return FINISHED_WITH_SKIPS if world == 1 else 0  # torchrun takes any other status for a failure
+
+
+def train(options: Train) -> int:
+    """Run `fitv2 train`."""
+    from fitv2.runtime.distributed import ranks
+    from fitv2.training.trainer import train
+
+    training = options.training
+    chosen = Preset(preset(options.preset).about, options.model, training)
+    with training_bar(training) as report:
+        newest = train(chosen, options.data, options.out, init=options.init, report=report, check=checking)
+    if ranks()[0] == 0:
+        print(f"checkpoint {newest}, log {options.out}/log.jsonl, curve {options.out}/loss.png")
+    return 0
+
+
+def sample(options: Sample) -> int:
+    """Run `fitv2 sample`."""
+    from fitv2.checkpoint import load_model
+    from fitv2.encoding.images import parse_size
+    from fitv2.runtime.device import default_device
+    from fitv2.runtime.files import whole_file
+    from fitv2.sampling.generate import Request, file_name, generate, load_codec
+
+    at_least(1, num=options.num)
+    at_least(0, seed=options.seed)
+    guidance = Guidance(
+        options.guidance or 0.0, options.guidance_channels, options.guidance_power, options.guidance_interval
+    )
+    model, card = load_model(options.model)
+    codec, unit = load_codec(model, card)
+    model = model.with_rope(rope_for(options, model.architecture.rope, card.square[0], unit))
+    named = [card.label_index(text) for text in options.label] or range(len(card.labels))
+    labels = dict.fromkeys(named)  # each once, however often it is asked for
+    sizes = dict.fromkeys([parse_size(text, unit) for text in options.size] or [card.square])
+    requests = [
+        Request(label, size, options.seed + i)
+        for label in labels for size in sizes for i in range(options.num)
+    ]  # fmt: skip
+    model.to(default_device())
+    if options.guidance is None:
+        guidance = replace(guidance, scale=card.guidance)
+    with share_bar("sample", len(requests), "image") as progress:
+        made = generate(
+            model, codec, requests, guidance=guidance, sampling=options.sampling, progress=progress,
+        )  # fmt: skip
+        for request, image in made:
+            name = file_name(card, request, unit)
+            with whole_file(options.out / name) as path:
+                image.save(path)
+    print(f"{len(requests)} pictures in {options.out}")
+    return 0
+
+
+def rope_for(options: Sample, own: Rope, trained: int, unit: int) -> Rope:
+    """The model's own positions, unless the options ask for others.
+
+    `trained` is the side of the largest square trained on, in tokens of `unit` pixels. Raises UserError.
+    """
+    if options.extrapolation is None and options.attention_scale is None:
+        if options.train_side is not None or not options.per_axis:
+            raise UserError("--train-side and --no-per-axis do nothing without --extrapolation")
+        return own
+    return replace(
+        own,
+        extrapolation=own.extrapolation if options.extrapolation is None else options.extrapolation,
+        attention_scale=options.attention_scale or "none",
+        per_axis=own.per_axis if options.extrapolation is None else options.per_axis,
+        train_side=next(s for s in (options.train_side, own.train_side, trained) if s is not None),
+        pixels_a_token=unit,
+        grid=None,
+    )
+
+
+def convert(options: Convert) -> int:
+    """Run `fitv2 convert`."""
+    from fitv2.conversion.convert import (
+        convert_checkpoint,
+        convert_latents,
+        convert_to_released,
+        find_latents,
+    )
+
+    if options.to_released:
+        convert_to_released(options.source, options.out)
+        print(f"{options.out}: {options.source} under the released names")
+        return 0
+    if not options.source.exists():
+        raise UserError(f"{options.source} does not exist")
+    if not options.source.is_dir():
+        post_trained = {"by-name": None, "yes": True, "no": False}[options.post_trained]
+        taken_for = convert_checkpoint(
+            options.source, options.out, post_trained=post_trained, heads=options.heads,
+            autoencoder=options.autoencoder,
+        )  # fmt: skip
+        print(f"{options.out}: {options.source.name} as {taken_for}")
+        return 0
+    latents = find_latents(options.source)
+    if latents is None:
+        raise UserError(
+            f"{options.source} has none of from_16_to_256, greater_than_256_resize, greater_than_256_crop"
+            " (or 1024); to turn a model into a released one, add --to-released"
+        )
+    kept, skipped = convert_latents(
+        latents, options.out, autoencoder=options.autoencoder,
+        progress=lambda pictures, total: tqdm(pictures, "convert", total, unit="image"),
+    )  # fmt: skip
+    print(f"{options.out}: {kept} pictures")
+    if not skipped:
+        return 0
+    print(f"{skipped} pictures left out: see {options.out}/skipped.jsonl", file=sys.stderr)
+    return FINISHED_WITH_SKIPS
+
+
+def export(options: Export) -> int:
+    """Run `fitv2 export`."""
+    from fitv2.checkpoint import load_model, save_model
+    from fitv2.runtime.files import whole_folder
+
+    model, card = load_model(options.model)
+    with whole_folder(options.out) as partial:
+        save_model(model, card, partial)
+    print(f"{options.out}: the model of {options.model}")
+    return 0
+
+
+def inspect(options: Inspect) -> int:
+    """Run `fitv2 inspect`."""
+    from fitv2.data.dataset import require_whole
+    from fitv2.data.storage import Store
+    from fitv2.encoding.inspect import draw, sheet, survey, table
+
+    at_least(0, samples=options.samples, seed=options.seed)
+    card, splits = survey(options.data)
+    print(table(card, splits))
+    require_whole(Store(options.data), card, checking)
+    draw(card, splits, options.out / "plots.png", options.data)
+    if options.samples:
+        sheet(options.data, card, options.samples, options.seed, options.out / "samples.png")
+    print(f"every shard is whole; pictures in {options.out}")
+    return 0
+
+
+def demo(options: Demo) -> int:
+    """Run `fitv2 demo`."""
+    from fitv2.cli.demo import demo
+
+    demo(options.out, options.data, options.minutes, share_bar, training_bar)
+    return 0
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
+    "encode": (Encode, encode),
+    "train": (Train, train),
+    "sample": (Sample, sample),
+    "convert": (Convert, convert),
+    "export": (Export, export),
+    "inspect": (Inspect, inspect),
+    "demo": (Demo, demo),
+}
+
+
+def checking(names: Iterable[str], total: int) -> Iterable[str]:
+    """A bar over the files of a dataset."""
+    return tqdm(names, "check", total, unit="file", leave=False)
+
+
+def train_defaults(arguments: list[str]) -> Train:
+    """The options of `fitv2 train` with the settings of its preset, which comes first.
+
+    Raises UserError when it does not, and for options that the data set decides.
+    """
+    if not arguments or (arguments[0].startswith("-") and "--help" not in arguments):
+        raise UserError(f"name a preset first: fitv2 train PRESET, one of {', '.join(PRESETS)}")
+    for argument in arguments:
+        if argument.split("=")[0] in FROM_DATA:
+            raise UserError(f"{argument} follows from the data: choose it in fitv2 encode")
+    chosen = preset("clipart" if arguments[0].startswith("-") else arguments[0])
+    return Train(tyro.MISSING, tyro.MISSING, tyro.MISSING, None, chosen.model, chosen.training)
+
+
+def overview() -> str:
+    """What `fitv2 --help` prints."""
+    lines = [
+        f"fitv2 {__version__}: pictures of any size and shape",
+        "",
+        "usage: fitv2 COMMAND [OPTIONS]",
+        "",
+    ]
+    for name, (kind, _) in COMMANDS.items():
+        lines.append(f"  {name:8} {(kind.__doc__ or '').splitlines()[0]}")
+    lines += ["", "`fitv2 COMMAND --help` lists a command's options.", "", "presets:"]
+    lines += [f"  {name:12}{value.about}" for name, value in PRESETS.items()]
+    return "\n".join(lines)
+
+
+def run(arguments: list[str]) -> int:
+    """Parse and run one command; its exit status."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise nearest("command", name, COMMANDS)
+    kind, command = COMMANDS[name]
+    default = train_defaults(rest) if kind is Train else None
+    return command(parse(kind, rest, default))
+
+
+def main() -> None:
+    """The entry point: mistakes are one line and exit status 2. Warnings are one line too."""
+    warnings.formatwarning = lambda message, *_: f"fitv2: {' '.join(str(message).split())}\n"
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except (UserError, FloatingPointError) as error:
+        message = str(error)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        message = f"cannot read or write{where}: {error.strerror or error}"
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is not installed: pip install 'fitv2[train]'"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"fitv2: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,152 @@
+"""What each command takes. Their docstrings are the help."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fitv2.config import Architecture, AttentionScale, Encoding, Extrapolation, Sampling, Training
+from fitv2.presets import PRESETS
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Turn a collection of pictures into training tokens, or carry on where it was interrupted.
+
+    SOURCE is a folder of images in folders named by their label (in train/ and val/, if there are splits),
+    Parquet files, WebDataset tars, or a folder of the library `datasets`: a path, a pattern such as
+    'shards/*.tar', or a URL such as s3://bucket/folder or hf://datasets/ORGANIZATION/NAME. Pictures that
+    cannot be used are listed in OUT/skipped.jsonl; the exit status is then 3. Under torchrun all processes
+    share the work: torchrun --nproc-per-node 8 -m fitv2 encode SOURCE OUT.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """Where the pictures are."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the tokens."""
+    workers: int | None = None
+    """Processes that read pictures; 0 reads them in this one [default: one a processor]."""
+    encoding: Annotated[Encoding, tyro.conf.OmitArgPrefixes] = field(default_factory=Encoding)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a preset, or carry on with a run: the same command again resumes."""
+
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
+    """One of the presets; their settings are the defaults below."""
+    data: str
+    """Folder or URL of tokens, made by `fitv2 encode`."""
+    out: Path
+    """Folder of the run."""
+    init: str | None = None
+    """Start from the weights of this model: a folder, a run, or a shipped model."""
+    model: Annotated[Architecture, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=lambda: PRESETS["clipart"].model
+    )
+    training: Annotated[Training, tyro.conf.OmitArgPrefixes] = field(default_factory=Training)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Make pictures: every label at every size, NUM of each."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A model folder, a run folder, or the name of a shipped model such as clipart."""
+    label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Name or number of a label; repeat for several [default: all]."""
+    size: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """HEIGHTxWIDTH in pixels; repeat for several [default: the training size, square]."""
+    num: int = 1
+    """Pictures of each label and size, with seeds SEED, SEED+1, …"""
+    seed: int = 0
+    """Seed of the first picture."""
+    out: Path = Path("samples")
+    """Folder for the pictures, LABEL_HEIGHTxWIDTH_SEED.png."""
+    guidance: float | None = None
+    """Strength of classifier-free guidance; 1 is none [default: the model's own]."""
+    guidance_channels: int | None = None
+    """Guide only so many of the latent's channels [default: all; the released code: 3]."""
+    guidance_power: float | None = None
+    """s of the power-cosine schedule, from the full strength at noise to none at data [default: constant]."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guide between these times alone; 0 is noise, 1 is data."""
+    extrapolation: Extrapolation | None = None
+    """How positions are scaled on sizes beyond those trained on: pi, ntk, ntk-by-parts, yarn or none
+    [default: the model's own]."""
+    attention_scale: AttentionScale | None = None
+    """Sharper attention on such sizes: the paper's, or the released code's pro1 and pro2
+    [default: the model's own; none with --extrapolation]."""
+    per_axis: bool = True
+    """Scale rows and columns each by its own length, not both by the longer; with --extrapolation."""
+    train_side: int | None = None
+    """Rows of the largest square trained on, in tokens [default: the model's own]."""
+    sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn a released checkpoint or released latents into a folder of ours, or a model back.
+
+    SOURCE is a .safetensors or .bin file of FiT or FiTv2 (whlzy/FiT), or a folder with from_16_to_256
+    and its like. Every bit is kept. Latents that cannot be used are listed in OUT/skipped.jsonl; the exit
+    status is then 3.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """A released file or folder; with --to-released a model folder, a run, or a shipped model's name."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """New folder; with --to-released a new .safetensors file."""
+    to_released: bool = False
+    """From ours to the released names."""
+    post_trained: Literal["by-name", "yes", "no"] = "by-name"
+    """Whether the checkpoint was post-trained to 1024 tokens, which its shapes cannot tell. by-name: if
+    its name or its folder's has "hr" in it, as the released ones have."""
+    heads: int | None = None
+    """Attention heads of a model that is none of the released ones."""
+    autoencoder: str = "stabilityai/sd-vae-ft-ema"
+    """What the latents are decoded with: a hub name or a local folder."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's averaged model as a folder of its own.
+
+    What is in it: config.json, safetensors, card.json. `fitv2 sample` opens it, and so does
+    FiT.from_pretrained.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run folder, or any other model."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """New folder."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show what a folder of tokens holds, and check that every shard is whole.
+
+    Prints counts; writes plots.png and samples.png into OUT.
+    """
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder or URL of tokens, made by `fitv2 encode` or `fitv2 convert`."""
+    out: Path = Path("inspection")
+    """Folder for the pictures."""
+    samples: int = 24
+    """Pictures to decode; 0 needs no autoencoder."""
+    seed: int = 0
+    """Which pictures."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Make pictures at six sizes with the shipped model, then train it for another minute."""
+
+    out: Path = Path("demo")
+    """Folder for all that the demo makes."""
+    data: Path = Path("data/clipart")
+    """The clip-art set."""
+    minutes: float = 1.0
+    """How long to train."""

@@ -1,0 +1,278 @@
+"""The format of token datasets: Arrow IPC shards, an index of each split, and a json card.
+
+docs/data.md describes it for those who read or write it by other means.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fitv2.runtime.files import sha256, whole_file, write_json, write_text
+
+CARD = "dataset.json"
+SKIPPED = "skipped.jsonl"
+FORMAT = 2  # of this description
+INDEXED = ("rows", "columns", "label", "variant", "crop")
+
+
+@dataclass(frozen=True)
+class File:
+    """What a whole file is known by."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Shard(File):
+    """A shard, and what is needed to read single rows of it."""
+
+    rows: int
+    tokens_at: int  # the byte where the numbers of its first row begin; those of the others follow
+
+
+@dataclass(frozen=True)
+class About:
+    """What the tokens of a dataset are. Every shard carries it too."""
+
+    labels: tuple[str, ...]
+    autoencoder: str
+    scale: float  # latents are (the autoencoder's own − shift) · scale
+    shift: float
+    patch_size: int
+    in_channels: int
+    max_tokens: int
+    encoding: dict[str, Any] = field(default_factory=dict)  # the settings that made it, where it was encoded
+
+    @property
+    def token_channels(self) -> int:
+        """Numbers a token: (channel, row in patch, column in patch)."""
+        return self.patch_size**2 * self.in_channels
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """All that is known of a dataset without opening a shard."""
+
+    format: int
+    about: About
+    pictures: dict[str, int]  # of each split
+    rows: dict[str, int]
+    tokens: dict[str, int]
+    indexes: dict[str, File]  # by file name
+    shards: dict[str, Shard]
+
+    @property
+    def files(self) -> dict[str, File]:
+        """Every file that holds data."""
+        return {**self.indexes, **self.shards}
+
+
+def shard_name(split: str, number: int) -> str:
+    """The file name of a shard."""
+    return f"{split}-{number:05d}.arrow"
+
+
+def shards_of(names: Iterable[str], split: str) -> list[str]:
+    """The shards of a split, in order."""
+    mine = (name for name in names if name.rpartition("-")[0] == split)
+    return sorted(mine, key=lambda name: int(name.rpartition("-")[2].removesuffix(".arrow")))
+
+
+def index_name(split: str) -> str:
+    """The file name of a split's index."""
+    return f"index-{split}.arrow"
+
+
+class ShardRows:
+    """The rows of one shard, as they are collected. A row is one variant of one picture."""
+
+    def __init__(self) -> None:
+        self.bytes = 0  # of tokens collected
+        self.tokens: list[np.ndarray] = []
+        self.columns: dict[str, list[Any]] = {
+            name: [] for name in ("rows", "columns", "label", "source", "variant", "crop")
+        }
+
+    def add(self, tokens: np.ndarray, label: int, source: str, variant: int, crop: bool = False) -> None:
+        """One variant, tokens (rows, columns, C) float16; a picture's variants come in order from 0."""
+        rows, columns, channels = tokens.shape
+        self.tokens.append(tokens.reshape(-1, channels))
+        self.bytes += tokens.nbytes
+        values = (rows, columns, label, source, variant, crop)
+        for column, value in zip(self.columns.values(), values, strict=True):
+            column.append(value)
+
+    def write(self, path: Path, about: About, scratch: Path | None = None) -> Shard:
+        """Write the shard, one record batch, whole or not at all."""
+        import pyarrow as pa
+
+        schema = shard_schema(about)
+        numbers = pa.array(np.concatenate(self.tokens).ravel())
+        ends = np.cumsum([0, *map(len, self.tokens)], dtype=np.int32)
+        pieces = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field("tokens").type.value_type)
+        tokens = pa.ListArray.from_arrays(ends, pieces, type=schema.field("tokens").type)
+        table = pa.table({"tokens": tokens, **self.columns}, schema=schema)
+        with whole_file(path, scratch) as partial:
+            with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+                stream.write_table(table)
+            written = described(partial)
+            rows, tokens_at, _ = facts(pa.memory_map(str(partial)).read_buffer())
+        return Shard(written.bytes, written.sha256, rows, tokens_at)
+
+
+Facts = tuple[int, int, str]  # rows of a shard, where its tokens begin, and what they are
+
+
+def facts(content: Any) -> Facts:
+    """What a shard, as an Arrow buffer, says of itself."""
+    import pyarrow as pa
+
+    batch = pa.ipc.open_stream(content).read_next_batch()
+    numbers = batch.column("tokens").flatten().flatten().buffers()[1]
+    return batch.num_rows, numbers.address - content.address, batch.schema.metadata[b"fitv2"].decode()
+
+
+def facts_of(card: "DatasetCard", name: str) -> Facts:
+    """What a card says of a shard."""
+    shard = card.shards[name]
+    return shard.rows, shard.tokens_at, json.dumps(asdict(card.about))
+
+
+def shard_schema(about: About) -> Any:
+    """The Arrow schema of a shard, with the features that `datasets` reads and what `about` says."""
+    import pyarrow as pa
+
+    channels = about.token_channels
+    number = {"dtype": "float16", "_type": "Value"}
+    features: dict[str, Any] = {
+        "tokens": {"feature": {"feature": number, "length": channels, "_type": "List"}, "_type": "List"}
+    }
+    for name, kind in (("rows", "int16"), ("columns", "int16")):
+        features[name] = {"dtype": kind, "_type": "Value"}
+    features["label"] = {"names": list(about.labels), "_type": "ClassLabel"}
+    for name, kind in (("source", "string"), ("variant", "uint8"), ("crop", "bool")):
+        features[name] = {"dtype": kind, "_type": "Value"}
+    fields = {
+        "tokens": pa.list_(pa.list_(pa.float16(), channels)),
+        "rows": pa.int16(), "columns": pa.int16(), "label": pa.int64(),
+        "source": pa.string(), "variant": pa.uint8(), "crop": pa.bool_(),
+    }  # fmt: skip
+    metadata = {"huggingface": {"info": {"features": features}}, "fitv2": asdict(about)}
+    return pa.schema(list(fields.items()), {key: json.dumps(value) for key, value in metadata.items()})
+
+
+def described(path: Path) -> File:
+    """Size and SHA-256 of a file."""
+    return File(path.stat().st_size, sha256(path))
+
+
+def finish(
+    folder: Path,
+    about: About,
+    shards: dict[str, Shard],
+    skipped: Iterable[dict[str, Any]],
+    scratch: Path | None = None,
+) -> DatasetCard:
+    """Make a dataset of shards that are written: indexes, skipped.jsonl, README.md, and last the card."""
+    pictures, rows, tokens, indexes = {}, {}, {}, {}
+    for split in sorted({name.rpartition("-")[0] for name in shards}):
+        index = gathered([folder / name for name in shards_of(shards, split)])
+        pictures[split] = int((index["variant"].to_numpy() == 0).sum())
+        rows[split] = index.num_rows
+        sides = (index[name].to_numpy().astype(np.int64) for name in ("rows", "columns"))
+        tokens[split] = int(np.multiply(*sides).sum())
+        indexes[index_name(split)] = write_index(folder / index_name(split), index, scratch)
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped]
+    write_text(folder / SKIPPED, "".join(lines), scratch)
+    card = DatasetCard(FORMAT, about, pictures, rows, tokens, indexes, dict(sorted(shards.items())))
+    write_text(folder / "README.md", readme(card), scratch)
+    write_json(folder / CARD, asdict(card), scratch)
+    return card
+
+
+def gathered(shards: list[Path]) -> Any:
+    """What is known of every row of a split, as one table: all but its tokens and source."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    batches = [pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch() for path in shards]
+    table = pa.Table.from_batches([batch.select(INDEXED).replace_schema_metadata() for batch in batches])
+    narrow = {"label": pa.int32(), "crop": pa.uint8()}  # crop as a byte: numpy reads no bits
+    columns = {name: pc.cast(table[name], narrow.get(name, table[name].type)) for name in INDEXED}
+    return pa.table(columns).combine_chunks()
+
+
+def write_index(path: Path, index: Any, scratch: Path | None) -> File:
+    """Write a split's index, one record batch."""
+    import pyarrow as pa
+
+    with whole_file(path, scratch) as partial:
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, index.schema) as stream:
+            stream.write_table(index)
+        return described(partial)
+
+
+def readme(card: DatasetCard) -> str:
+    """The dataset card as the hub shows it; `datasets` finds the splits by its head."""
+    about = card.about
+    latents = f"Autoencoder: `{about.autoencoder}`."
+    if about.autoencoder != "pixels":
+        latents += f" Latents are (the autoencoder's − {about.shift:g}) · {about.scale:g}."
+    some = ", ".join(about.labels[:12]) + (", …" if len(about.labels) > 12 else "")
+    made = "".join(f"- `{key}`: {json.dumps(value)}\n" for key, value in about.encoding.items())
+    splits = list(card.pictures)
+    counts = (card.pictures, card.rows, card.tokens)
+    return README.format(
+        configs="\n".join(f"  - split: {split}\n    path: {split}-*.arrow" for split in splits),
+        latents=latents,
+        counts="\n".join(f"| {s} |" + "".join(f" {count[s]:,} |" for count in counts) for s in splits),
+        labels=f"{len(about.labels)} labels: {some}.",
+        patch=about.patch_size, channels=about.in_channels, numbers=about.token_channels,
+        limit=about.max_tokens, split=splits[0], skipped=SKIPPED, card=CARD,
+        made=f"\nMade with:\n{made}" if made else "",
+    )  # fmt: skip
+
+
+README = """---
+configs:
+- config_name: default
+  data_files:
+{configs}
+tags:
+- fitv2
+- latents
+---
+# Image tokens for fitv2
+
+Pictures of many sizes as tokens, to train a diffusion transformer on. {latents}
+A token is a patch of {patch}×{patch} latent pixels of {channels} channels: {numbers} numbers, ordered
+(channel, row, column). A picture has at most {limit} tokens.
+
+| split | pictures | rows | tokens |
+|---|---|---|---|
+{counts}
+
+{labels}
+
+A row is one variant of a picture (as it is, mirrored, smaller, cropped): `tokens` (rows · columns
+lists of {numbers} float16, row by row), `rows`, `columns`, `label`, `source`, `variant` (counted from 0
+for each picture), `crop`.
+
+```python
+from datasets import load_dataset  # or pyarrow.ipc.open_stream on any shard
+
+rows = load_dataset("PATH OF THIS FOLDER", split="{split}")
+
+from fitv2.data.dataset import TokenDataset  # single rows, in constant memory, also from s3:// or hf://
+
+pack, labels = TokenDataset("PATH OF THIS FOLDER", "{split}").batch([0, 1, 2])
+```
+
+Pictures that could not be used are listed with the reason in `{skipped}`; `{card}` holds the
+SHA-256 of every file.
+{made}"""

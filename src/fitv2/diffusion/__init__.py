@@ -1,0 +1,1 @@
+"""The mathematics between noise and data. It knows no files and no command line."""

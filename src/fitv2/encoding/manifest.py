@@ -1,0 +1,209 @@
+"""Every picture of a source, listed once in a table that all processes map to memory, and read by its row.
+
+What a picture is, and whether it can be used, is found out when it is read.
+"""
+
+import errno
+import io
+import json
+import os
+import posixpath
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fitv2.data.storage import filesystem
+from fitv2.encoding.images import UnusableImage, load_rgb
+from fitv2.encoding.parquet import datasets_row, datasets_tables, in_tables, parquet_row, parquet_tables
+from fitv2.encoding.sources import BROKEN, NO_LABEL, SPLITS, WHOLE, Picture, Source, is_image_name, readable
+from fitv2.encoding.webdataset import in_tars, tar_member
+from fitv2.errors import UserError
+from fitv2.runtime.files import whole_file
+
+Report = Callable[[int], None]  # how many pictures were found so far
+PLACES = {
+    "source": "large_string", "path": "large_binary", "at": "int64", "size": "int64", "detail": "string",
+    "group": "int32",
+}  # fmt: skip
+CHUNK = 16  # pictures that one process reads at once
+ROW_GROUP_CHUNK = 128  # the same of a Parquet file, so that others need not read their group
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Every picture of a source, split by split, each in the order of the source."""
+
+    kind: str
+    url: str
+    labels: tuple[str, ...]
+    splits: dict[str, tuple[int, int]]  # the rows of each
+    others: list[dict[str, Any]]  # files that are no pictures
+    table: Any  # Arrow: label (int32, −1 for none) and the rest of a Picture
+
+    def save(self, path: Path, scratch: Path) -> None:
+        """Write it as one Arrow file."""
+        import pyarrow as pa
+
+        about = {name: getattr(self, name) for name in ("kind", "url", "labels", "splits", "others")}
+        table = self.table.replace_schema_metadata({"listing": json.dumps(about)})
+        with whole_file(path, scratch) as partial, pa.ipc.new_file(str(partial), table.schema) as writer:
+            writer.write_table(table)
+
+    def picture(self, row: int) -> Picture:
+        """One of its pictures."""
+        values = {name: self.table[name][row].as_py() for name in PLACES}
+        label = self.table["label"][row].as_py()
+        split = next(split for split, (start, stop) in self.splits.items() if start <= row < stop)
+        return Picture(split, self.labels[label] if label >= 0 else "", **values)
+
+    def chunks(self, rows: range) -> list[range]:
+        """These rows in pieces for one process to read: some files, or what lies in one row group."""
+        in_groups = self.kind == "parquet"
+        most = ROW_GROUP_CHUNK if in_groups else CHUNK
+        starts = [rows.start]
+        begins_group = self.table["at"].slice(rows.start, len(rows)).to_numpy() == 0
+        for row in rows:
+            grouped = in_groups and begins_group[row - rows.start]
+            if row > starts[-1] and (grouped or row - starts[-1] == most):
+                starts.append(row)
+        return [range(*pair) for pair in pairwise([*starts, rows.stop])]
+
+
+def load_listing(path: Path) -> Listing:
+    """A listing that `Listing.save` wrote, memory-mapped."""
+    import pyarrow as pa
+
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    about = json.loads(table.schema.metadata[b"listing"])
+    splits = {split: tuple(rows) for split, rows in about["splits"].items()}
+    return Listing(about["kind"], about["url"], tuple(about["labels"]), splits, about["others"], table)
+
+
+def list_pictures(source: Source, report: Report = lambda _: None) -> Listing:
+    """List a source. Raises UserError when it holds no picture or cannot be understood."""
+    import pyarrow as pa
+
+    names, found = LISTERS[source.kind](source)
+    pictures = []
+    for picture in found:
+        pictures.append(picture)
+        if len(pictures) % 1000 == 0:
+            report(len(pictures))
+    report(len(pictures))
+    labels = (*names, *sorted_labels({p.label for p in pictures if p.at != BROKEN} - {*names, ""}))
+    if not labels:
+        expected = "expected folders of images, named by label"
+        reason = f"{pictures[0].source}: {pictures[0].detail}" if pictures else expected
+        raise UserError(f"{source.url} has no pictures: {reason}")
+    pictures.sort(key=lambda picture: picture.split)  # stable: within a split the source's order
+    counts = Counter(picture.split for picture in pictures)
+    splits = dict(zip(counts, pairwise([0, *accumulate(counts.values())]), strict=True))
+    number = {label: i for i, label in enumerate(labels)}
+    table = pa.table({
+        "label": pa.array([number.get(p.label, -1) for p in pictures], pa.int32()),
+        **{name: pa.array([getattr(p, name) for p in pictures], getattr(pa, kind)())
+           for name, kind in PLACES.items()},
+    })  # fmt: skip
+    return Listing(source.kind, source.url, labels, splits, others(source), table)
+
+
+def sorted_labels(labels: Iterable[str]) -> list[str]:
+    """By name; by number where all are numbers."""
+    known = list(labels)
+    numbers = all(label.isdecimal() for label in known)
+    return sorted(known, key=lambda label: (int(label), label)) if numbers else sorted(known)
+
+
+def in_folders(source: Source) -> Iterator[Picture]:
+    """Folders are labels; top-level ones named train, val, … are splits, if all are."""
+    names = {path: readable(source.name(path)) for path in source.files if is_image_name(path)}
+    tops = {name.split("/")[0] for name in names.values() if "/" in name}
+    in_splits = bool(tops) and all(top.lower() in SPLITS for top in tops)
+    for path in sorted(names, key=lambda path: names[path].split("/")):
+        folders = names[path].split("/")[:-1]
+        split = SPLITS[folders.pop(0).lower()] if in_splits and folders else "train"
+        label = folders[0] if folders else NO_LABEL
+        yield Picture(split, label, names[path], os.fsencode(path), WHOLE, source.files[path])
+
+
+def others(source: Source) -> list[dict[str, Any]]:
+    """Files of a folder that are no pictures by their names, counted by how they end, with one of each."""
+    by_ending: dict[str, list[str]] = {}
+    for path in source.files if source.kind == "files" else ():
+        if not is_image_name(path):
+            by_ending.setdefault(posixpath.splitext(path)[1].lower(), []).append(path)
+    return [
+        {
+            "source": readable(source.name(min(paths))),
+            "reason": f"no image by its name, which ends in {ending}",
+            "files_like_it": len(paths),
+        }
+        for ending, paths in sorted(by_ending.items())
+    ]
+
+
+# A source's kind → names of its labels where it says them, and its pictures.
+LISTERS: dict[str, Callable[[Source], tuple[tuple[str, ...], Iterable[Picture]]]] = {
+    "files": lambda source: ((), in_folders(source)),
+    "tars": lambda source: ((), in_tars(source)),
+    "parquet": lambda source: in_tables(parquet_tables(source)),
+    "datasets": lambda source: in_tables(datasets_tables(source)),
+}
+
+
+def read_picture(listing: Listing, picture: Picture) -> Image.Image:
+    """A picture as RGB, upright.
+
+    Raises UnusableImage with the reason, and UserError when its store cannot be reached for a while:
+    then it is not the picture's fault, and it is not to be left out.
+    """
+    if picture.at == BROKEN:
+        raise UnusableImage(f"the archive is damaged: {picture.detail}")
+    if not picture.label:
+        raise UnusableImage("it has no label")
+    for pause in (*PAUSES, None):
+        try:
+            content = READERS[listing.kind](listing.url, picture)
+        except UnusableImage:
+            raise
+        except Exception as error:  # libraries of remote stores have errors of their own
+            if isinstance(error, LASTING) or getattr(error, "errno", None) == errno.EIO:
+                raise UnusableImage(f"cannot be read: {reason_of(error)}") from error
+            if pause is None:
+                now = f"{picture.source} cannot be read now ({reason_of(error)})"
+                raise UserError(f"{now}: the same command goes on later") from error
+            time.sleep(pause)
+        else:
+            break
+    if not content:
+        raise UnusableImage("empty")
+    return load_rgb(io.BytesIO(content))
+
+
+# Errors that stay however often one tries. Arrow's are ValueErrors.
+LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
+PAUSES = (1.0, 4.0, 15.0)  # seconds before one tries again
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, in one line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def whole_file_of(url: str, picture: Picture) -> bytes:
+    """The bytes of a picture that is a file of its own."""
+    return filesystem(url)[0].cat_file(os.fsdecode(picture.path))
+
+
+READERS: dict[str, Callable[[str, Picture], bytes]] = {
+    "files": whole_file_of,
+    "tars": tar_member,
+    "parquet": parquet_row,
+    "datasets": datasets_row,
+}

@@ -1,0 +1,160 @@
+"""The pictures of a shard: read and resized by several processes, encoded in batches of equal shape."""
+
+from collections import defaultdict
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fitv2.autoencoder import Autoencoder
+from fitv2.config import Encoding
+from fitv2.data.format import About, ShardRows
+from fitv2.encoding.images import UnusableImage, views
+from fitv2.encoding.manifest import Listing, load_listing, read_picture
+from fitv2.encoding.sources import Picture
+from fitv2.runtime.device import default_device
+from fitv2.runtime.rng import generator
+from fitv2.tokens import patchify
+
+SAMPLES = 7  # first number of the keys that a sampled latent's noise is derived from
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A picture as it was read: its views as (pixels, cropped), or why it cannot be used."""
+
+    row: int
+    picture: Picture
+    views: list[tuple[np.ndarray, bool]]
+    reason: str | None = None
+
+
+class Reader:
+    """Pictures of a listing, resized; sent to the processes that read."""
+
+    def __init__(self, listing: Path, encoding: Encoding, unit: int) -> None:
+        self.path, self.encoding, self.unit = listing, encoding, unit
+
+    @cached_property
+    def listing(self) -> Listing:
+        """Opened in each process."""
+        return load_listing(self.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "listing"}
+
+    def read(self, rows: range) -> list[Fitted]:
+        """The pictures of these rows of the listing."""
+        return [self.fitted(row) for row in rows]
+
+    def fitted(self, row: int) -> Fitted:
+        """One picture."""
+        picture, chosen = self.listing.picture(row), self.encoding
+        try:
+            image = read_picture(self.listing, picture)
+            found = views(image, chosen.max_tokens, self.unit, chosen.preprocess == "mixed")
+        except UnusableImage as error:
+            return Fitted(row, picture, [], str(error))
+        return Fitted(row, picture, [(np.asarray(view), crop) for view, crop in found])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a view belongs: a picture of the shard, and which of its views."""
+
+    picture: int
+    view: int
+
+
+class ShardEncoder:
+    """The pictures of one shard, encoded in batches of equal shape by the threads of `pool`."""
+
+    def __init__(
+        self, about: About, encoding: Encoding, codec: Autoencoder, pool: Executor, ahead: int
+    ) -> None:
+        self.about, self.encoding, self.codec, self.pool = about, encoding, codec, pool
+        self.ahead = ahead  # batches that may be with the autoencoder at once
+        self.pictures: list[Fitted] = []  # without their pixels
+        self.skipped: list[dict[str, str]] = []
+        self.crops: dict[Place, bool] = {}
+        self._waiting: dict[tuple[int, ...], list[tuple[Place, np.ndarray]]] = defaultdict(list)
+        self._made: list[tuple[list[Place], Future[Tensor]]] = []
+
+    def add(self, fitted: Fitted) -> None:
+        """One picture more; encodes a batch if there are enough of its shape."""
+        if fitted.reason is not None:
+            self.skipped.append({"source": fitted.picture.source, "reason": fitted.reason})
+            return
+        number = len(self.pictures)
+        self.pictures.append(Fitted(fitted.row, fitted.picture, []))
+        for view, (pixels, crop) in enumerate(fitted.views):
+            place = Place(number, view)
+            self.crops[place] = crop
+            same = self._waiting[pixels.shape]
+            same.append((place, pixels))
+            if len(same) == self.encoding.batch_size:
+                self._encode(self._waiting.pop(pixels.shape))
+
+    def encode_rest(self) -> None:
+        """Encode what is left, a batch of each shape."""
+        for same in self._waiting.values():
+            self._encode(same)
+        self._waiting.clear()
+
+    def _encode(self, same: list[tuple[Place, np.ndarray]]) -> None:
+        """Prepare a batch here, while those before it are encoded there."""
+        places = [place for place, _ in same]
+        pixels = torch.from_numpy(np.stack([array for _, array in same])).to(default_device())
+        pixels = pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        both = torch.cat([pixels, pixels.flip(3)]) if self.encoding.mirror else pixels
+        if len(self._made) >= self.ahead:
+            self._made[-self.ahead][1].result()
+        made = self.pool.submit(self._tokens, both, self._noise(places, both.shape))
+        self._made.append((places, made))
+
+    @torch.inference_mode()
+    def _tokens(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
+        """(B, rows, columns, C) float16, on the device."""
+        return patchify(self.codec.encode(pixels, noise), self.about.patch_size).half()
+
+    def _noise(self, places: list[Place], shape: tuple[int, ...]) -> Tensor | None:
+        """Noise for sampled latents, each view's from a key of its own."""
+        if self.encoding.latents == "mean":
+            return None
+        images, _, height, width = shape
+        side = self.codec.downsample
+        size = (self.codec.channels, height // side, width // side)
+        keys = [(self.pictures[p.picture].row, p.view, mirrored) for mirrored in (0, 1) for p in places][
+            :images
+        ]
+        return torch.stack([torch.randn(size, generator=generator(SAMPLES, *key)) for key in keys])
+
+    def rows(self) -> ShardRows:
+        """The rows of the shard: pictures in order, of each its views in order, as they are and mirrored.
+
+        Notes those whose latents float16 cannot hold as skipped.
+        """
+        tokens: dict[Place, np.ndarray] = {}
+        for places, made in self._made:
+            flips = made.result().cpu().unflatten(0, (-1, len(places))).transpose(0, 1)
+            tokens |= dict(zip(places, flips.numpy(), strict=True))
+        odd = {place.picture for place, made in tokens.items() if not np.isfinite(made).all()}
+        for n in sorted(odd):
+            reason = "the autoencoder gives numbers that float16 cannot hold"
+            self.skipped.append({"source": self.pictures[n].picture.source, "reason": reason})
+        number = {label: i for i, label in enumerate(self.about.labels)}
+        rows, variant = ShardRows(), 0
+        for place in sorted(tokens, key=lambda place: (place.picture, place.view)):
+            if place.picture in odd:
+                continue
+            variant = 0 if place.view == 0 else variant
+            picture = self.pictures[place.picture].picture
+            for mirrored in tokens[place]:
+                rows.add(mirrored, number[picture.label], picture.source, variant, self.crops[place])
+                variant += 1
+        return rows

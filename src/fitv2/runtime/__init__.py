@@ -1,0 +1,1 @@
+"""The machine: device, randomness, processes, files. It knows no images."""

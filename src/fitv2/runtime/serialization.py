@@ -1,0 +1,83 @@
+"""Frozen dataclasses to and from json, strictly. Imports nothing heavy: `--help` is built from it."""
+
+import contextlib
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fitv2.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
+
+
+def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
+    """A `kind` with these values, as json holds them.
+
+    Raises UserError for an unknown key, naming the nearest known one, for a missing key, and for a
+    value of another type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fitting = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise nearest(f"key of {kind.__name__}", key, fields)
+        fitting[key] = _checked(f"{key} of {kind.__name__}", value, fields[key].type)
+    try:
+        return kind(**fitting)
+    except TypeError as error:
+        raise UserError(f"incomplete {kind.__name__}: {error}") from error
+
+
+def _checked(name: str, value: Any, wanted: Any) -> Any:
+    """`value` if it is of the type; json's lists as tuples, its whole numbers as floats too."""
+    if wanted is Any:
+        return value
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
+        return from_dict(typing.cast(type, wanted), value)
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) == len(value):
+            return tuple(_checked(name, item, kind) for item, kind in zip(value, kinds, strict=True))
+        wanted = typing.Never
+    if origin is dict and isinstance(value, dict):
+        return {key: _checked(f"{name}, {key}", item, arguments[1]) for key, item in value.items()}
+    if origin is typing.Literal:
+        fits = value in arguments
+    elif origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            with contextlib.suppress(UserError):
+                return _checked(name, value, option)
+        fits = False
+    elif wanted is float:
+        fits = isinstance(value, int | float)
+    else:
+        fits = isinstance(value, origin or wanted)
+    if not fits:
+        raise UserError(f"{name} is {value!r}, which is not of the right type")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The json object in `path`; UserError when it is missing or damaged."""
+    try:
+        return parse_json(path, path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+
+
+def parse_json(path: Path | str, content: bytes) -> dict[str, Any]:
+    """The json object in the content of `path`; UserError when it is damaged."""
+    try:
+        values = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: expected a json object")
+    return values

@@ -1,0 +1,62 @@
+"""What a run starts from: random weights, or those of another model."""
+
+from dataclasses import asdict, replace
+
+import torch
+
+from fitv2.checkpoint import load_model
+from fitv2.config import Architecture, Rope
+from fitv2.data.dataset import TokenDataset
+from fitv2.errors import UserError
+from fitv2.model import FiT
+from fitv2.presets import Preset
+from fitv2.runtime.rng import derive_seed
+from fitv2.training.optim import freeze
+
+WEIGHTS = 0  # first number of the key of random weights; those of a run's other keys are in `train`
+
+
+def first_model(preset: Preset, dataset: TokenDataset, labels: tuple[str, ...], init: str | None) -> FiT:
+    """What a run starts from, in float32 on the CPU: random weights, or those of another model.
+
+    Raises UserError when a part of a model is to be trained and there is none.
+    """
+    config = preset.training
+    architecture = fitted(preset.model, dataset)
+    if config.trainable != "all" and not init:
+        raise UserError(f"--trainable {config.trainable} trains a part of a trained model: give --init")
+    torch.manual_seed(derive_seed(config.seed, WEIGHTS))
+    model = starting_model(init, architecture, labels) if init else FiT(**asdict(architecture))
+    freeze(model, config.trainable)
+    if config.recompute:
+        model.enable_gradient_checkpointing()
+    return model.train()
+
+
+def starting_model(name: str, architecture: Architecture, labels: tuple[str, ...]) -> FiT:
+    """The model `name`, with the positions of `architecture` if it scales any: they hold no weights.
+
+    Raises UserError when it has another architecture else, or other labels.
+    """
+    model, card = load_model(name)
+    if architecture.rope == Rope():
+        architecture = replace(architecture, rope=model.architecture.rope)
+    model = model.with_rope(architecture.rope)
+    theirs = asdict(model.architecture)
+    differing = [key for key, value in asdict(architecture).items() if theirs[key] != value]
+    if card.labels != labels:
+        differing.append("labels")
+    if differing:
+        raise UserError(f"{name} cannot start this run: it has another {', '.join(differing)}")
+    return model
+
+
+def fitted(architecture: Architecture, dataset: TokenDataset) -> Architecture:
+    """`architecture` with the token layout and labels of the dataset."""
+    about = dataset.card.about
+    return replace(
+        architecture,
+        patch_size=about.patch_size,
+        in_channels=about.in_channels,
+        num_classes=len(about.labels),
+    )

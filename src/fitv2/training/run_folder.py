@@ -1,0 +1,137 @@
+"""What a run folder says of itself: run.json, which rebuilds the run, and its log."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fitv2.config import Training
+from fitv2.data.format import DatasetCard
+from fitv2.errors import UserError
+from fitv2.presets import Preset
+from fitv2.runtime.files import whole_file, write_json
+from fitv2.runtime.serialization import read_json
+
+# Settings that may change when a run is carried on. A change of `steps` moves the final decay of
+# the learning rate with it.
+FREE = (
+    "check_data",
+    "compile",
+    "milestone_every",
+    "recompute",
+    "shard",
+    "stall_minutes",
+    "track",
+    "micro_batches",
+    "workers",
+    "steps",
+    "minutes",
+    "log_every",
+    "validate_every",
+    "sample_every",
+    "save_every",
+    "keep",
+)
+
+
+def settle(run: Path, preset: Preset, data: DatasetCard, init: str | None) -> None:
+    """Write run.json, or check that the run already there is this one.
+
+    Only FREE settings may change. Raises UserError naming the others.
+    """
+    path = run / "run.json"
+    tokens = asdict(data.about) | {"pictures": data.pictures, "rows": data.rows}
+    del tokens["encoding"]  # the same pictures encoded elsewhere, in other shards, are the same data
+    described = {
+        "data": json.loads(json.dumps(tokens)),
+        "init": init,
+        **json.loads(json.dumps(asdict(preset))),
+    }
+    if path.exists():
+        before = read_json(path)
+        if not all(isinstance(before.get(part), dict) for part in ("data", "model", "training")):
+            raise UserError(f"{path} is not that of a run")
+        old, new = (
+            {key: value for key, value in settings.items() if key not in FREE}
+            for settings in (flat(before), flat(described))
+        )
+        changed = [key for key in new if old.get(key) != new[key]]
+        if changed:
+            raise UserError(f"{run} is a run with another {', '.join(changed)}: choose another --out")
+    elif run.exists() and any(run.iterdir()):
+        raise UserError(f"{run} exists and is not a run: choose another --out")
+    write_json(path, described | {"torch": torch.__version__})
+
+
+def note_start(run: Path, step: int, processes: int) -> None:
+    """Append to starts.jsonl what is being started: the command, versions, the state of the code."""
+    line = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "command": shlex.join(sys.argv),
+        "processes": processes,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("fitv2", "torch", "diffusers")},
+        },
+        "machine": machine(),
+        "code": code_state(),
+    }
+    with (run / "starts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def machine() -> str:
+    """What a run computes on, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} cores, {platform.machine()} {platform.system()}"
+
+
+def code_state() -> str | None:
+    """The commit of the package's own repository, and whether files differ from it; None if it has none."""
+    asked = []
+    for question in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
+        try:
+            command = ["git", "-C", str(Path(__file__).parent), *question]
+            asked.append(
+                subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+    commit, changes = asked
+    return f"{commit} with changes" if changes else commit
+
+
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide a run's outcome, without their nesting."""
+    training = asdict(Training()) | settings["training"]  # what was no setting when it began was as it is
+    return {"init": settings.get("init"), **settings["data"], **settings["model"], **training}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, up to the first that a kill cut short; none if there is no log."""
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint that a run resumes from."""
+    lines = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step]
+    with whole_file(path) as partial:
+        partial.write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,361 @@
+"""The training loop. A run is a folder; the same command run again carries on from its checkpoint."""
+
+import math
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fitv2.autoencoder import load_autoencoder
+from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint, step_of
+from fitv2.config import Training
+from fitv2.data.dataset import Batch, Steps, TokenDataset, batches, require_whole
+from fitv2.data.packing import FixedCount, Sampler, TokenBudget
+from fitv2.diffusion.flow import Flow, PathSample
+from fitv2.errors import UserError
+from fitv2.figures import loss_curve
+from fitv2.presets import Preset
+from fitv2.runtime.device import default_device, multiplies_bfloat16
+from fitv2.runtime.distributed import World, interrupted, joined, ranks
+from fitv2.runtime.files import unused, whole_file
+from fitv2.runtime.rng import derive_seed
+from fitv2.sampling.preview import preview
+from fitv2.training.checkpointing import DAMAGE, Saver, read_state, require_whole_state, staged, state_of
+from fitv2.training.initialize import first_model
+from fitv2.training.noising import corrupted, objective_of
+from fitv2.training.optim import learning_rate, optimizers
+from fitv2.training.run_folder import cut_log, note_start, read_log, settle
+from fitv2.training.throughput import ByTime, Rates, TrainingFlops, memory_gib, peak_flops
+from fitv2.training.trackers import Tracker, trackers
+from fitv2.training.validation import held_out
+from fitv2.training.weights import Weights, compile_blocks
+
+# First numbers of the keys that randomness is derived from: (seed, purpose, …). 0 is of random weights.
+ORDER, CORRUPTION = 1, 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the loop reports after every step."""
+
+    step: int
+    loss: float
+    images_per_second: float
+
+
+def train(
+    preset: Preset,
+    data: Path | str,
+    run: Path,
+    *,
+    init: str | None = None,
+    report: Callable[[Progress], None] = lambda _: None,
+    check: Callable[[Iterable[Any], int], Iterable[Any]] = lambda names, _: names,
+) -> Path:
+    """Train `preset` on the token dataset `data` in the folder `run`, or carry on there.
+
+    Under torchrun all processes share each step; with any number of them the training is the same.
+    `init` starts from another model's weights. Ctrl-C and SIGTERM save and leave. Returns the
+    newest checkpoint. Raises UserError for input that does not fit or is damaged, and
+    FloatingPointError when the loss is not finite; the last checkpoint stays. `check` may show how
+    far the dataset is compared with its SHA-256.
+    """
+    dataset = TokenDataset(data)
+    minutes = preset.training.minutes
+    deadline = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
+    if preset.training.check_data and dataset.store.is_local:
+        require_whole(dataset.store, dataset.card, check, *ranks())
+    with joined(preset.training.stall_minutes) as world, interrupted() as signalled:
+
+        def stop() -> bool:
+            return signalled() or time.monotonic() >= deadline
+
+        trainer = Trainer(preset, dataset, data, run, init, world)
+        with trainer.watched():
+            stopping = world.any(stop())
+            while trainer.step < preset.training.steps and not stopping:
+                stopping = trainer.advance(report, stop)
+            trainer.save()
+            trainer.saver.finish()
+        if world.first:
+            loss_curve(read_log(run / "log.jsonl"), run / "loss.png", f"Loss of {run.name}")
+        world.wait()
+    newest = newest_checkpoint(run)
+    if newest is None:
+        raise UserError(f"no checkpoint is in {run}: all processes need the same folder")
+    return newest
+
+
+class Trainer:
+    """The state of a run, and what a step does to it."""
+
+    def __init__(
+        self,
+        preset: Preset,
+        dataset: TokenDataset,
+        data: Path | str,
+        run: Path,
+        init: str | None,
+        world: World | None = None,
+    ) -> None:
+        self.config, self.dataset, self.data, self.run = preset.training, dataset, data, run
+        self.world = world = world or World()
+        self.device = default_device()
+        about = dataset.card.about
+        self.card = Card(about.labels, about.autoencoder, about.max_tokens)
+        model = first_model(preset, dataset, self.card.labels, init)
+        self.weights = Weights(model, self.device, self.dtype, world, self.config.shard)
+        self.objective = objective_of(model.architecture, self.config)
+        # Which draw: the processes that hold the first copy of the model between them.
+        self.draws = world.rank < self.config.shard
+        if self.draws:
+            self.codec = load_autoencoder(self.card.autoencoder, self.device)
+        self.optimizers = optimizers(self.weights.master, self.config)
+        self.flops, self.rates = TrainingFlops(model), Rates(peak_flops(self.device))
+        # Last of what can fail on wrong input: a run folder is only made for a run that can start.
+        if world.first:
+            settle(run, Preset(preset.about, model.architecture, preset.training), dataset.card, init)
+        world.wait()
+        self.step = 0
+        self.saver = Saver(run, self.card, world, self.config.keep, self.config.milestone_every)
+        self.resume()
+        world.wait()  # none may write a checkpoint that another has not looked for yet
+        self.trackers: list[Tracker] = []
+        if world.first:
+            self.saver.clean()
+            cut_log(run / "log.jsonl", self.step)
+            note_start(run, self.step, world.size)
+            self.trackers = trackers(self.config.track, run, self.step, asdict(preset))
+        if self.config.compile:
+            compile_blocks(self.weights.model)
+        self.by_time = ByTime(self.device)
+        self.steps = Steps(dataset, sampler_of(dataset, self.config), world.rank, world.size)
+        self.batches = batches(self.steps, self.step, self.config.workers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        precision = self.config.precision
+        fast = precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(self.device))
+        return torch.bfloat16 if fast else torch.float32
+
+    @property
+    def tokens_at_once(self) -> int:
+        """About as many as this process computes in a part of a step."""
+        a_step = self.config.tokens_a_step or self.config.batch_size * float(self.dataset.lengths.mean())
+        return max(1, int(a_step / (self.world.size * self.config.micro_batches)))
+
+    def advance(self, report: Callable[[Progress], None], stop: Callable[[], bool] = lambda: False) -> bool:
+        """One step, and what is due after it; whether any process was told to stop meanwhile."""
+        with self.rates.step():
+            with self.rates.waiting():
+                batch = next(self.batches)
+            loss, stopping = self.gradients(batch, stop)
+            norm = self.weights.clip(self.config.clip)
+            if not math.isfinite(norm):
+                raise self.not_finite("a gradient norm", norm, batch.rows, self.world.ranks())
+            self.update()
+            self.step += 1
+        self.rates.count(batch.packed.lengths, batch.images, self.flops(batch.packed.lengths))
+        if self.world.first:
+            report(Progress(self.step, loss, batch.images / self.rates.latest))
+        self.follow_up(loss, norm)
+        return stopping or (self.world.size == 1 and stop())  # what came later, without asking the others
+
+    def gradients(self, batch: Batch, stop: Callable[[], bool] = lambda: False) -> tuple[float, bool]:
+        """The gradients of a step's mean loss over its images, in float32; that loss; whether any is to stop.
+
+        A sum over images divided by the count of all: so parts of a step, and processes, with
+        other numbers of images and tokens add up to the same. Raises FloatingPointError when the
+        loss is not finite.
+        """
+        mine = torch.zeros((), device=self.device)
+        odd: list[Tensor] = []
+        parts = batch.parts(self.config.micro_batches)
+        for number, part in enumerate(parts, 1):
+            self.weights.before_part(number == len(parts))
+            sample, labels = self.corrupted(part)
+            output = self.weights.model(sample.noisy, sample.t_B, labels)
+            loss_B = self.objective.loss(output, sample)
+            self.by_time.add(self.objective.progress(sample.t_B), loss_B.detach())
+            if self.config.direction_weight and isinstance(self.objective, Flow):
+                loss_B = loss_B + self.config.direction_weight * self.objective.direction_loss(output, sample)
+            odd.append(~loss_B.detach().isfinite())
+            loss = loss_B.sum() / batch.images
+            loss.backward()
+            mine += loss.detach()
+            self.weights.collect()
+        # One message and one wait for the device: the losses of all processes, and which want to stop.
+        told = self.world.gather(torch.stack([mine, mine.new_tensor(float(stop()))])).tolist()
+        total = sum(loss for loss, _ in told)
+        if not math.isfinite(total):
+            ranks = [rank for rank, (loss, _) in enumerate(told) if not math.isfinite(loss)]
+            rows = np.concatenate([part.rows for part in parts])[torch.cat(odd).cpu().numpy()]
+            raise self.not_finite("a loss", total, rows, ranks)
+        return total, any(flag for _, flag in told)
+
+    def not_finite(
+        self, what: str, value: float, rows: np.ndarray, ranks: Sequence[int]
+    ) -> FloatingPointError:
+        """The error that names the step, the processes, and images of this one if it is among them."""
+        said = f"{what} of {value} at step {self.step + 1}"
+        if self.world.size > 1:
+            said += f" in process {', '.join(map(str, ranks))}"
+        if self.world.rank in ranks and len(rows):
+            said += f", of images such as {', '.join(self.dataset.sources(rows[:5]))}"
+        return FloatingPointError(f"{said}; the last checkpoint is kept")
+
+    def corrupted(self, batch: Batch) -> tuple[PathSample, Tensor]:
+        """The pictures of a step, corrupted, and their labels, some of them dropped."""
+        keys = [(self.config.seed, CORRUPTION, int(key)) for key in batch.keys]
+        sample, dropped = corrupted(batch.packed, keys, self.objective, self.config.label_dropout)
+        labels = torch.where(dropped, self.weights.master.null_label, batch.labels)
+        return sample.to(self.device), labels.to(self.device)
+
+    def update(self) -> None:
+        """Step, average, and hand the new weights to the model that computes."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, self.step)
+            optimizer.step()
+            optimizer.zero_grad()
+        # An average over at most a tenth of the steps so far: early weights do not linger.
+        self.weights.follow(min(self.config.ema_decay, (1 + self.step) / (10 + self.step)))
+
+    def follow_up(self, loss: float, norm: float) -> None:
+        """What is due after some steps: lines of the log, validation, a sheet of samples, a checkpoint."""
+        config, step = self.config, self.step
+        if step % config.log_every == 0:
+            self.log(self.measured(loss, norm))
+        if step % config.validate_every == 0:
+            self.log(self.validate())
+        if step % config.save_every == 0 or step % (config.milestone_every or math.inf) == 0:
+            self.save()
+        if step % config.sample_every == 0 and self.draws:
+            self.draw()
+        self.saver.look()
+
+    def measured(self, loss: float, norm: float) -> dict[str, float]:
+        """What a line of the log says of the step, and of those since the last line."""
+        self.world.add_up(self.by_time.sums)
+        values = {"loss": loss, "gradient_norm": norm, "weight_norm": self.weights.norm()}
+        values |= {"learning_rate": learning_rate(self.config, self.step - 1)}
+        # That of this step stays the first: lines that differ in what was logged between may be compared.
+        values = self.by_time.means("loss") | values | self.rates.values(self.world.size)
+        values |= {"memory_gib": memory_gib(self.device)}
+        self.by_time, self.rates = ByTime(self.device), Rates(self.rates.peak)
+        return values
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The averaged model's loss on held-out pictures with fixed times and noise, also by time.
+
+        Nothing if there are no such pictures. The processes share them.
+        """
+        losses = ByTime(self.device)
+        rank, ranks = self.world.rank, self.world.size
+        for sample, labels, counts in held_out(self.data, self.tokens_at_once, self.objective, rank, ranks):
+            sample = sample.to(self.device)
+            output = self.weights.average(sample.noisy, sample.t_B, labels.to(self.device))
+            if counts:
+                losses.add(self.objective.progress(sample.t_B), self.objective.loss(output, sample))
+        self.world.add_up(losses.sums)
+        return losses.means("validation")
+
+    def draw(self) -> None:
+        """A sheet of samples at several sizes from fixed seeds."""
+        try:
+            sheet = preview(self.weights.average, self.codec, self.card, f"step {self.step}")
+        except torch.OutOfMemoryError:
+            if self.config.shard > 1:  # the others wait for this one
+                raise
+            warnings.warn(f"no sheet of samples at step {self.step}: not enough memory", stacklevel=2)
+            return
+        if not self.world.first:
+            return
+        with whole_file(self.run / "samples" / f"step-{self.step:07d}.png") as partial:
+            sheet.save(partial)
+        for tracker in self.trackers:
+            tracker.image(self.step, "samples", sheet)
+
+    def log(self, values: dict[str, float]) -> None:
+        """Hand values to the trackers; only the first process has any."""
+        for tracker in self.trackers if values else ():
+            tracker.scalars(self.step, values)
+
+    def save(self) -> None:
+        """Begin to write a checkpoint, unless that of this step is there."""
+        if self.step == self.saver.last:
+            return
+        self.saver.finish()  # so that the host never holds two
+        state = staged(state_of(self.weights.master, self.optimizers))
+        self.saver.save(self.step, state, self.weights.averaged(self.world))
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """End the trackers in the end; after an error, give the checkpoint that is being written a minute."""
+        try:
+            yield
+        except Exception:  # an interrupt does not wait
+            self.saver.abandon(60)
+            raise
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
+
+    def resume(self) -> None:
+        """Carry on from the newest checkpoint that can be read; damaged ones before it get another name.
+
+        Raises UserError when there are checkpoints, but none of them can be read, and when the
+        processes find different ones.
+        """
+        found = checkpoints(self.run)
+        seen = zlib.crc32(" ".join(path.name for path in found).encode())
+        if len(self.world.gather(torch.tensor(seen, device=self.device)).unique()) > 1:
+            raise UserError(
+                f"the processes find different checkpoints in {self.run}: all need the same folder"
+            )
+        wrong: dict[Path, str] = {}
+        for checkpoint in reversed(found):
+            reason = self._load(checkpoint)
+            if not self.world.any(reason is not None):
+                self.step = self.saver.last = step_of(checkpoint)
+                break
+            said = reason or "so another process says"
+            wrong[checkpoint] = f"{checkpoint} is damaged ({' '.join(said.split())[:200]})"
+        if wrong and len(wrong) == len(found):
+            raise UserError(f"{'; '.join(wrong.values())}: move it away to begin anew")
+        if wrong and self.world.first:
+            said = f"{'; '.join(wrong.values())}; carrying on from step {self.step}"
+            warnings.warn(f"{said}, damaged ones are now called damaged-…", stacklevel=2)
+            for damaged in wrong:  # else it would stand in the way of its successor
+                damaged.rename(unused(damaged.with_name(f"damaged-{damaged.name}")))
+
+    def _load(self, checkpoint: Path) -> str | None:
+        """Put a checkpoint into the weights and optimizers; what is wrong with it if it cannot be read."""
+        try:
+            require_whole_state(checkpoint / "state", self.world.rank, self.world.size)
+            averages = load_model(checkpoint / "ema")[0]
+            read_state(checkpoint / "state", self.weights.master, self.optimizers)
+            self.weights.restore(averages)
+        except torch.OutOfMemoryError:
+            raise  # no fault of the checkpoint
+        except DAMAGE as error:
+            return str(error)
+        return None
+
+
+def sampler_of(dataset: TokenDataset, config: Training) -> Sampler:
+    """Which images a step takes."""
+    images, seed = dataset.images(config.crop_probability), derive_seed(config.seed, ORDER)
+    if config.tokens_a_step is not None:
+        return TokenBudget(images, config.tokens_a_step, seed)
+    return FixedCount(images, config.batch_size, seed)

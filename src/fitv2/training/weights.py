@@ -1,0 +1,142 @@
+"""The weights of a run: what changes, their average, and what computes; in one process or many."""
+
+import warnings
+from copy import deepcopy
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from fitv2.errors import UserError
+from fitv2.model import FiT
+from fitv2.runtime.distributed import World, local, part, whole
+
+
+class Weights:
+    """A model in training, its parameters in float32 whatever it computes in.
+
+    In one process `model` is `master`, or a copy of it in bfloat16. Of several processes, every `shard`
+    hold the parameters, the average and the state of the optimizer once between them (FSDP2; 1: each
+    holds all, as in DDP), and gradients are added up in float32 while the backward pass goes on.
+
+    Raises UserError when the processes are no multiple of `shard`.
+    """
+
+    def __init__(
+        self, master: FiT, device: torch.device, dtype: torch.dtype, world: World, shard: int
+    ) -> None:
+        if world.size % shard:
+            raise UserError(
+                f"--shard {shard} needs a multiple of {shard} processes, and there are {world.size}"
+            )
+        self.master = master
+        self.average = deepcopy(master).eval().requires_grad_(False)
+        self.model = self.master
+        self.sums_last = False
+        if world.size > 1:
+            mesh = _mesh(device, world, shard)
+            # cast_forward_inputs: times and angles stay in float32.
+            policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            _shard(self.master, mesh, mp_policy=policy, reshard_after_forward=shard > 1)
+            # What no backward pass follows has to let go of whole weights, or it would keep old ones.
+            _shard(self.average, mesh, reshard_after_forward=True)
+            # With whole weights everywhere, parts of a step need not be summed one by one.
+            self.sums_last = shard == 1
+        else:
+            self.master.to(device)
+            self.average.to(device)
+            if dtype != torch.float32:
+                # Not FiT.to: diffusers' warns of modules that there are none of.
+                self.model = nn.Module.to(deepcopy(self.master), dtype)
+        # Each parameter that is trained, as this process holds it: what changes, its average, what computes.
+        every = zip(*(held.parameters() for held in (self.master, self.average, self.model)), strict=True)
+        self.trained = [weights for weights in every if weights[0].requires_grad]
+
+    def before_part(self, last: bool) -> None:
+        """Say whether a part of a step is its last."""
+        if self.sums_last:
+            cast(FSDPModule, self.model).set_requires_gradient_sync(last)
+
+    def collect(self) -> None:
+        """Add the gradients of the model that computes to those of the float32 weights."""
+        if self.model is self.master:
+            return
+        for weight, _, computed in self.trained:
+            assert computed.grad is not None
+            gradient, computed.grad = computed.grad.float(), None
+            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+
+    def clip(self, most: float) -> float:
+        """Scale the gradients down to a norm of at most this; their norm before."""
+        norm = nn.utils.clip_grad_norm_([weight for weight, *_ in self.trained], most)
+        return float(whole(norm))
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """The norm of all weights."""
+        return float(whole(nn.utils.get_total_norm(list(self.master.parameters()))))
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Move the average towards the new weights, and hand these to the model that computes."""
+        weights, averages, computing = ([local(w) for w in held] for held in zip(*self.trained, strict=True))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        if self.model is not self.master:
+            torch._foreach_copy_(computing, weights)
+
+    def averaged(self, world: World) -> FiT | None:
+        """A copy of the average in the memory of the host, in the first process; None in the others.
+
+        All processes have to ask.
+        """
+        copies = {}
+        for name, average in self.average.named_parameters():
+            everything = whole(average)
+            if world.first:
+                copies[name] = everything.to("cpu", copy=True)
+        if not world.first:
+            return None
+        with torch.device("meta"):
+            model = FiT(**asdict(self.average.architecture))
+        model.load_state_dict(copies, assign=True)
+        return model
+
+    @torch.no_grad()
+    def restore(self, average: FiT) -> None:
+        """Take over an average; the weights were read in place."""
+        for mine, whole_one in zip(self.average.parameters(), average.parameters(), strict=True):
+            local(mine).copy_(part(whole_one, mine))
+        if self.model is not self.master:
+            for computing, weight in zip(self.model.parameters(), self.master.parameters(), strict=True):
+                computing.copy_(weight)
+
+
+def _mesh(device: torch.device, world: World, shard: int) -> DeviceMesh:
+    """The processes as (copies of the model, processes that share one)."""
+    mesh = init_device_mesh(device.type, (world.size // shard, shard), mesh_dim_names=("copies", "shards"))
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(world.patience, group)
+    if world.size == shard:
+        return mesh["shards"]
+    mesh["copies", "shards"]._flatten("all")  # so that a sum over both is one
+    return mesh
+
+
+def _shard(model: FiT, mesh: DeviceMesh, **options: Any) -> None:
+    """Block by block, so that one block at a time is whole."""
+    for module in (*model.blocks, model):
+        sharded = cast(FSDPModule, fully_shard(module, mesh=mesh, **options))
+        # The loss is divided by the images of all processes: gradients are summed, not averaged.
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+
+
+def compile_blocks(model: FiT) -> None:
+    """Compile each block's forward pass once, for any number of tokens and images."""
+    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, dynamic=True)

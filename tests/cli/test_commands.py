@@ -1,0 +1,126 @@
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from fitv2.cli.commands import COMMANDS, main
+from fitv2.model import FiT
+from fitv2.presets import PRESETS
+
+
+def fitv2(capsys, *arguments):
+    """Status, output and error output of one command."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["fitv2", *map(str, arguments)])
+        main()
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+def test_encode_train_sample(folder, tmp_path, capsys, monkeypatch):
+    """The three commands of the README, on a folder of one's own."""
+    monkeypatch.chdir(tmp_path)
+    assert fitv2(capsys, "encode", folder, "tokens", "--max-tokens", 16)[0] == 0
+    assert fitv2(capsys, "train", "debug", "--data", "tokens", "--out", "run", "--steps", 2)[0] == 0
+    status, _, _ = fitv2(
+        capsys, "sample", "run", "--label", "blue", "--label", "1", "--size", "32x32", "--size", "16x48",
+        "--num", 2, "--seed", 5, "--steps", 2, "--out", "out",
+    )  # fmt: skip
+    assert status == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [
+        f"{label}_{size}_{seed}.png"
+        for label in ("blue", "red") for size in ("16x48", "32x32") for seed in (5, 6)
+    ]  # fmt: skip
+    assert Image.open(tmp_path / "out" / "red_16x48_5.png").size == (48, 16)
+
+
+def test_an_exported_model_is_the_run_s_and_makes_the_same_pictures(tokens, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fitv2(capsys, "train", "debug", "--data", tokens, "--out", "run", "--steps", 2)[0] == 0
+    assert fitv2(capsys, "export", "run", "model")[:2] == (0, "model: the model of run\n")
+    for model in ("run", "model"):
+        assert (
+            fitv2(capsys, "sample", model, "--label", "red", "--steps", 2, "--out", f"{model} made")[0] == 0
+        )
+    (one,), (other,) = ([*(tmp_path / f"{model} made").iterdir()] for model in ("run", "model"))
+    assert one.read_bytes() == other.read_bytes()
+    assert FiT.from_pretrained("model").architecture.num_classes == 2
+    assert fitv2(capsys, "export", "run", "model")[2].startswith("fitv2: model already exists")
+
+
+def test_skipped_pictures_show_in_the_exit_status(folder, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.png").write_bytes((folder / "blue" / "0.png").read_bytes())
+    (tmp_path / "in" / "bad.png").write_text("x")
+    status, _, said = fitv2(capsys, "encode", tmp_path / "in", tmp_path / "out")
+    assert status == 3
+    assert "1 pictures left out" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["smaple"], "unknown command 'smaple': did you mean sample"),
+        (["train", "clpart", "--data", "x", "--out", "y"], "unknown preset 'clpart': did you mean clipart"),
+        (["train", "debug", "--dta", "x"], "unknown option '--dta': did you mean --data"),
+        (["train", "debug", "--data", "x", "--out", "y", "--steps", "many"], "--steps"),
+        (["train", "debug"], "--data"),
+        (["train", "--data", "x", "debug", "--out", "y"], "name a preset first"),
+        (["train", "debug", "--data", "x", "--out", "y", "--patch-size=2"], "follows from the data"),
+        (["train", "debug", "--data", "x", "--out", "y", "--heads", "7"], "width 32 over 7 heads"),
+        (["train", "debug", "--data", "x", "--out", "y", "--log-every", "0"], "--log-every is 0"),
+        (["sample", "clipart", "--seed", "-1"], "--seed is -1"),
+        (["train", "debug", "--data", "none", "--out", "y"], "dataset.json is missing"),
+        (["sample"], "MODEL"),
+        (["sample", "clip", "--label", "x"], "unknown model 'clip': did you mean clipart"),
+        (["sample", "clipart", "--label", "flog"], "unknown label 'flog': did you mean flags"),
+        (["sample", "clipart", "--size", "50x100"], "multiple of the token size"),
+        (["sample", "clipart", "--num", "0"], "--num is 0"),
+        (["sample", "clipart", "--solver", "hean"], "heun"),
+        (["sample", "clipart", "--solver", "ddpm"], "unknown solver 'ddpm'"),
+        (["sample", "clipart", "--extrapolation", "ntk", "--train-side", "0"], "--train-side is 0"),
+        (["sample", "clipart", "--guidance-channels", "9"], "the latent has 3"),
+        (["sample", "clipart", "--guidance", "nan"], "--guidance is nan"),
+        (["sample", "clipart", "--guidance-interval", "0.9", "0.1"], "two rising times"),
+        (["convert", "nowhere.bin", "out"], "nowhere.bin does not exist"),
+        (["encode", "nowhere", "out"], "nowhere does not exist"),
+        (["demo", "--data", "nowhere"], "clip-art set is not at nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = fitv2(capsys, *arguments)
+    lines = err.splitlines()
+    assert (status, out, len(lines)) == (2, "", 1)
+    assert lines[0].startswith("fitv2: ")
+    assert said in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    status, out, _ = fitv2(capsys, command, "--help")
+    assert status == 0
+    assert "--" in out
+
+
+def test_help_names_commands_and_presets(capsys):
+    status, out, _ = fitv2(capsys, "--help")
+    assert status == 0
+    assert all(name in out for name in (*COMMANDS, *PRESETS))
+
+
+def test_an_unwritable_folder_is_one_line(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    status, _, err = fitv2(capsys, "encode", folder, tmp_path / "file" / "out")
+    assert status == 2
+    assert "fitv2: cannot read or write" in err
+
+
+def test_python_dash_m_works():
+    result = subprocess.run(
+        [sys.executable, "-m", "fitv2", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "0.1.0"

@@ -1,0 +1,199 @@
+import json
+import pickle
+import shutil
+from dataclasses import replace
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from fitv2.config import Encoding
+from fitv2.data.dataset import Steps, TokenDataset, batches, require_whole
+from fitv2.data.packing import FixedCount, TokenBudget
+from fitv2.encoding.encode import encode
+from fitv2.errors import UserError
+from fitv2.presets import preset
+from fitv2.training.trainer import train
+
+
+def test_batch_is_the_rows_in_order(tokens):
+    dataset = TokenDataset(tokens)
+    rows = np.array([5, 0, 9])
+    packed, labels = dataset.batch(rows)
+    assert packed.sizes == tuple(tuple(size) for size in dataset.sizes[rows].tolist())
+    alone = torch.cat([dataset.batch(np.array([row]))[0].x_TC for row in rows])
+    assert torch.equal(packed.x_TC, alone)
+    assert labels.tolist() == dataset.labels[rows].tolist()
+    assert packed.x_TC.dtype == torch.float32
+
+
+def test_by_length_sorts(tokens):
+    dataset = TokenDataset(tokens)
+    rows = np.arange(len(dataset.sizes))
+    lengths = dataset.sizes[rows[dataset.by_length(rows)]].prod(axis=1)
+    assert (np.diff(lengths) >= 0).all()
+
+
+def damaged(tokens, tmp_path, damage):
+    copy = tmp_path / "set"
+    shutil.copytree(tokens, copy)
+    damage(copy)
+    return copy
+
+
+def test_what_is_no_dataset_is_named(tokens, tmp_path):
+    with pytest.raises(UserError, match=r"dataset\.json is missing: a dataset is made by fitv2 encode"):
+        TokenDataset(tmp_path)
+    with pytest.raises(UserError, match="no validation pictures"):
+        TokenDataset(tokens, "validation")
+
+
+def change(name, edit):
+    """Damage that changes a file's bytes."""
+
+    def damage(copy):
+        (copy / name).write_bytes(edit((copy / name).read_bytes()))
+
+    return damage
+
+
+def flipped(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("name", ["train-00000.arrow", "index-train.arrow"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda name: change(name, lambda c: c[: len(c) // 2]), lambda name: lambda copy: (copy / name).unlink()],
+)
+def test_a_missing_or_cut_file_is_named(tokens, tmp_path, name, damage):
+    with pytest.raises(UserError, match=rf"set/{name} is (missing|damaged: it has \d+ of \d+ bytes): remove"):
+        TokenDataset(damaged(tokens, tmp_path, damage(name)))
+
+
+def test_a_changed_byte_is_found_by_reading_all(tokens, tmp_path):
+    copy = damaged(tokens, tmp_path, change("train-00000.arrow", flipped))
+    dataset = TokenDataset(copy)
+    seen = []
+    with pytest.raises(UserError, match=r"train-00000\.arrow is damaged: its bytes are not those"):
+        require_whole(dataset.store, dataset.card, lambda files, total: (seen.append(total), files)[1])
+    assert seen == [2]
+    require_whole(TokenDataset(tokens).store, TokenDataset(tokens).card)
+
+
+@pytest.mark.parametrize("change", [('"patch_size": 16', '"patch_size": 8'), ('"blue",', '"green",')])
+def test_a_card_that_says_other_things_than_its_shards_is_found(tokens, tmp_path, change):
+    def edit(copy):
+        (copy / "dataset.json").write_text((copy / "dataset.json").read_text().replace(*change))
+
+    dataset = TokenDataset(damaged(tokens, tmp_path, edit))
+    with pytest.raises(UserError, match=r"dataset\.json is damaged: it says other things than train-00000"):
+        require_whole(dataset.store, dataset.card)
+
+
+def test_a_changed_byte_of_the_index_is_found_at_once(tokens, tmp_path):
+    with pytest.raises(UserError, match=r"index-train\.arrow is damaged: its bytes are not those"):
+        TokenDataset(damaged(tokens, tmp_path, change("index-train.arrow", flipped)))
+
+
+def test_training_checks_all_before_its_first_step(tokens, tmp_path):
+    copy = damaged(tokens, tmp_path, change("train-00000.arrow", flipped))
+    with pytest.raises(UserError, match=r"train-00000\.arrow is damaged"):
+        train(preset("debug"), copy, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": 1}, "another version of fitv2: remove the folder"),
+        ({"formats": 2}, "did you mean format"),
+    ],
+)
+def test_another_format_is_said(tokens, tmp_path, change, said):
+    def rewrite(copy):
+        card = json.loads((copy / "dataset.json").read_text())
+        (copy / "dataset.json").write_text(json.dumps(card | change))
+
+    with pytest.raises(UserError, match=said):
+        TokenDataset(damaged(tokens, tmp_path, rewrite))
+
+
+def test_rows_beyond_the_first_shard(folder, tmp_path):
+    settings = Encoding(max_tokens=(16,))
+    encode(folder, tmp_path / "one", settings, workers=0)
+    encode(folder, tmp_path / "many", replace(settings, shard_size=5), workers=0)
+    one, many = TokenDataset(tmp_path / "one"), TokenDataset(tmp_path / "many")
+    assert len(many.shards) == 3
+    rows = np.random.default_rng(0).permutation(24)
+    assert torch.equal(one.batch(rows)[0].x_TC, many.batch(rows)[0].x_TC)
+    assert one.sources(rows) == many.sources(rows)
+
+
+def test_a_dataset_streams_from_remote_storage(tokens, tmp_path):
+    """The same batches from a store of fsspec's, of which only what a batch needs is read."""
+    system = fsspec.filesystem("memory")
+    system.put(str(tokens), "/remote/set", recursive=True)
+    here, there = TokenDataset(tokens), TokenDataset("memory://remote/set")
+    rows = np.array([5, 0, 23])
+    with pytest.MonkeyPatch.context() as patch:
+        asked = []
+        read = type(system).cat_file
+
+        def noted(self, path, start=None, end=None, **options):
+            asked.append(end - start)  # an error, where a whole file is asked for
+            return read(self, path, start, end, **options)
+
+        patch.setattr(type(system), "cat_file", noted)
+        assert torch.equal(here.batch(rows)[0].x_TC, there.batch(rows)[0].x_TC)
+    assert asked == (here.lengths[rows] * 2 * 768).tolist()
+    train(preset("debug"), "memory://remote/set", tmp_path / "run")
+    system.pipe("/remote/set/train-00000.arrow", system.cat("/remote/set/train-00000.arrow")[:-9])
+    with pytest.raises(UserError, match=r"memory://remote/set/train-00000\.arrow is damaged: it has"):
+        TokenDataset("memory://remote/set")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_those_of_the_steps_however_they_are_read(tokens, workers):
+    dataset = TokenDataset(tokens)
+    steps = Steps(dataset, FixedCount(dataset.images(), 5, seed=0))
+    for number, batch in zip(range(3, 9), batches(steps, 3, workers), strict=False):
+        chosen = steps.sampler.step(number)
+        assert sorted(batch.keys) == sorted(chosen.keys)
+        order = [chosen.keys.tolist().index(key) for key in batch.keys]
+        packed, labels = dataset.batch(chosen.rows[order])
+        assert torch.equal(batch.packed.x_TC, packed.x_TC)
+        assert torch.equal(batch.labels, labels)
+        assert list(batch.packed.lengths) == sorted(batch.packed.lengths)
+
+
+def test_steps_can_be_sent_to_another_process(tokens):
+    dataset = TokenDataset(tokens)
+    steps = Steps(dataset, FixedCount(dataset.images(), 5, seed=0))
+    expected = steps.batch(3)
+    sent = pickle.loads(pickle.dumps(steps)).batch(3)
+    assert torch.equal(sent.packed.x_TC, expected.packed.x_TC)
+
+
+def test_a_step_of_fewer_images_than_ranks_is_refused(tokens):
+    dataset = TokenDataset(tokens)
+    steps = Steps(dataset, FixedCount(dataset.images(), 2, seed=0), 0, 3)
+    with pytest.raises(UserError, match="step 5 has 2 images for 3 processes: raise --batch-size"):
+        steps.batch(5)
+
+
+def test_a_shard_cut_after_opening_is_named_by_the_process_that_reads(tokens, tmp_path):
+    copy = damaged(tokens, tmp_path, lambda _: None)
+    dataset = TokenDataset(copy)
+    change("train-00000.arrow", lambda content: content[:5000])(copy)
+    with pytest.raises(UserError, match=r"^[^\n]*train-00000\.arrow is damaged: it ends too early$"):
+        next(batches(Steps(dataset, FixedCount(dataset.images(), 12, seed=0)), 0, 2))
+
+
+def test_ranks_share_a_step(tokens):
+    dataset = TokenDataset(tokens)
+    sampler = TokenBudget(dataset.images(), 60, seed=0)
+    parts = [Steps(dataset, sampler, rank, 3).batch(2) for rank in range(3)]
+    assert sorted(key for part in parts for key in part.keys) == sorted(sampler.step(2).keys)

@@ -1,0 +1,165 @@
+import pytest
+import torch
+
+from conftest import noise_of
+from fitv2.config import Architecture, Training
+from fitv2.diffusion.flow import (
+    MIN_TIME_TO_DATA,
+    PREDICTIONS,
+    WEIGHTS,
+    Flow,
+    flow_of,
+    logit_normal,
+    noise,
+    uniform,
+)
+from fitv2.diffusion.paths import PATHS
+from fitv2.errors import UserError
+from fitv2.runtime.rng import generator
+from fitv2.tokens import layout
+
+FLOWS = [Flow(path, p) for path in PATHS for p in PREDICTIONS if p != "data" or path == "linear"]
+names = [f"{flow.path_name}-{flow.prediction}" for flow in FLOWS]
+
+
+def sample(flow, times=(0.1, 0.4, 0.9)):
+    packed = layout([(2, 2), (1, 3), (2, 1)])
+    data = packed.with_tokens(noise_of(packed, 5))
+    return flow.sample(data, noise_of(packed, 5, first=3), torch.tensor(times))
+
+
+def true_velocity(flow, point):
+    data_rate, noise_rate = flow.path.derivatives(point.noisy.spread(point.t_B)[:, None])
+    return data_rate * point.data_TC + noise_rate * point.noise_TC
+
+
+def perfect(flow, point):
+    sigma = flow.path.coefficients(point.noisy.spread(point.t_B)[:, None])[1]
+    return {
+        "velocity": true_velocity(flow, point),
+        "data": point.data_TC,
+        "noise": point.noise_TC,
+        "score": -point.noise_TC / sigma,
+    }[flow.prediction]
+
+
+def test_path_goes_from_noise_to_data():
+    point = sample(Flow(), (0.0, 0.4, 1.0))
+    parts = [x.split(point.noisy.lengths) for x in (point.noisy.x_TC, point.noise_TC, point.data_TC)]
+    (first, middle, last), start, data = parts
+    torch.testing.assert_close(first, start[0])
+    torch.testing.assert_close(middle, 0.4 * data[1] + 0.6 * start[1])
+    torch.testing.assert_close(last, data[2])
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=names)
+def test_a_perfect_output_gives_the_velocity_and_no_loss(flow):
+    point = sample(flow)
+    velocity = flow.velocity(perfect(flow, point), point.noisy, point.t_B)
+    torch.testing.assert_close(velocity, true_velocity(flow, point), rtol=1e-3, atol=1e-4)
+    assert flow.loss(perfect(flow, point), point).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=names)
+def test_the_right_weight_makes_it_the_velocity_error_of_each_image(flow):
+    weight = "velocity" if flow.prediction in ("noise", "score") else "none"
+    flow = Flow(flow.path_name, flow.prediction, weight)
+    point = sample(flow)
+    output = torch.randn(point.data_TC.shape, generator=torch.Generator().manual_seed(9))
+    error = flow.velocity(output, point.noisy, point.t_B) - true_velocity(flow, point)
+    expected = torch.stack([image.square().mean() for image in error.split(point.noisy.lengths)])
+    torch.testing.assert_close(flow.loss(output, point), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_weights_are_those_of_sit(path):
+    t = torch.tensor([0.2, 0.7])
+    (alpha, sigma), (alpha_rate, sigma_rate) = path.coefficients(t), path.derivatives(t)
+    g = alpha_rate / alpha * sigma**2 - sigma * sigma_rate
+    torch.testing.assert_close(WEIGHTS["velocity"](path, t), (g / sigma) ** 2)
+    torch.testing.assert_close(WEIGHTS["likelihood"](path, t), g / sigma**2)
+
+
+def test_an_euler_step_to_the_data_ends_at_the_prediction():
+    flow = Flow(prediction="data")
+    point = sample(flow, (0.3, 0.96, 0.999))
+    output = torch.randn(point.data_TC.shape, generator=torch.Generator().manual_seed(9))
+    velocity = flow.velocity(output, point.noisy, point.t_B)
+    ended = point.noisy.x_TC + point.noisy.spread(1 - point.t_B)[:, None] * velocity
+    torch.testing.assert_close(ended, output, rtol=1e-4, atol=1e-4)
+
+
+def test_data_prediction_stays_finite_at_the_data():
+    flow = Flow(prediction="data")
+    point = sample(flow, (1.0, 1.0, 1.0))
+    loss = flow.loss(point.data_TC + 1, point)
+    torch.testing.assert_close(loss, torch.full((3,), MIN_TIME_TO_DATA**-2))
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=names)
+def test_all_is_finite_inside_the_interval(flow):
+    start, stop = flow.interval()
+    inside = sample(flow, (start, 0.5, 0.999 if flow.ends_early else stop))
+    assert flow.velocity(torch.ones_like(inside.data_TC), inside.noisy, inside.t_B).isfinite().all()
+    times = torch.tensor([1e-6, 0.5, 1 - 1e-6])
+    trained = sample(flow, flow.spaced(times).tolist())
+    assert flow.loss(torch.ones_like(trained.data_TC), trained).isfinite().all()
+
+
+def test_logit_normal_times_are_the_sigmoid_of_a_normal():
+    rng = torch.Generator().manual_seed(0)
+    times = torch.stack([logit_normal(rng, mean=-0.6, std=0.8) for _ in range(20_000)])
+    logits = torch.log(times / (1 - times))
+    assert logits.mean().item() == pytest.approx(-0.6, abs=0.02)
+    assert logits.std().item() == pytest.approx(0.8, abs=0.02)
+
+
+def test_training_chooses_the_times():
+    model = Architecture(depth=1, width=32, heads=2)
+    even = flow_of(model, Training(times="uniform"))
+    rng = torch.Generator().manual_seed(0)
+    times = torch.stack([even.draw_time(rng) for _ in range(20_000)])
+    assert torch.histc(times, 4, 0, 1).min() > 4_800
+    shifted = flow_of(model, Training(time_mean=-3.0))
+    assert torch.stack([shifted.draw_time(rng) for _ in range(100)]).mean() < 0.15
+    assert flow_of(model).draw is logit_normal
+    assert even.draw is uniform
+
+
+def test_an_image_has_the_same_noise_in_any_company():
+    together = noise([4, 6], 3, [generator(7), generator(8)])
+    assert torch.equal(together[4:], noise([6], 3, [generator(8)]))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("liner", "velocity", "none"), "unknown path 'liner': did you mean linear"),
+        (("linear", "velocty", "none"), "did you mean velocity"),
+        (("linear", "noise", "velocities"), "did you mean velocity"),
+        (("linear", "velocity", "likelihood"), "is for --prediction noise or score"),
+    ],
+)
+def test_what_there_is_not_is_named(names, said):
+    with pytest.raises(UserError, match=said):
+        Flow(*names)
+
+
+def test_quantiles_are_those_of_the_papers_times():
+    """Half-way is the median, and drawn times fill their shares evenly."""
+    flow = Flow()
+    assert float(flow.quantiles(torch.tensor(0.5))) == pytest.approx(0.5)
+    drawn = torch.stack([logit_normal(generator(i)) for i in range(4000)])
+    for share in (0.1, 0.5, 0.8):
+        below = (drawn < flow.quantiles(torch.tensor(share))).float().mean()
+        assert float(below) == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=names)
+def test_the_direction_of_a_perfect_output_costs_nothing_and_of_its_opposite_two(flow):
+    point = sample(flow)
+    right = perfect(flow, point)
+    torch.testing.assert_close(flow.direction_loss(right, point), torch.zeros(3), atol=1e-5, rtol=0)
+    if flow.prediction == "velocity":
+        torch.testing.assert_close(flow.direction_loss(-right, point), torch.full((3,), 2.0))
+        torch.testing.assert_close(flow.direction_loss(7 * right, point), torch.zeros(3), atol=1e-5, rtol=0)

@@ -1,0 +1,174 @@
+import io
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fitv2.encoding.images import (
+    UnusableImage,
+    center_crop,
+    flexible_resize,
+    load_rgb,
+    parse_size,
+    resized,
+    views,
+)
+from fitv2.errors import UserError
+
+TABLE = json.loads((Path(__file__).parents[1] / "golden" / "manifest.json").read_text())["resize"]
+
+
+def test_resizing_equals_the_released_table():
+    for limit, width, height, new_width, new_height in TABLE["rows"]:
+        assert resized(width, height, (limit // 16) ** 2, 16) == (new_width, new_height)
+
+
+def test_no_picture_exceeds_the_budget_or_breaks_a_token():
+    rng = np.random.default_rng(0)
+    for width, height in np.exp(rng.uniform(0, 10, (500, 2))).astype(int):
+        w, h = resized(int(width), int(height), 64, 16)
+        assert w % 16 == h % 16 == 0
+        assert 1 <= w * h <= 64 * 256
+
+
+def test_zero_sized_is_unusable():
+    with pytest.raises(UnusableImage, match="zero"):
+        resized(0, 5, 64, 16)
+
+
+def saved(image, form="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    file.seek(0)
+    return file
+
+
+def test_transparent_pixels_become_white():
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    image.putpixel((1, 2), (255, 0, 0, 255))
+    image.putpixel((2, 2), (0, 0, 0, 128))
+    result = load_rgb(saved(image))
+    assert result.getpixel((0, 0)) == (255, 255, 255)
+    assert result.getpixel((1, 2)) == (255, 0, 0)
+    assert result.getpixel((2, 2)) == (127, 127, 127)
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    grey = np.linspace(0, 65535, 256).astype(np.uint16).reshape(1, 256)
+    result = np.array(load_rgb(saved(Image.fromarray(grey))))
+    assert (result[0, :, 0] == grey[0] >> 8).all()
+
+
+def test_orientation_in_the_metadata_is_honoured():
+    image = Image.new("RGB", (6, 4), "red")
+    image.putpixel((0, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by a quarter, clockwise
+    result = load_rgb(saved(image, exif=exif))
+    assert result.size == (4, 6)
+    assert result.getpixel((3, 0)) == (0, 0, 255)
+
+
+def test_squares_lose_nothing_to_rounding():
+    assert all(resized(side, side, 64, 16) == (128, 128) for side in range(128, 1200))
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "LA", "RGB", "RGBA", "1", "I;16"])
+def test_every_mode_arrives_as_rgb(mode):
+    result = load_rgb(saved(Image.new(mode, (5, 3))))
+    assert (result.mode, result.size) == ("RGB", (5, 3))
+
+
+def test_palette_transparency_becomes_white():
+    image = Image.new("P", (2, 1), 1)
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.putpixel((0, 0), 0)
+    assert load_rgb(saved(image, transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def bomb():
+    """A PNG that says it holds 50000×50000 pixels."""
+    chunk = lambda name, body: (  # noqa: E731
+        len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
+    )
+    header = (50000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_broken_pictures_are_unusable_with_a_reason():
+    whole = saved(Image.effect_noise((64, 64), 50)).read()
+    cases = {"not an image": b"hello", "truncated": whole[: len(whole) // 2], "": b"", "exceeds": bomb()}
+    for reason, content in cases.items():
+        with pytest.raises(UnusableImage, match=f"(?i){reason}"):
+            load_rgb(io.BytesIO(content))
+
+
+def test_flexible_resize_gives_that_size_and_keeps_what_fits():
+    image = Image.effect_noise((64, 32), 50)
+    assert flexible_resize(image, 64, 16) is image
+    assert flexible_resize(image, 2, 16).size == resized(64, 32, 2, 16)
+
+
+def adm_crop(image, side):
+    """ADM's centre crop, in the steps and the rounding of its own code."""
+    while min(*image.size) >= 2 * side:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.Resampling.BOX)
+    scale = side / min(*image.size)
+    size = tuple(round(x * scale) for x in image.size)
+    array = np.array(image.resize(size, resample=Image.Resampling.BICUBIC))
+    top, left = (array.shape[0] - side) // 2, (array.shape[1] - side) // 2
+    return array[top : top + side, left : left + side]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (130, 64), (65, 200), (300, 257), (512, 400), (33, 500)])
+def test_crops_are_those_of_adm(size):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    cropped = center_crop(Image.fromarray(noise), 32)
+    assert cropped.size == (32, 32)
+    assert (np.asarray(cropped) == adm_crop(Image.fromarray(noise), 32)).all()
+
+
+def test_the_centre_is_kept():
+    array = np.zeros((40, 100, 3), np.uint8)
+    array[:, 45:55] = 255
+    columns = np.asarray(center_crop(Image.fromarray(array), 40))[20, :, 0]
+    assert columns[20] == 255
+    assert columns[0] == columns[39] == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "crops"),
+    [((200, 129), [128, 32]), ((200, 128), [32]), ((129, 200), [128, 32]), ((200, 33), [32]), ((32, 90), [])],
+)
+def test_views_are_the_resized_ones_and_crops_of_what_is_larger(size, crops):
+    image = Image.new("RGB", size)
+    sizes = [resized(*size, limit, 16) for limit in (64, 4)]
+    whole, cropped = [(size, False) for size in sizes], [((side, side), True) for side in crops]
+    assert [(view.size, crop) for view, crop in views(image, (64, 4), 16, True)] == whole + cropped
+    assert [(view.size, crop) for view, crop in views(image, (64, 4), 16, False)] == whole
+
+
+def test_sizes_are_height_by_width():
+    assert parse_size("48x96", 16) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("50x96", "nearest is 48x96"),
+        ("0x16", "nearest is 16x16"),
+        ("big", "HEIGHTxWIDTH"),
+        ("1x2x3", "HEIGHT"),
+    ],
+)
+def test_wrong_sizes_name_the_right_one(text, said):
+    with pytest.raises(UserError, match=said):
+        parse_size(text, 16)

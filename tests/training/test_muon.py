@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+from fitv2.config import Training
+from fitv2.model import FiT
+from fitv2.training.muon import Muon, orthogonal
+from fitv2.training.optim import optimizers
+
+
+def test_singular_values_come_near_to_one_and_directions_stay():
+    matrix = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
+    for given in (matrix, matrix.mT):
+        made = orthogonal(given)
+        assert torch.linalg.svdvals(made).sub(1).abs().max() < 0.35
+        u, _, vh = torch.linalg.svd(given, full_matrices=False)
+        inside = u.mT @ made @ vh.mT  # diagonal, if the directions are the same
+        assert (inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
+
+
+def test_a_step_equals_that_of_torch_in_its_precision(monkeypatch):
+    monkeypatch.setattr("fitv2.training.muon.multiplies_bfloat16", lambda _: True)
+    rng = torch.Generator().manual_seed(0)
+    start = torch.randn(24, 40, generator=rng)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    mine = Muon([{"params": [ours]}], **options)
+    torchs = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)
+    for _ in range(3):
+        gradient = torch.randn(start.shape, generator=rng)
+        for parameter, optimizer in ((ours, mine), (theirs, torchs)):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert torch.linalg.norm(ours - theirs) < 0.01 * torch.linalg.norm(theirs - start)
+
+
+def test_pieces_are_made_orthogonal_apart():
+    """As if each were a matrix of its own."""
+    rng = torch.Generator().manual_seed(0)
+    start, gradient = torch.randn(2, 36, 12, generator=rng)
+    fused = torch.nn.Parameter(start.clone())
+    fused.grad = gradient.clone()
+    Muon([{"params": [fused], "pieces": 3}]).step()
+    for rows in range(0, 36, 12):
+        one = torch.nn.Parameter(start[rows : rows + 12].clone())
+        one.grad = gradient[rows : rows + 12].clone()
+        Muon([{"params": [one]}]).step()
+        torch.testing.assert_close(fused[rows : rows + 12], one, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("adaln", ["lora", "full"])
+def test_a_model_gives_its_fused_matrices_in_pieces(adaln):
+    model = FiT(depth=1, width=16, heads=2, patch_size=1, in_channels=4, num_classes=3, adaln=adaln)
+    muon, adamw = optimizers(model, Training(optimizer="muon"))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    pieces = {names[p]: group["pieces"] for group in muon.param_groups for p in group["params"]}
+    expected = {
+        "blocks.0.attention.qkv.weight": 3, "blocks.0.attention.out.weight": 1,
+        "blocks.0.mlp.gate_up.weight": 2, "blocks.0.mlp.down.weight": 1,
+    }  # fmt: skip
+    own = {"blocks.0.modulation.weight": 6}
+    lora = {"blocks.0.modulation.down.weight": 1, "blocks.0.modulation.up.weight": 6}
+    assert pieces == expected | (lora if adaln == "lora" else own)
+    rest = {names[p] for group in adamw.param_groups for p in group["params"]}
+    assert rest == set(names.values()) - set(pieces)
+
+
+def test_a_closure_computes_the_loss_and_its_gradients():
+    matrix = torch.nn.Parameter(torch.eye(4))
+    optimizer = Muon([{"params": [matrix]}], lr=0.1)
+
+    def closure():
+        loss = matrix.square().sum()
+        loss.backward()
+        return float(loss)
+
+    assert optimizer.step(closure) == 4.0
+    assert float(matrix.square().sum()) < 4.0

@@ -1,0 +1,88 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from fitv2.data.format import About, DatasetCard
+from fitv2.errors import UserError
+from fitv2.presets import Architecture, Training, preset
+from fitv2.runtime.serialization import from_dict, read_json
+from fitv2.training.run_folder import code_state, cut_log, note_start, read_log, settle
+
+DEBUG = preset("debug")
+ABOUT = About(("a", "b"), "pixels", 1.0, 0.0, 16, 3, 64, {"shard_size": 9})
+DATA = DatasetCard(2, ABOUT, {"train": 9}, {"train": 18}, {"train": 90}, {}, {})
+
+
+def test_run_json_rebuilds_the_preset(tmp_path):
+    settle(tmp_path / "run", DEBUG, DATA, None)
+    values = read_json(tmp_path / "run" / "run.json")
+    assert from_dict(Architecture, values["model"]) == DEBUG.model
+    assert from_dict(Training, values["training"]) == DEBUG.training
+    data = {key: value for key, value in values["data"].items() if key not in ("pictures", "rows")}
+    assert from_dict(About, data) == replace(ABOUT, encoding={})
+
+
+def test_only_when_may_change_not_what(tmp_path):
+    run = tmp_path / "run"
+    settle(run, DEBUG, DATA, None)
+    settle(run, replace(DEBUG, training=replace(DEBUG.training, steps=99)), DATA, None)
+    assert read_json(run / "run.json")["training"]["steps"] == 99
+    for changed in ({"seed": 1}, {"learning_rate": 1.0}):
+        with pytest.raises(UserError, match=f"another {next(iter(changed))}"):
+            settle(run, replace(DEBUG, training=replace(DEBUG.training, **changed)), DATA, None)
+    with pytest.raises(UserError, match="another init"):
+        settle(run, DEBUG, DATA, "clipart")
+    with pytest.raises(UserError, match="another labels"):
+        settle(run, DEBUG, replace(DATA, about=replace(ABOUT, labels=("b", "a"))), None)
+    assert read_json(run / "run.json")["training"]["seed"] == 0
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="not a run"):
+        settle(tmp_path, DEBUG, DATA, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_the_log_is_cut_to_the_checkpoint(tmp_path):
+    log = tmp_path / "log.jsonl"
+    cut_log(log, 3)
+    assert read_log(log) == []
+    log.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)) + '{"step": 6, "lo')
+    cut_log(log, 3)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_each_start_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fitv2", "train", "a b"])
+    note_start(tmp_path, 0, 1)
+    note_start(tmp_path, 30, 8)
+    first, second = (json.loads(line) for line in (tmp_path / "starts.jsonl").open())
+    assert (first["step"], second["step"], second["processes"]) == (0, 30, 8)
+    assert first["command"] == "fitv2 train 'a b'"
+    assert {"python", "fitv2", "torch", "diffusers"} <= first["versions"].keys()
+    assert first["machine"]
+
+
+def test_the_state_of_the_code_is_that_of_its_repository(tmp_path, monkeypatch):
+    import fitv2.training.run_folder
+
+    module = tmp_path / "package" / "runs.py"
+    module.parent.mkdir()
+    module.write_text("x")
+    monkeypatch.setattr(fitv2.training.run_folder, "__file__", str(module))
+    assert code_state() is None
+
+    def git(*command):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *command], check=True, capture_output=True)
+
+    for command in (["init"], ["add", "."], ["commit", "-m", "one"]):
+        git(*command)
+    commit = code_state()
+    assert len(commit) == 40
+    module.write_text("y")
+    assert code_state() == f"{commit} with changes"
