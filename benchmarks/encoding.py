@@ -23,9 +23,9 @@ from torch import Tensor
 import fitv2.encoding.encode
 from fitv2.config import Encoding
 from fitv2.encoding.encode import encode, processors
+from fitv2.encoding.kinds import open_source
 from fitv2.encoding.manifest import list_pictures
 from fitv2.encoding.shard_encoder import Reader
-from fitv2.encoding.sources import open_source
 from fitv2.runtime.workers import read_ahead
 
 SIZES = ((500, 375), (375, 500), (500, 333), (500, 500), (640, 480))

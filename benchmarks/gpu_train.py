@@ -1,6 +1,6 @@
 """Training on a GPU: images a second, share of the peak, memory; compiled or not, packed and padded.
 
-    python benchmarks/gpu_train.py [--preset fitv2-xl] [--images 256] [--micro-batches 8] [--steps 10]
+    python benchmarks/gpu_train.py [--preset fitv2-xl] [--images 256] [--grad-accum-steps 8] [--steps 10]
 
 Steps of the trainer on synthetic latents of ImageNet-like sizes under 256 tokens. The padded side computes
 as many images, each of 256 tokens, which is what padding costs without the cost of a mask: it counts the
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, help="another than the preset's")
     parser.add_argument("--width", type=int, help="another than the preset's")
     parser.add_argument("--images", type=int, default=256, help="a step")
-    parser.add_argument("--micro-batches", type=int, default=8)
+    parser.add_argument("--grad-accum-steps", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--eager-only", action="store_true", help="without torch.compile")
     options = parser.parse_args()
@@ -73,7 +73,7 @@ def main() -> None:
         base.model, depth=options.depth or base.model.depth, width=options.width or base.model.width
     )
     training = replace(
-        base.training, batch_size=options.images, micro_batches=options.micro_batches,
+        base.training, batch_size=options.images, grad_accum_steps=options.grad_accum_steps,
         steps=NEVER, log_every=NEVER, validate_every=NEVER, sample_every=NEVER, save_every=NEVER, track=(),
     )  # fmt: skip
     real = imagenet_sizes(4 * options.images, np.random.default_rng(0))

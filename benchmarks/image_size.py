@@ -15,22 +15,23 @@ from time import perf_counter
 
 import torch
 
+from fitv2.conditioning import Condition
 from fitv2.model import FiT
 from fitv2.runtime.device import default_device
-from fitv2.tokens import PackedTokens, layout
+from fitv2.tokens import Layout, PackedTokens
 from fitv2.training.throughput import TrainingFlops, peak_flops
 
 SIDES = (8, 16, 32, 64)
 
 
 def seconds(model: FiT, packed: PackedTokens, device: torch.device) -> float:
-    images = len(packed.sizes)
+    images = len(packed)
     t_B = torch.linspace(0.1, 0.9, images, device=device)
-    labels = torch.arange(images, device=device) % 1000
+    condition = Condition.of(label=torch.arange(images, device=device) % 1000)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = perf_counter()
-    model(packed, t_B, labels).float().square().mean().backward()
+    model(packed.x_TC, packed.layout, t_B, condition).float().square().mean().backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elapsed = perf_counter() - started
@@ -55,22 +56,22 @@ def main() -> None:
     packs = []
     for side in SIDES:
         images = max(1, options.tokens // side**2)
-        empty = layout([(side, side)] * images)
-        packs.append(empty.with_tokens(torch.randn(images * side**2, model.token_channels)).to(device))
+        layout = Layout.of([(side, side)] * images)
+        packs.append(PackedTokens(torch.randn(layout.tokens, model.token_channels), layout).to(device))
     count = TrainingFlops(model)
-    flops = [count(packed.lengths) / sum(packed.lengths) for packed in packs]
+    flops = [count(packed.layout.lengths) / packed.layout.tokens for packed in packs]
     for packed in packs:
         seconds(model, packed, device)
     rounds = [[seconds(model, packed, device) for packed in packs] for _ in range(options.repeats)]
     for i, packed in enumerate(packs):
-        tokens = sum(packed.lengths)
+        tokens = packed.layout.tokens
         # Of one round, so that a machine that slows down slows both.
-        time = statistics.median(times[i] / tokens / (times[0] / sum(packs[0].lengths)) for times in rounds)
+        time = statistics.median(times[i] / tokens / (times[0] / packs[0].layout.tokens) for times in rounds)
         fastest = min(times[i] for times in rounds)
         print(
             json.dumps(
                 {
-                    "tokens_an_image": packed.lengths[0],
+                    "tokens_an_image": packed.layout.lengths[0],
                     "tokens_per_second": round(tokens / fastest),
                     "of_peak": round(flops[i] * tokens / fastest / peak_flops(device), 3),
                     "time": round(time, 3),

@@ -63,7 +63,7 @@ def rate(steps: Steps, workers: int, seconds: float) -> float:
         pass
     images, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
-        images += len(next(stream).labels)
+        images += len(next(stream).condition)
     return images / (time.perf_counter() - started)
 
 

@@ -24,15 +24,17 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention, silu
 from tqdm import tqdm
 
+from fitv2.conditioning import Condition
 from fitv2.config import Guidance, Rope
-from fitv2.diffusion.flow import PathSample, flow_of, noise
-from fitv2.diffusion.guidance import velocity_of
+from fitv2.diffusion.flow import Flow
+from fitv2.diffusion.guidance import guide
+from fitv2.diffusion.noise import NoisySample, draw_noise
 from fitv2.encoding.images import resized
 from fitv2.model import EPS, Attention, Block, FiT, SwiGLU
 from fitv2.rope import rotation
 from fitv2.runtime.rng import generator
-from fitv2.sampling.generate import Request, packs_of, tokens_at_once
-from fitv2.tokens import PackedTokens, Size, layout
+from fitv2.sampling.generate import Request, cut_into_packs, default_tokens_per_pack
+from fitv2.tokens import Layout, Size
 
 # The commonest sizes of ImageNet's training pictures, with about their shares of it; the rest is
 # drawn at random below.
@@ -83,9 +85,9 @@ def pad(value_TC: Tensor, mask_BN: Tensor) -> Tensor:
     return padded
 
 
-def padded_layout(packed: PackedTokens, limit: int, head_dim: int) -> Padded:
-    mask_BN = (torch.arange(limit) < torch.tensor(packed.lengths)[:, None]).to(torch.uint8)
-    turn_TK = rotation(packed, head_dim, Rope())[:, 0].repeat_interleave(2, dim=1)
+def padded_layout(layout: Layout, limit: int, head_dim: int) -> Padded:
+    mask_BN = (torch.arange(limit) < torch.tensor(layout.lengths)[:, None]).to(torch.uint8)
+    turn_TK = rotation(layout, head_dim, Rope())[:, 0].repeat_interleave(2, dim=1)
     return Padded(mask_BN, pad(turn_TK.real, mask_BN)[:, None], pad(turn_TK.imag, mask_BN)[:, None])
 
 
@@ -116,8 +118,8 @@ def padded_mlp(module: SwiGLU, x_BND: Tensor) -> Tensor:
     return module.down(silu(gate) * up)
 
 
-def padded_forward(model: FiT, x_BNC: Tensor, t_B: Tensor, label_B: Tensor, pads: Padded) -> Tensor:
-    silu_c = silu(model.time_embed(t_B) + model.label_embed(label_B))
+def padded_forward(model: FiT, x_BNC: Tensor, t_B: Tensor, condition: Condition, pads: Padded) -> Tensor:
+    silu_c = silu(model.embed(t_B, condition))
     assert model.modulation is not None
     shared = model.modulation(silu_c)
     x = model.patch_embed(x_BNC)
@@ -139,29 +141,31 @@ class Case:
     def __init__(self, model: FiT, sizes: list[Size], limit: int) -> None:
         self.model, self.limit = model, limit
         sizes = sorted(sizes, key=lambda size: size[0] * size[1])
-        packed = layout(sizes)
-        data_TC, start = (
-            noise(packed.lengths, model.token_channels, [generator(part, i) for i in range(len(sizes))])
+        layout = Layout.of(sizes)
+        data, start = (
+            draw_noise(layout.lengths, model.token_channels, [generator(part, i) for i in range(len(sizes))])
             for part in (0, 1)
         )
-        data = packed.with_tokens(data_TC)
         self.t_B = torch.linspace(0.1, 0.9, len(sizes))
-        self.flow = flow_of(model.architecture)
-        self.sample: PathSample = self.flow.sample(data, start, self.t_B)
-        self.labels = torch.arange(len(sizes)) % model.architecture.num_classes
-        self.pads = padded_layout(packed, limit, model.architecture.width // model.architecture.heads)
-        fields = (self.sample.noisy.x_TC, data.x_TC, start)
+        self.flow = Flow.of(model.architecture)
+        self.sample: NoisySample = self.flow.add_noise(data, layout, start, self.t_B)
+        self.condition = Condition.of(label=torch.arange(len(sizes)) % model.architecture.num_classes)
+        self.pads = padded_layout(layout, limit, model.architecture.width // model.architecture.heads)
+        fields = (self.sample.x_TC, data, start)
         self.x_BNC, self.data_BNC, self.start_BNC = (pad(x, self.pads.mask_BN) for x in fields)
         self.velocities = list(self.in_packs(sizes))
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
     def in_packs(self, sizes: list[Size]) -> Iterator[tuple[int, Callable[[Tensor, Tensor], Tensor]]]:
         """Tokens and guided velocity of each pack that sampling would make of these images."""
-        requests = [Request(int(label), size, 0) for label, size in zip(self.labels, sizes, strict=True)]
-        for batch in packs_of(requests, tokens_at_once(torch.device("cpu"))):
-            labels = torch.tensor([request.label for request in batch])
-            packed = layout([request.size for request in batch])
-            yield packed.x_TC.shape[0], velocity_of(self.model, packed, labels, Guidance(GUIDANCE))
+        requests = [
+            Request(self.condition.select([i]), size, generator(0)) for i, size in enumerate(sizes)
+        ]  # of tokens of one pixel
+        for batch in cut_into_packs(requests, 1, default_tokens_per_pack(torch.device("cpu"))):
+            condition = Condition.concatenate([request.condition for request in batch])
+            layout = Layout.of([request.pixels for request in batch])
+            output = guide(self.model, layout, condition, Guidance(GUIDANCE), self.flow)
+            yield layout.tokens, self.flow.follow(output, layout)
 
     def train(self, loss: Callable[[], Tensor]) -> float:
         value = loss()
@@ -171,29 +175,28 @@ class Case:
         return value.item()
 
     def packed_loss(self) -> Tensor:
-        output = self.model(self.sample.noisy, self.t_B, self.labels)
-        return self.flow.loss(output, self.sample).mean()
+        return self.flow.loss(self.model, self.sample, self.condition).total_B.mean()
 
     def padded_loss(self) -> Tensor:
-        output = padded_forward(self.model, self.x_BNC, self.t_B, self.labels, self.pads)
+        output = padded_forward(self.model, self.x_BNC, self.t_B, self.condition, self.pads)
         error = (output - (self.data_BNC - self.start_BNC)).square() * self.pads.mask_BN[..., None]
         return (error.mean(2).sum(1) / self.pads.mask_BN.sum(1)).mean()
 
     @torch.inference_mode()
     def packed_sample(self) -> Tensor:
         t = torch.tensor(0.5)
-        pieces = self.sample.noisy.x_TC.split([tokens for tokens, _ in self.velocities])
+        pieces = self.sample.x_TC.split([tokens for tokens, _ in self.velocities])
         moved = [x + 0.1 * v(x, t) for x, (_, v) in zip(pieces, self.velocities, strict=True)]
         return torch.cat(moved)
 
     @torch.inference_mode()
     def padded_sample(self) -> Tensor:
-        null = torch.full_like(self.labels, self.model.null_label)
         cos, sin = self.pads.cos_B1NK, self.pads.sin_B1NK
         twice = Padded(self.pads.mask_BN.repeat(2, 1), cos.repeat(2, 1, 1, 1), sin.repeat(2, 1, 1, 1))
         x = self.x_BNC.repeat(2, 1, 1)
         t_B = torch.full((len(x),), 0.5)
-        both = padded_forward(self.model, x, t_B, torch.cat([self.labels, null]), twice)
+        condition = Condition.concatenate([self.condition, self.condition.null()])
+        both = padded_forward(self.model, x, t_B, condition, twice)
         conditional, unconditional = both.chunk(2)
         return self.x_BNC + 0.1 * (unconditional + GUIDANCE * (conditional - unconditional))
 

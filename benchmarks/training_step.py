@@ -3,7 +3,8 @@
     python benchmarks/training_step.py [--preset fitv2-b] [--depth 3] [--tokens 2048] [--steps 5]
 
 Trains a preset, by default at a smaller depth for a CPU's sake, on synthetic latents of ImageNet-like sizes.
-`data` is reading, packing and corrupting; `optimizer` clipping, AdamW and the average. The floor is the
+`data` is reading, packing and adding noise; `forward` the model and its loss; `optimizer` clipping, AdamW
+and the EMA. The floor is the
 products of forward and backward at the rate of a large product of matrices: measured, or the data sheet's.
 Prints one JSON object, medians over the steps.
 """
@@ -56,9 +57,8 @@ def watched(trainer: Trainer, watch: Stopwatch) -> Callable[[], bool]:
     """A step of the trainer whose parts are timed."""
     trainer.batches = iter(watch.timed("data", trainer.batches.__next__), None)
     for part, owner, name in (
-        ("data", trainer, "corrupted"),
-        ("forward", trainer.weights.model, "forward"),
-        ("forward", type(trainer.objective), "loss"),
+        ("data", trainer, "noise"),
+        ("forward", type(trainer.objective), "loss"),  # it calls the model
         ("backward", torch.Tensor, "backward"),
         ("optimizer", trainer.weights, "clip"),
         ("optimizer", trainer, "update"),
@@ -77,7 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     chosen = preset(options.preset)
     model = replace(chosen.model, depth=options.depth, width=options.width or chosen.model.width)
-    training = replace(chosen.training, tokens_a_step=options.tokens, log_every=1 << 40, track=())
+    training = replace(chosen.training, tokens_per_step=options.tokens, log_every=1 << 40, track=())
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "tokens"
         synthetic(data, 500, imagenet_sizes(500, np.random.default_rng(0)))

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from fitv2.config import Encoding
-from fitv2.diffusion.flow import noise
+from fitv2.diffusion.noise import draw_noise
 from fitv2.encoding.encode import encode
 from fitv2.model import FiT
 from fitv2.runtime.rng import generator
@@ -48,11 +48,11 @@ def randomized(model, seed=0):
 GAUSSIAN_MEAN, GAUSSIAN_STD = 0.4, 0.6
 
 
-def gaussian(flow, packed):
+def gaussian(flow, layout):
     """The velocity of the flow to N(0.4, 0.6²), for times () and (B,)."""
 
     def velocity(x, t):
-        t = packed.spread(t.expand(len(packed.sizes)))[:, None].to(x.dtype)
+        t = layout.spread(t.expand(len(layout)))[:, None].to(x.dtype)
         (alpha, sigma), (alpha_rate, sigma_rate) = flow.path.coefficients(t), flow.path.derivatives(t)
         variance = alpha**2 * GAUSSIAN_STD**2 + sigma**2
         slope = (alpha * alpha_rate * GAUSSIAN_STD**2 + sigma * sigma_rate) / variance
@@ -61,9 +61,9 @@ def gaussian(flow, packed):
     return velocity
 
 
-def noise_of(packed, channels, first=0):
-    """Noise tokens for a pack, image i's from the key (first + i,)."""
-    return noise(packed.lengths, channels, [generator(first + i) for i in range(len(packed.sizes))])
+def noise_of(layout, channels, first=0):
+    """Noise tokens for a layout, image i's from the key (first + i,)."""
+    return draw_noise(layout.lengths, channels, [generator(first + i) for i in range(len(layout))])
 
 
 FORK = multiprocessing.get_context("fork")  # a fresh interpreter would take seconds to import
@@ -150,3 +150,17 @@ def tiny_vae(tmp_path_factory):
         scaling_factor=0.5, shift_factor=0.25,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+@pytest.fixture
+def holding(tmp_path):
+    """A folder with files of these names."""
+
+    def holding(*names):
+        for name in names:
+            path = tmp_path / "source" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x")
+        return str(tmp_path / "source")
+
+    return holding

@@ -2,32 +2,32 @@ import pytest
 import torch
 
 from fitv2.attention import attention
-from fitv2.tokens import layout
+from fitv2.tokens import Layout
 
 SIZES = [(1, 1), (2, 7), (7, 2), (3, 3)]
 
 
-def oracle(q, k, v, packed):
+def oracle(q, k, v, layout):
     """Softmax attention written out, with the mask that the project avoids."""
-    same_image = packed.image_T[:, None] == packed.image_T[None, :]
+    same_image = layout.image_T[:, None] == layout.image_T[None, :]
     scores = torch.einsum("thk,shk->hts", q, k) / q.shape[-1] ** 0.5
     weights = scores.masked_fill(~same_image, float("-inf")).softmax(-1)
     return torch.einsum("hts,shk->thk", weights, v)
 
 
-def inputs(packed, device="cpu"):
+def inputs(layout, device="cpu"):
     generator = torch.Generator().manual_seed(0)
-    shape = (3, packed.x_TC.shape[0], 2, 16)
+    shape = (3, layout.tokens, 2, 16)
     return torch.randn(shape, generator=generator).to(device).requires_grad_()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_forward_and_backward_equal_the_masked_formula(dtype, tolerance):
-    packed = layout(SIZES)
+    layout = Layout.of(SIZES)
     results = []
     for function, kind in ((attention, dtype), (oracle, torch.float32)):
-        qkv = inputs(packed)
-        out = function(*qkv.to(kind), packed)
+        qkv = inputs(layout)
+        out = function(*qkv.to(kind), layout)
         out.float().square().sum().backward()
         results.append((out.float(), qkv.grad))
     for ours, expected in zip(*results, strict=True):
@@ -37,7 +37,7 @@ def test_forward_and_backward_equal_the_masked_formula(dtype, tolerance):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_variable_length_kernel_equals_the_masked_formula():
-    packed = layout(SIZES).to("cuda")
-    qkv = inputs(packed, "cuda")
-    ours = attention(*qkv.bfloat16(), packed)
-    torch.testing.assert_close(ours.float(), oracle(*qkv, packed), rtol=3e-2, atol=3e-2)
+    layout = Layout.of(SIZES).to("cuda")
+    qkv = inputs(layout, "cuda")
+    ours = attention(*qkv.bfloat16(), layout)
+    torch.testing.assert_close(ours.float(), oracle(*qkv, layout), rtol=3e-2, atol=3e-2)

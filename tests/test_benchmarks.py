@@ -35,7 +35,7 @@ TINY = ["--width=48", "--depth=1"]
         ("image_size.py", [*TINY, "--repeats=1"], {"tokens_per_second", "time", "flops", "ratio"}),
         (
             "gpu_train.py",
-            [*TINY, "--preset=fitv2-b", "--images=4", "--micro-batches=2", "--steps=1", "--eager-only"],
+            [*TINY, "--preset=fitv2-b", "--images=4", "--grad-accum-steps=2", "--steps=1", "--eager-only"],
             {"images_per_second", "share_of_peak"},
         ),
         ("planning.py", ["20000"], {"fill", "seconds_an_epoch", "megabytes"}),

@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fitv2.checkpoint import from_released, released_forward
+from fitv2.conditioning import Condition
 from fitv2.config import Guidance, Rope, Sampling
-from fitv2.conversion.released import architecture_of
+from fitv2.conversion.released import architecture_of, from_released, released_forward
 from fitv2.diffusion.flow import Flow
-from fitv2.diffusion.guidance import guided, velocity_of
+from fitv2.diffusion.guidance import guide
 from fitv2.diffusion.transport import transport
 from fitv2.encoding.images import resized
-from fitv2.rope import magnitude, scaled_frequencies
+from fitv2.rope import mscale, scaled_frequencies
 from fitv2.runtime.rng import generator
-from fitv2.tokens import layout
+from fitv2.tokens import Layout
 
 GOLDEN = Path(os.environ.get("FITV2_GOLDEN", Path(__file__).parent / "golden"))
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
@@ -65,13 +65,13 @@ def assert_equal(ours, released, tolerance=1e-5):
     assert error < tolerance, f"relative error {error:.1e}"
 
 
-def packed_of(case):
-    return layout([(int(rows), int(columns)) for rows, columns in case["size"][:, 0]])
+def layout_of(case):
+    return Layout.of([(int(rows), int(columns)) for rows, columns in case["size"][:, 0]])
 
 
-def real(value_BNC, packed):
+def real(value_BNC, layout):
     """The real tokens of a padded batch."""
-    return torch.cat([row[:length] for row, length in zip(value_BNC, packed.lengths, strict=True)])
+    return torch.cat([row[:length] for row, length in zip(value_BNC, layout.lengths, strict=True)])
 
 
 def test_every_case_is_of_a_known_kind_and_has_its_tensors():
@@ -98,7 +98,7 @@ def check_frequencies(rope, grid, dims, case):
         ("proportion1", Rope(attention_scale="pro1", train_side=side)),
         ("proportion2", Rope(attention_scale="pro2", train_side=side)),
     ):
-        assert_equal(magnitude(other, size_B2), case[key].flatten())
+        assert_equal(mscale(other, size_B2), case[key].flatten())
 
 
 @pytest.mark.parametrize("name", cases("frequencies"))
@@ -120,17 +120,18 @@ def test_frequencies_inside_a_model(name):
 def test_guidance(name):
     entry, case, model = MANIFEST[name], tensors(name), model_of(name)
     half = len(case["y"]) // 2
-    packed = packed_of({"size": case["size"][:half]})
-    x_TC, t_B, label_B = real(case["x"][:half], packed), case["t"][:half], case["y"][:half]
+    layout = layout_of({"size": case["size"][:half]})
+    x_TC, t_B = real(case["x"][:half], layout), case["t"][:half]
+    condition = Condition.of(label=case["y"][:half])
     power = entry["scale_pow"] or None  # the released code's zero stands for a constant scale
-    settings = Guidance(entry["cfg_scale"], channels=3, power=power)
-    ours = guided(model, packed, label_B, settings)(x_TC, t_B)
-    assert_equal(ours, real(case["out"][:half], packed))
+    settings = Guidance(entry["cfg_scale"], guidance_channels=3, guidance_power=power)
+    ours = guide(model, layout, condition, settings)(x_TC, t_B)
+    assert_equal(ours, real(case["out"][:half], layout))
     # Its second half: guided where guided, else what the model says without a label.
     channels = 3 * model.architecture.patch_size**2
-    alone = model(packed.with_tokens(x_TC), t_B, case["y"][half:])
+    alone = model(x_TC, layout, t_B, Condition.of(label=case["y"][half:]))
     second = torch.cat([ours[:, :channels], alone[:, channels:]], dim=1)
-    assert_equal(second, real(case["out"][half:], packed))
+    assert_equal(second, real(case["out"][half:], layout))
 
 
 @pytest.mark.parametrize("name", cases("loss"))
@@ -138,16 +139,18 @@ def test_guidance(name):
 def test_loss(name):
     entry, case, model = MANIFEST[name], tensors(name), model_of(name)
     flow = Flow(entry["path"].lower(), entry["prediction"], weight=entry["loss_weight"] or "none")
-    packed = packed_of(case)
-    data = packed.with_tokens(real(case["x1"], packed))
-    sample = flow.sample(data, real(case["x0"], packed), case["t"])
-    assert_equal(sample.noisy.x_TC, real(case["xt"], packed))
-    t_T1 = packed.spread(case["t"])[:, None]
+    layout = layout_of(case)
+    sample = flow.add_noise(real(case["x1"], layout), layout, real(case["x0"], layout), case["t"])
+    assert_equal(sample.x_TC, real(case["xt"], layout))
+    t_T1 = layout.spread(case["t"])[:, None]
     data_rate, noise_rate = flow.path.derivatives(t_T1)
-    assert_equal(data_rate * sample.data_TC + noise_rate * sample.noise_TC, real(case["ut"], packed))
-    output = model(sample.noisy, case["t"], case["y"])
-    assert_equal(output, real(case["pred"], packed))
-    assert_equal(flow.loss(output, sample), case["loss"])
+    assert_equal(data_rate * sample.data_TC + noise_rate * sample.noise_TC, real(case["ut"], layout))
+    condition = Condition.of(label=case["y"])
+    output = model(sample.x_TC, layout, sample.t_B, condition)
+    assert_equal(output, real(case["pred"], layout))
+    assert_equal(flow.squared_error(output, sample), case["loss"])
+    for loss_B in flow.loss(model, sample, condition):
+        assert_equal(loss_B, case["loss"])
 
 
 @pytest.mark.parametrize("name", cases("ode"))
@@ -155,15 +158,16 @@ def test_loss(name):
 def test_whole_sampling_run(name):
     entry, case, model = MANIFEST[name], tensors(name), model_of(name)
     method = name.removeprefix("ode_").rsplit("_", 1)[0]
-    packed = packed_of(case)
-    velocity = velocity_of(model, packed, case["y"], Guidance(entry["cfg_scale"], channels=3))
+    layout = layout_of(case)
+    condition, guidance = Condition.of(label=case["y"]), Guidance(entry["cfg_scale"], guidance_channels=3)
+    velocity = Flow().follow(guide(model, layout, condition, guidance), layout)
     settings = Sampling(
         SOLVERS.get(method, method), entry["points"] - 1, rtol=entry["rtol"], atol=entry["atol"]
     )  # fmt: skip
-    start = real(case["z"], packed)
-    generators = [generator(0)] * len(packed.sizes)  # a deterministic solver draws nothing
-    out = transport(Flow(), velocity, packed, start, generators, settings)
-    assert_equal(out, real(case["out"], packed), tolerance=1e-4)
+    start = real(case["z"], layout)
+    generators = [generator(0)] * len(layout)  # a deterministic solver draws nothing
+    out = transport(Flow(), velocity, layout, start, generators, settings)
+    assert_equal(out, real(case["out"], layout), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", cases("resize"))

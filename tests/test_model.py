@@ -2,12 +2,13 @@ import pytest
 import torch
 
 from conftest import noise_of, randomized
+from fitv2.conditioning import Condition
 from fitv2.config import Rope
-from fitv2.diffusion.flow import noise
+from fitv2.diffusion.noise import draw_noise
 from fitv2.errors import UserError
-from fitv2.model import FiT, _Gated
+from fitv2.model import FiT
 from fitv2.runtime.rng import generator
-from fitv2.tokens import concatenate, layout
+from fitv2.tokens import Layout
 
 RELEASED = {
     "fitv2-b": 128_149_072,
@@ -33,24 +34,26 @@ def test_parameter_counts_are_the_released_ones(name, count):
 
 
 def pack_of(sizes, channels=6):
-    packed = layout(sizes)
-    keys = [generator(7, *size) for size in sizes]
-    return packed.with_tokens(noise(packed.lengths, channels, keys))
+    layout = Layout.of(sizes)
+    return draw_noise(layout.lengths, channels, [generator(7, *size) for size in sizes]), layout
+
+
+def labelled(labels):
+    return Condition.of(label=torch.as_tensor(labels))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packed_equals_each_image_alone_forward_and_backward(variant):
     model = randomized(FiT(**TINY, **VARIANTS[variant])).eval()
-    times, labels = torch.linspace(0, 1, len(SIZES)), torch.arange(len(SIZES)) % 6
+    times, labels = torch.linspace(0, 1, len(SIZES)), labelled(torch.arange(len(SIZES)) % 6)
     weights = dict(model.named_parameters())
 
     def gradients(loss):
         return torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
 
-    packed = pack_of(SIZES)
-    output = model(packed, times, labels)
+    output = model(*pack_of(SIZES), times, labels)
     together = gradients(output.square().sum())
-    alone = [model(pack_of([size]), times[i : i + 1], labels[i : i + 1]) for i, size in enumerate(SIZES)]
+    alone = [model(*pack_of([size]), times[i : i + 1], labels.select([i])) for i, size in enumerate(SIZES)]
     torch.testing.assert_close(output, torch.cat(alone), rtol=1e-5, atol=1e-5)
     summed = [sum(parts) for parts in zip(*(gradients(a.square().sum()) for a in alone), strict=True)]
     for name, ours, expected in zip(weights, together, summed, strict=True):
@@ -59,21 +62,19 @@ def test_packed_equals_each_image_alone_forward_and_backward(variant):
 
 
 def test_order_in_the_pack_does_not_matter(model):
-    packs = [pack_of([size]) for size in SIZES]
-    times, labels = torch.linspace(0, 1, len(SIZES)), torch.arange(len(SIZES)) % 6
-    forward = model(concatenate(packs), times, labels).split([a * b for a, b in SIZES])
-    backward = model(concatenate(packs[::-1]), times.flip(0), labels.flip(0)).split(
-        [a * b for a, b in SIZES[::-1]]
-    )
+    times, labels = torch.linspace(0, 1, len(SIZES)), labelled(torch.arange(len(SIZES)) % 6)
+    turned = labels.select(range(len(SIZES))[::-1])
+    forward = model(*pack_of(SIZES), times, labels).split([a * b for a, b in SIZES])
+    backward = model(*pack_of(SIZES[::-1]), times.flip(0), turned).split([a * b for a, b in SIZES[::-1]])
     for one, other in zip(forward, backward[::-1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_a_transposed_grid_is_another_image(model):
-    wide, high = layout([(2, 7)]), layout([(7, 2)])
+    wide, high = Layout.of([(2, 7)]), Layout.of([(7, 2)])
     x = noise_of(wide, 6)
-    t, label = torch.tensor([0.5]), torch.tensor([0])
-    difference = model(wide.with_tokens(x), t, label) - model(high.with_tokens(x), t, label)
+    t, label = torch.tensor([0.5]), labelled([0])
+    difference = model(x, wide, t, label) - model(x, high, t, label)
     assert difference.abs().max() > 1e-3
 
 
@@ -83,21 +84,21 @@ def test_starts_at_zero_and_learns_everything(variant):
     torch.manual_seed(0)
     model = FiT(**TINY, **VARIANTS[variant])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    packed, t, labels = pack_of(SIZES), torch.linspace(0.1, 0.9, len(SIZES)), torch.arange(len(SIZES))
-    assert model(packed, t, labels).abs().max() == 0
+    (x, layout), t, labels = pack_of(SIZES), torch.linspace(0.1, 0.9, len(SIZES)), labelled(range(len(SIZES)))
+    assert model(x, layout, t, labels).abs().max() == 0
     for _ in range(4):
         optimizer.zero_grad()
-        output = model(packed, t, labels)
-        (output - packed.x_TC.repeat(1, output.shape[1] // 6)).square().mean().backward()
+        output = model(x, layout, t, labels)
+        (output - x.repeat(1, output.shape[1] // 6)).square().mean().backward()
         optimizer.step()
     silent = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert not silent
 
 
 def test_bfloat16_stays_close_to_float32(model):
-    packed, t, labels = pack_of(SIZES), torch.linspace(0, 1, 5), torch.arange(5)
-    expected = model(packed, t, labels)
-    result = randomized(FiT(**model.config)).to(torch.bfloat16)(packed, t, labels)
+    inputs = (*pack_of(SIZES), torch.linspace(0, 1, 5), labelled(range(5)))
+    expected = model(*inputs)
+    result = randomized(FiT(**model.config)).to(torch.bfloat16)(*inputs)
     assert result.dtype == torch.bfloat16
     assert (result - expected).abs().mean() / expected.abs().mean() < 0.03
 
@@ -116,16 +117,16 @@ def test_other_positions_share_the_weights_and_leave_the_model_as_it_was(model):
     assert (scaled.architecture.rope, model.architecture.rope) == (rope, Rope())
     assert FiT.from_config(scaled.config).architecture.rope == rope
     assert FiT.from_config(model.config).architecture.rope == Rope()
-    packed, t, label = pack_of([(2, 7)]), torch.tensor([0.5]), torch.tensor([0])
-    assert (scaled(packed, t, label) - model(packed, t, label)).abs().max() > 1e-4
+    inputs = (*pack_of([(2, 7)]), torch.tensor([0.5]), labelled([0]))
+    assert (scaled(*inputs) - model(*inputs)).abs().max() > 1e-4
 
 
 def test_time_shift_moves_what_the_model_sees(model):
     shifted = FiT(**model.config | {"time_shift": 3.0})
     shifted.load_state_dict(model.state_dict())
-    packed, label = pack_of([(2, 3)]), torch.tensor([0])
-    same = model(packed, torch.tensor([3 * 0.25 / (1 + 2 * 0.25)]), label)
-    torch.testing.assert_close(shifted(packed, torch.tensor([0.25]), label), same)
+    packed, label = pack_of([(2, 3)]), labelled([0])
+    same = model(*packed, torch.tensor([3 * 0.25 / (1 + 2 * 0.25)]), label)
+    torch.testing.assert_close(shifted(*packed, torch.tensor([0.25]), label), same)
 
 
 def test_heads_that_do_not_fit_are_refused():
@@ -133,18 +134,9 @@ def test_heads_that_do_not_fit_are_refused():
         FiT(depth=1, width=30, heads=2)
 
 
-def test_gated_and_its_gradients():
-    shape = (3, 5)
-    generator = torch.Generator().manual_seed(0)
-    gate, up = (torch.randn(shape, generator=generator, dtype=torch.double).requires_grad_() for _ in "ab")
-    torch.testing.assert_close(_Gated.apply(gate, up), gate * gate.sigmoid() * up)
-    assert torch.autograd.gradcheck(_Gated.apply, (gate, up))
-
-
 def test_activations_that_are_computed_again_give_the_same_gradients(model):
     """And fewer numbers are kept meanwhile."""
-    packed = layout([(2, 3), (4, 4)], 6)
-    packed = packed.with_tokens(torch.randn(22, 6, generator=torch.Generator().manual_seed(0)))
+    packed = pack_of([(2, 3), (4, 4)])
     gradients, kept = [], []
     for again in (False, True):
         model.zero_grad()
@@ -152,9 +144,49 @@ def test_activations_that_are_computed_again_give_the_same_gradients(model):
             model.enable_gradient_checkpointing()
         numbers = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: numbers.append(x.numel()) or x, lambda x: x):  # noqa: B023
-            loss = model(packed, torch.tensor([0.2, 0.8]), torch.tensor([1, 2])).square().sum()
+            loss = model(*packed, torch.tensor([0.2, 0.8]), labelled([1, 2])).square().sum()
         loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
         kept.append(sum(numbers))
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
     assert kept[1] < kept[0] / 2
+
+
+# Transforms of torch.func --------------------------------------------------------------------------
+
+
+def moved_along(model, layout, x, t, label, direction, rate):
+    """The directional derivative of the model along (direction, rate), by torch.func.jvp."""
+    function = lambda x, t: model(x, layout, t, label)  # noqa: E731
+    return torch.func.jvp(function, (x, t), (direction, rate))[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_jacobian_product_is_the_limit_of_central_differences(variant):
+    """The error of differences falls as ε², so they converge to it."""
+    model = randomized(FiT(**TINY, **VARIANTS[variant])).eval().double()
+    layout, t, label = Layout.of([(2, 3), (3, 3)]), torch.tensor([0.3, 0.6]), labelled([1, 2])
+    x, direction = (torch.randn(15, 6, generator=generator(n), dtype=torch.float64) for n in (0, 1))
+    exact = moved_along(model, layout, x, t, label, direction, torch.zeros(2))
+    errors = []
+    for step in (0.1, 0.05, 0.025):
+        ahead, behind = (model(x + sign * step * direction, layout, t, label) for sign in (1, -1))
+        errors.append(((ahead - behind) / (2 * step) - exact).norm().item())
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)
+
+
+def test_a_jacobian_product_knows_the_time(model):
+    layout, x, label = Layout.of([(2, 3)]), torch.randn(6, 6, generator=generator(0)), labelled([1])
+    t = torch.tensor([0.4])
+    exact = moved_along(model, layout, x, t, label, torch.zeros_like(x), torch.ones(1))
+    ahead, behind = (model(x, layout, t + sign * 1e-2, label) for sign in (1, -1))
+    assert (exact - (ahead - behind) / 2e-2).norm() < 0.01 * exact.norm()
+
+
+def test_vmap_over_seeds_equals_one_after_another(model):
+    layout, t, label = Layout.of([(2, 3), (1, 4)]), torch.tensor([0.4, 0.8]), labelled([1, 3])
+    x_STC = torch.randn(3, 10, 6, generator=generator(0))
+    together = torch.func.vmap(lambda x: model(x, layout, t, label))(x_STC)
+    for x, ours in zip(x_STC, together, strict=True):
+        torch.testing.assert_close(ours, model(x, layout, t, label), rtol=1e-5, atol=1e-5)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from fitv2.config import Rope
-from fitv2.rope import METHODS, frequencies, magnitude, rotate, rotation, scaled_frequencies
-from fitv2.tokens import layout
+from fitv2.kernels import rotate
+from fitv2.rope import METHODS, frequencies, mscale, rotation, scaled_frequencies
+from fitv2.tokens import Layout
 
-GRID = layout([(8, 13)])  # position (row, column) is token 13·row + column
+GRID = Layout.of([(8, 13)])  # position (row, column) is token 13·row + column
 
 
 def turned(positions, head_dim=8, seed=0):
@@ -43,7 +44,7 @@ def test_scores_depend_on_relative_position_alone():
 
 
 def test_angles_are_float32_whatever_the_model_is():
-    turns = rotation(layout([(2, 3)]), 8, Rope("yarn", train_side=2))
+    turns = rotation(Layout.of([(2, 3)]), 8, Rope("yarn", train_side=2))
     result = rotate(torch.ones(6, 1, 8, dtype=torch.bfloat16), turns)
     assert turns.dtype == torch.complex64
     assert result.dtype == torch.bfloat16
@@ -54,7 +55,7 @@ def test_within_the_trained_size_nothing_is_scaled(method):
     rope, size_B2 = Rope(method, train_side=16), torch.tensor([[16, 16], [3, 9]])
     plain = frequencies(36).expand(2, 2, -1)
     torch.testing.assert_close(scaled_frequencies(rope, size_B2, 36), plain)
-    assert torch.equal(magnitude(rope, size_B2), torch.ones(2))
+    assert torch.equal(mscale(rope, size_B2), torch.ones(2))
 
 
 def test_interpolation_squeezes_every_frequency_and_ntk_the_slow_ones():
@@ -91,22 +92,22 @@ def test_per_axis_scales_each_by_its_own_length_and_jointly_both_by_the_longer(m
 def test_images_of_one_batch_are_scaled_each_by_its_own_size(method):
     rope = Rope(method, attention_scale="pro2", train_side=4)
     sizes = [(2, 3), (5, 9), (4, 4)]
-    together = rotation(layout(sizes), 16, rope)
-    alone = [rotation(layout([size]), 16, rope) for size in sizes]
+    together = rotation(Layout.of(sizes), 16, rope)
+    alone = [rotation(Layout.of([size]), 16, rope) for size in sizes]
     torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_a_grid_scales_every_image_alike():
     rope = Rope("ntk", train_side=4, grid=(8, 12))
-    small = rotation(layout([(2, 3)]), 16, rope)
-    large = rotation(layout([(8, 12)]), 16, Rope("ntk", train_side=4))
+    small = rotation(Layout.of([(2, 3)]), 16, rope)
+    large = rotation(Layout.of([(8, 12)]), 16, Rope("ntk", train_side=4))
     torch.testing.assert_close(small[4], large[13])  # both are (1, 1)
 
 
 def test_attention_scale_of_the_paper_multiplies_the_logits():
     """Eq. 15 at 320×320 px for a model of 256×256: logits × log(320²)/log(256²)."""
     rope = Rope(attention_scale="paper", train_side=16)
-    large, trained = magnitude(rope, torch.tensor([[20, 20], [16, 16]])).square()
+    large, trained = mscale(rope, torch.tensor([[20, 20], [16, 16]])).square()
     assert large.item() == pytest.approx(math.log(320**2) / math.log(256**2), rel=1e-5)
     assert trained == 1
 
@@ -114,10 +115,10 @@ def test_attention_scale_of_the_paper_multiplies_the_logits():
 def test_attention_scale_of_the_code_acts_at_the_trained_size_too():
     """cos and sin × √(ln(2·h·w)/ln(L²)); pro1 takes sides in place of areas."""
     size_B2 = torch.tensor([[16, 16], [10, 30], [4, 8]])
-    pro2 = magnitude(Rope(attention_scale="pro2", train_side=16), size_B2)
+    pro2 = mscale(Rope(attention_scale="pro2", train_side=16), size_B2)
     expected = [math.sqrt(math.log(2 * n) / math.log(256)) for n in (256, 300)]
     assert pro2.tolist() == pytest.approx([*expected, 1.0])
-    pro1 = magnitude(Rope(attention_scale="pro1", train_side=16), size_B2)
+    pro1 = mscale(Rope(attention_scale="pro1", train_side=16), size_B2)
     expected = [math.sqrt(math.log(2 * n) / math.log(16)) for n in (16, 30)]
     assert pro1.tolist() == pytest.approx([*expected, 1.0])
 
@@ -125,4 +126,4 @@ def test_attention_scale_of_the_code_acts_at_the_trained_size_too():
 def test_yarn_lengthens_by_the_longer_side():
     rope = Rope("yarn", train_side=16)
     expected = [0.1 * math.log(30 / 16) + 1, 1.0]
-    assert magnitude(rope, torch.tensor([[10, 30], [16, 4]])).tolist() == pytest.approx(expected)
+    assert mscale(rope, torch.tensor([[10, 30], [16, 4]])).tolist() == pytest.approx(expected)

@@ -1,16 +1,7 @@
 import pytest
 import torch
 
-from fitv2.tokens import (
-    _GatheredScaledSum,
-    _ScaledSum,
-    concatenate,
-    layout,
-    pack,
-    patchify,
-    unpack,
-    unpatchify,
-)  # fmt: skip
+from fitv2.tokens import Layout, pack, patchify, unpack, unpatchify
 
 SIZES = [(1, 1), (2, 7), (7, 2), (3, 3)]
 
@@ -23,12 +14,12 @@ def images(channels=5):
 def test_token_r_times_columns_plus_c_is_at_row_r_column_c():
     packed = pack(images())
     for i, (rows, columns) in enumerate(SIZES):
-        first = int(packed.cu_seqlens[i])
+        first = int(packed.layout.cu_seqlens[i])
         for r in range(rows):
             for c in range(columns):
                 token = first + r * columns + c
-                assert packed.pos_T2[token].tolist() == [r, c]
-                assert packed.image_T[token] == i
+                assert packed.layout.pos_T2[token].tolist() == [r, c]
+                assert packed.layout.image_T[token] == i
                 assert torch.equal(packed.x_TC[token], images()[i][r, c])
 
 
@@ -38,62 +29,54 @@ def test_unpack_is_the_inverse_of_pack():
 
 
 def test_lengths_and_runs():
-    packed = layout(SIZES)
-    assert packed.lengths == (1, 14, 14, 9)
-    assert packed.runs == [(1, 1), (2, 14), (1, 9)]
-    assert packed.cu_seqlens.tolist() == [0, 1, 15, 29, 38]
-    assert packed.cu_seqlens.dtype == torch.int32
+    layout = Layout.of(SIZES)
+    assert (len(layout), layout.tokens) == (4, 38)
+    assert layout.lengths == (1, 14, 14, 9)
+    assert layout.runs == ((1, 1), (2, 14), (1, 9))
+    assert layout.cu_seqlens.tolist() == [0, 1, 15, 29, 38]
+    assert layout.cu_seqlens.dtype == torch.int32
 
 
 @pytest.mark.parametrize("sizes", [[], [(0, 3)], [(2, 2), (3, -1)]])
 def test_empty_images_are_refused(sizes):
     with pytest.raises(ValueError, match="at least one"):
-        layout(sizes)
+        Layout.of(sizes)
 
 
 def test_spread_sum_and_mean_per_image():
     packed = pack(images())
-    value = torch.arange(4.0)
-    assert torch.equal(packed.mean_per_image(packed.spread(value)), value)
+    layout, value = packed.layout, torch.arange(4.0)
+    assert torch.equal(layout.mean_per_image(layout.spread(value)), value)
     for i, image in enumerate(images()):
-        torch.testing.assert_close(packed.mean_per_image(packed.x_TC)[i], image.mean((0, 1)))
-        torch.testing.assert_close(packed.sum_per_image(packed.x_TC)[i], image.sum((0, 1)))
+        torch.testing.assert_close(layout.mean_per_image(packed.x_TC)[i], image.mean((0, 1)))
+        torch.testing.assert_close(layout.sum_per_image(packed.x_TC)[i], image.sum((0, 1)))
 
 
-@pytest.mark.parametrize("per_token", [True, False])
-@pytest.mark.parametrize("kind", [_ScaledSum, _GatheredScaledSum])
-def test_scaled_sum_and_its_gradients_equal_the_formula(kind, per_token):
-    packed = layout(SIZES)
-    generator = torch.Generator().manual_seed(1)
-    x, token_base = (torch.randn(38, 6, generator=generator, dtype=torch.double) for _ in range(2))
-    scale, image_base = (torch.randn(4, 6, generator=generator, dtype=torch.double) for _ in range(2))
-    inputs = (token_base if per_token else image_base, x, scale)
-    for tensor in inputs:
-        tensor.requires_grad_()
-    function = lambda *values: kind.apply(*values, packed)  # noqa: E731
-    out = function(*inputs)
-    base = inputs[0] if per_token else inputs[0][packed.image_T]
-    torch.testing.assert_close(out, base + x * scale[packed.image_T])
-    got = torch.autograd.grad(out.square().sum(), inputs)
-    expected = torch.autograd.grad((base + x * scale[packed.image_T]).square().sum(), inputs)
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+def assert_same(one, other):
+    for name in ("pos_T2", "image_T", "cu_seqlens", "size_B2"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert one.sizes == other.sizes
 
 
-def test_concatenate_is_one_pack_of_all_images():
-    first, second = pack(images()[:2]), pack(images()[2:])
-    together, expected = concatenate([first, second]), pack(images())
-    for name in ("x_TC", "pos_T2", "image_T", "cu_seqlens"):
-        assert torch.equal(getattr(together, name), getattr(expected, name))
-    assert together.sizes == expected.sizes
-    three = concatenate([first, second, first])
-    assert torch.equal(three.x_TC, pack([*images(), *images()[:2]]).x_TC)
-    assert torch.equal(three.image_T, pack([*images(), *images()[:2]]).image_T)
+def test_concatenated_layouts_are_one_of_all_images():
+    first, second = Layout.of(SIZES[:2]), Layout.of(SIZES[2:])
+    assert_same(Layout.concatenate([first, second]), Layout.of(SIZES))
+    assert_same(Layout.concatenate([first, second, first]), Layout.of([*SIZES, *SIZES[:2]]))
+    assert_same(Layout.concatenate([first]), first)
 
 
-def test_a_pack_cannot_be_changed():
+def test_selected_images_are_those_in_their_order():
+    chosen = pack(images()).select([2, 0])
+    expected = pack([images()[2], images()[0]])
+    assert torch.equal(chosen.x_TC, expected.x_TC)
+    assert_same(chosen.layout, expected.layout)
+    with pytest.raises(ValueError, match="at least one"):
+        Layout.of(SIZES).select([])
+
+
+def test_a_layout_cannot_be_changed():
     with pytest.raises(AttributeError):
-        layout(SIZES).sizes = ()
+        Layout.of(SIZES).sizes = ()
 
 
 def test_patchify_orders_channel_row_column():

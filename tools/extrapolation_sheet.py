@@ -3,27 +3,27 @@
 python tools/extrapolation_sheet.py clipart docs/extrapolation.png --size 160x320 --label smilies --seed 1
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from fitv2.checkpoint import load_model
-from fitv2.config import Rope
+from fitv2.config import Positions
 from fitv2.encoding.images import parse_size
 from fitv2.figures import contact_sheet
+from fitv2.pipeline import FiTPipeline
 from fitv2.runtime.device import default_device
-from fitv2.sampling.generate import Request, generate, load_codec
+from fitv2.runtime.rng import generator
 
-METHODS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "pi": {"extrapolation": "pi"},
-    "pi, joint": {"extrapolation": "pi", "per_axis": False},
-    "ntk": {"extrapolation": "ntk"},
-    "ntk-by-parts": {"extrapolation": "ntk-by-parts"},
-    "yarn": {"extrapolation": "yarn"},
-    "ntk + attention scale pro2": {"extrapolation": "ntk", "attention_scale": "pro2"},
+METHODS = {
+    "none": Positions("none"),
+    "pi": Positions("pi"),
+    "pi, joint": Positions("pi", per_axis=False),
+    "ntk": Positions("ntk"),
+    "ntk-by-parts": Positions("ntk-by-parts"),
+    "yarn": Positions("yarn"),
+    "ntk + attention scale pro2": Positions("ntk", attention_scale="pro2"),
 }
 
 
@@ -39,16 +39,15 @@ class Options:
 
 
 def main(options: Options) -> None:
-    model, card = load_model(options.model)
-    codec, unit = load_codec(model.to(default_device()), card)
-    size = parse_size(options.size, unit)
-    labels = [card.label_index(label) for label in options.label] or range(len(card.labels))[:6]
-    requests = [Request(label, size, options.seed) for label in labels]
+    pipeline = FiTPipeline.from_pretrained(options.model).to(default_device())
+    labels = pipeline.get_label_ids(options.label) or list(range(len(pipeline.card.labels)))[:6]
+    height, width = parse_size(options.size)
     rows = []
-    for name, settings in METHODS.items():
-        scaled = model.with_rope(Rope(**settings, train_side=card.square[0], pixels_a_token=unit))
-        made = generate(scaled, codec, requests, guidance=card.guidance)
-        rows.append([(name, image) for _, image in made])
+    for name, positions in METHODS.items():
+        scaled = replace(positions, train_side=pipeline.card.square[0])
+        generators = [generator(options.seed) for _ in labels]
+        made = pipeline.stream(labels, height, width, generators, positions=scaled)
+        rows.append([(name, image) for image in made])
     contact_sheet(rows, f"{options.model}, {options.size}, seed {options.seed}").quantize(256).save(
         options.out
     )

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fitv2.checkpoint import Card, load_model, save_model
+    from fitv2.conditioning import Condition
     from fitv2.model import FiT
-    from fitv2.sampling.generate import Request, generate, load_codec
-    from fitv2.tokens import PackedTokens, pack, unpack
+    from fitv2.pipeline import FiTPipeline
+    from fitv2.tokens import Layout, PackedTokens, pack, unpack
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Card": "checkpoint",
+    "Condition": "conditioning",
     "FiT": "model",
+    "FiTPipeline": "pipeline",
+    "Layout": "tokens",
     "PackedTokens": "tokens",
-    "Request": "sampling.generate",
-    "load_codec": "sampling.generate",
-    "generate": "sampling.generate",
     "load_model": "checkpoint",
     "pack": "tokens",
     "save_model": "checkpoint",
@@ -28,11 +29,11 @@ _HOME = {
 }
 __all__ = [
     "Card",
+    "Condition",
     "FiT",
+    "FiTPipeline",
+    "Layout",
     "PackedTokens",
-    "Request",
-    "generate",
-    "load_codec",
     "load_model",
     "pack",
     "save_model",

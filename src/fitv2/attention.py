@@ -6,46 +6,48 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fitv2.tokens import PackedTokens
+from fitv2.kernels import use_formulas
+from fitv2.tokens import Layout
 
 
 @torch.compiler.disable  # what is compiled must hold for images of any lengths
-def attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packed: PackedTokens) -> Tensor:
-    """Softmax attention within each image of `packed`; (T, H, K) in and out.
+def attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: Layout) -> Tensor:
+    """Softmax attention within each image of `layout`; (T, H, K) in and out.
 
     On CUDA in half precision this is PyTorch's variable-length kernel; elsewhere images of equal
     length go through `scaled_dot_product_attention` together, which is also the oracle in tests.
     """
     half = q_THK.dtype in (torch.bfloat16, torch.float16)
-    if q_THK.is_cuda and half and q_THK.shape[-1] % 8 == 0:  # the kernel's alignment
-        return _varlen(q_THK, k_THK, v_THK, packed)
-    return _by_length(q_THK, k_THK, v_THK, packed)
+    if q_THK.is_cuda and half and q_THK.shape[-1] % 8 == 0 and not use_formulas():  # the kernel's alignment
+        return _attend_varlen(q_THK, k_THK, v_THK, layout)
+    return _attend_by_length(q_THK, k_THK, v_THK, layout)
 
 
-def _varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packed: PackedTokens) -> Tensor:
+def _attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: Layout) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # Positional arguments only: the keywords after these seven changed between releases.
-    longest = max(packed.lengths)
-    ends = packed.cu_seqlens
+    longest = max(layout.lengths)
+    ends = layout.cu_seqlens
     out = varlen_attn(q_THK, k_THK, v_THK, ends, ends, longest, longest)
     return cast(Tensor, out)  # a pair only where the logarithms of the sums are asked for too
 
 
-def _by_length(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packed: PackedTokens) -> Tensor:
-    # In bfloat16 on a CPU the flash kernel's backward pass is 2 to 6 times slower than two plain
-    # products (64 to 1024 tokens, Zen 4, torch 2.13); in float32 it is the faster one.
-    plain = q_THK.device.type == "cpu" and q_THK.dtype == torch.bfloat16
-    attend = _two_products if plain else scaled_dot_product_attention
-    runs = packed.runs
-    tokens = [images * length for images, length in runs]
+def _attend_by_length(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: Layout) -> Tensor:
+    # In bfloat16 on a CPU the flash kernel's backward pass is 2 to 6 times slower than two matmuls
+    # (64 to 1024 tokens, Zen 4, torch 2.13); in float32 it is the faster one. No kernel has a forward-mode
+    # derivative.
+    plain = use_formulas() or (q_THK.device.type == "cpu" and q_THK.dtype == torch.bfloat16)
+    attend = attend_formula if plain else scaled_dot_product_attention
+    tokens = [images * length for images, length in layout.runs]
     outputs = []
-    for run, *qkv in zip(runs, *(x.split(tokens) for x in (q_THK, k_THK, v_THK)), strict=True):
+    for run, *qkv in zip(layout.runs, *(x.split(tokens) for x in (q_THK, k_THK, v_THK)), strict=True):
         q, k, v = (x.unflatten(0, run).transpose(1, 2) for x in qkv)  # (images, H, length, K)
         outputs.append(attend(q, k, v).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
 
 
-def _two_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√K)·v in two matmuls."""
     weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1)
     return weights @ v

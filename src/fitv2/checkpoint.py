@@ -97,7 +97,9 @@ def load_model(name: str | Path) -> tuple[FiT, Card]:
     if wrong:
         raise UserError(f"{folder} holds another model's weights ({'; '.join(wrong)[:300]})")
     if len(card.labels) != model.architecture.num_classes:
-        raise UserError(f"{folder}/{CARD} has {len(card.labels)} labels, its model {model.null_label}")
+        raise UserError(
+            f"{folder}/{CARD} has {len(card.labels)} labels, its model {model.architecture.num_classes}"
+        )
     return model.eval(), card
 
 

@@ -1,11 +1,14 @@
-"""What a person did that cannot work, said in one line with the way out."""
+"""User-facing errors: one line, with a fix."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
-class UserError(Exception):
-    """A mistake in the input. The command line prints it as one line and exits with status 2."""
+class UserError(ValueError):
+    """A mistake in the input. The command line prints it as one line and exits with status 2.
+
+    Settings and arguments are named in backticks, `max_grad_norm`; the command line turns them into flags.
+    """
 
 
 def nearest(kind: str, name: str, choices: Iterable[str]) -> UserError:

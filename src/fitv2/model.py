@@ -1,8 +1,9 @@
 """The FiTv2 transformer (arXiv 2410.13925, section 3) and FiT's (arXiv 2402.12376), on packed tokens.
 
-Shape suffixes: B images, T tokens in all, D width, H heads, K numbers a head, C numbers a token.
+Shape suffixes: B images, T tokens in all, D width, H heads, K channels per head, C channels per token.
 """
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, replace
 from typing import Any, Literal, cast
@@ -11,14 +12,16 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear, silu
+from torch.nn.functional import layer_norm, silu
 
 from fitv2.attention import attention
+from fitv2.conditioning import EMBEDDERS, Condition
 from fitv2.config import Architecture, Path, Prediction, Rope
+from fitv2.kernels import gated_silu, linear_parts, rotate, scaled_sum
 from fitv2.presets import preset
-from fitv2.rope import rotate, rotation
+from fitv2.rope import rotation
 from fitv2.runtime.serialization import from_dict
-from fitv2.tokens import PackedTokens
+from fitv2.tokens import Layout
 
 EPS = 1e-6
 
@@ -33,12 +36,12 @@ class TimeEmbedding(nn.Module):
         self.up = nn.Linear(self.frequencies, width)
         self.down = nn.Linear(width, width)
 
-    def forward(self, t_B: Tensor) -> Tensor:
-        """Times (B,), float32 → (B, D)."""
+    def forward(self, t_B: Tensor, dtype: torch.dtype) -> Tensor:
+        """Times (B,), float32 → (B, D) in `dtype`."""
         half = torch.arange(self.frequencies // 2, device=t_B.device) / (self.frequencies // 2)
         angles = t_B.float()[:, None] * 10000.0**-half
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=1)
-        return self.down(silu(self.up(sinusoid.to(self.up.weight.dtype))))
+        return self.down(silu(self.up(sinusoid.to(dtype))))
 
 
 class SwiGLU(nn.Module):
@@ -51,25 +54,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) → (T, D)."""
-        # Two products: elementwise kernels are several times slower on halves of one matrix.
-        gate_weight, up_weight = self.gate_up.weight.chunk(2)
-        gate_bias, up_bias = self.gate_up.bias.chunk(2)
-        gate, up = linear(x_TD, gate_weight, gate_bias), linear(x_TD, up_weight, up_bias)
-        return self.down(_Gated.apply(gate, up))
-
-
-class _Gated(torch.autograd.Function):
-    """silu(gate)·up, keeping its inputs alone: autograd would keep silu(gate) too, a third more."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), silu(gate).mul_(grad)
+        hidden = self.down.in_features
+        gate, up = linear_parts(self.gate_up, x_TD, (hidden, hidden))
+        return self.down(gated_silu(gate, up))
 
 
 class Attention(nn.Module):
@@ -81,16 +68,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_TD: Tensor, packed: PackedTokens, rotation_T1P: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, layout: Layout, rotation_T1P: Tensor) -> Tensor:
         """(T, D) → (T, D)."""
-        # Two products, so that what is normed and turned is contiguous and needs no copy.
-        both = 2 * x_TD.shape[1]
-        qk = linear(x_TD, self.qkv.weight[:both], self.qkv.bias[:both]).unflatten(1, (2 * self.heads, -1))
-        v = linear(x_TD, self.qkv.weight[both:], self.qkv.bias[both:]).unflatten(1, (self.heads, -1))
+        width = x_TD.shape[1]
+        qk, v = linear_parts(self.qkv, x_TD, (2 * width, width))
+        qk, v = qk.unflatten(1, (2 * self.heads, -1)), v.unflatten(1, (self.heads, -1))
         if self.qk_norm:
             qk = layer_norm(qk, qk.shape[-1:], eps=EPS)
         q, k = rotate(qk, rotation_T1P).chunk(2, dim=1)
-        return self.out(attention(q, k, v, packed).flatten(1))
+        return self.out(attention(q, k, v, layout).flatten(1))
 
 
 class LoRAModulation(nn.Module):
@@ -106,10 +92,10 @@ class LoRAModulation(nn.Module):
         return self.up(self.down(silu_c_BD))
 
 
-def modulated(x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, packed: PackedTokens) -> Tensor:
+def modulate(x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, layout: Layout) -> Tensor:
     """LayerNorm without affine, then x·(1 + scale) + shift with each image's own."""
     normed = layer_norm(x_TD, x_TD.shape[-1:], eps=EPS)
-    return packed.scaled_sum(shift_BD, normed, 1 + scale_BD)
+    return scaled_sum(shift_BD, normed, 1 + scale_BD, layout)
 
 
 class Block(nn.Module):
@@ -122,7 +108,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_TD: Tensor,
-        packed: PackedTokens,
+        layout: Layout,
         shared_B6D: Tensor | float,
         silu_c_BD: Tensor,
         rotation_T1P: Tensor,
@@ -130,10 +116,10 @@ class Block(nn.Module):
         """(T, D) → (T, D)."""
         modulation_B6D = shared_B6D + self.modulation(silu_c_BD)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_B6D.chunk(6, dim=1)
-        branch = self.attention(modulated(x_TD, shift1, scale1, packed), packed, rotation_T1P)
-        x_TD = packed.scaled_sum(x_TD, branch, gate1)
-        branch = self.mlp(modulated(x_TD, shift2, scale2, packed))
-        return packed.scaled_sum(x_TD, branch, gate2)
+        branch = self.attention(modulate(x_TD, shift1, scale1, layout), layout, rotation_T1P)
+        x_TD = scaled_sum(x_TD, branch, gate1, layout)
+        branch = self.mlp(modulate(x_TD, shift2, scale2, layout))
+        return scaled_sum(x_TD, branch, gate2, layout)
 
 
 class Head(nn.Module):
@@ -144,18 +130,18 @@ class Head(nn.Module):
         self.modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, output_channels)
 
-    def forward(self, x_TD: Tensor, packed: PackedTokens, silu_c_BD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, layout: Layout, silu_c_BD: Tensor) -> Tensor:
         """(T, D) → (T, output channels)."""
         shift, scale = self.modulation(silu_c_BD).chunk(2, dim=1)
-        return self.out(modulated(x_TD, shift, scale, packed))
+        return self.out(modulate(x_TD, shift, scale, layout))
 
 
 class FiT(ModelMixin, ConfigMixin):
     """FiTv2 or FiT. What its output means is not its business: see `fitv2.diffusion`.
 
     Arguments are those of `fitv2.config.Architecture`; `rope` are the fields of `fitv2.config.Rope`.
-    The null label of classifier-free guidance is `num_classes`. Raises UserError for a shape that no
-    model can have. `enable_gradient_checkpointing()` keeps a block's input alone and computes the rest again.
+    Raises UserError for a shape that no model can have. `enable_gradient_checkpointing()` keeps a block's
+    input alone and computes the rest again.
     """
 
     _supports_gradient_checkpointing = True
@@ -177,17 +163,20 @@ class FiT(ModelMixin, ConfigMixin):
         qk_norm: bool = True,
         time_shift: float = 1.0,
         rope: dict[str, Any] | None = None,
+        objective: str | None = None,
+        conditions: Sequence[str] = ("label",),
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
         self.architecture = Architecture(
-            depth, width, heads, patch_size, in_channels, num_classes, prediction, path, mlp_width,
-            adaln, lora_rank, qk_norm, time_shift, from_dict(Rope, rope or {}),
+            depth, width, heads, prediction, path, objective, tuple(conditions), mlp_width, adaln, lora_rank,
+            qk_norm, time_shift, from_dict(Rope, rope or {}), patch_size, in_channels, num_classes,
         )  # fmt: skip
         self.token_channels = self.architecture.token_channels
         self.patch_embed = nn.Linear(self.token_channels, width)
         self.time_embed = TimeEmbedding(width)
-        self.label_embed = nn.Embedding(num_classes + 1, width)
+        for name in conditions:
+            self.add_module(f"{name}_embed", EMBEDDERS[name](self.architecture))
         self.modulation = nn.Linear(width, 6 * width) if adaln == "lora" else None  # of all blocks
         self.blocks = nn.ModuleList([self._block() for _ in range(depth)])
         self.head = Head(width, self.architecture.output_channels)
@@ -215,12 +204,13 @@ class FiT(ModelMixin, ConfigMixin):
         return other
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform products, N(0, 0.02) embeddings; zero modulations and output (adaLN-Zero)."""
+        """Xavier-uniform linear layers, N(0, 0.02) embeddings; zero modulations and output (adaLN-Zero)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.label_embed.weight, std=0.02)
+        for embedder in self.embedders.values():
+            embedder.reset()
         nn.init.normal_(self.time_embed.up.weight, std=0.02)
         nn.init.normal_(self.time_embed.down.weight, std=0.02)
         own = [block.modulation for block in cast(list[Block], self.blocks)]
@@ -230,26 +220,34 @@ class FiT(ModelMixin, ConfigMixin):
             nn.init.zeros_(cast(nn.Linear, zero).weight)
 
     @property
-    def null_label(self) -> int:
-        """The label that means none."""
-        return self.architecture.num_classes
+    def embedders(self) -> dict[str, Any]:
+        """The module of each kind of condition."""
+        return {name: self.get_submodule(f"{name}_embed") for name in self.architecture.conditions}
 
-    def forward(self, packed: PackedTokens, t_B: Tensor, label_B: Tensor) -> Tensor:
-        """Tokens at times `t_B` (float32 in [0, 1], or DDPM steps) with labels (int64) → prediction.
+    def embed(self, t_B: Tensor, condition: Condition) -> Tensor:
+        """c: times (B,) and what the images are to show → (B, D)."""
+        c_BD = self.time_embed(t_B, self.dtype)
+        for name, embedder in self.embedders.items():
+            c_BD = c_BD + embedder(condition.values.get(name), condition.present_B)
+        return c_BD
 
-        (T, C) in; (T, C) out, or (T, 2C) where a variance is predicted too.
+    def forward(self, x_TC: Tensor, layout: Layout, t_B: Tensor, condition: Condition) -> Tensor:
+        """Noisy tokens of the images of `layout` at times `t_B` → prediction.
+
+        `t_B` (B,) is float32 in [0, 1], or a DDPM step. (T, C) in; (T, C) out, or (T, 2C) where a
+        variance is predicted too.
         """
         shift = self.architecture.time_shift
         t_B = shift * t_B / (1 + (shift - 1) * t_B)
-        silu_c_BD = silu(self.time_embed(t_B) + self.label_embed(label_B))
+        silu_c_BD = silu(self.embed(t_B, condition))
         shared_B6D = 0.0 if self.modulation is None else self.modulation(silu_c_BD)
         head_dim = self.architecture.width // self.architecture.heads
-        rotation_T1P = rotation(packed, head_dim, self.architecture.rope)
-        x_TD = self.patch_embed(packed.x_TC.to(self.patch_embed.weight.dtype))
+        rotation_T1P = rotation(layout, head_dim, self.architecture.rope)
+        x_TD = self.patch_embed(x_TC.to(self.dtype))
         for block in self.blocks:
-            inputs = x_TD, packed, shared_B6D, silu_c_BD, rotation_T1P
+            inputs = x_TD, layout, shared_B6D, silu_c_BD, rotation_T1P
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x_TD = self._gradient_checkpointing_func(block, *inputs)
             else:
                 x_TD = block(*inputs)
-        return self.head(x_TD, packed, silu_c_BD)
+        return self.head(x_TD, layout, silu_c_BD)

@@ -33,8 +33,8 @@ _SMALL = Training(
 
 
 def _on_pixels(depth: int, width: int, heads: int) -> Architecture:
-    """Tokens of 16×16 RGB pixels. With so many numbers a token, predicting the image is better."""
-    return Architecture(depth, width, heads, 16, in_channels=3, num_classes=19, prediction="data")
+    """Tokens of 16×16 RGB pixels. With so many channels per token, predicting the image is better."""
+    return Architecture(depth, width, heads, "data", patch_size=16, in_channels=3, num_classes=19)
 
 
 def _fit(depth: int, width: int, heads: int) -> Architecture:
@@ -52,21 +52,21 @@ def _derived(base: Preset, about: str, model: dict[str, Any] | None = None, **tr
 POST_TRAINED = Rope("ntk", train_side=16)  # NTK-aware, per image and per axis
 
 _FIT_B = Preset(
-    "FiT-B/2 of the first paper: 159M parameters, DDPM. ImageNet, 400k steps: FID 18.86, guidance 1.5.",
+    "FiT-B/2 of the first paper: 159M parameters, DDPM. Its FID on ImageNet at 400k steps: 18.86.",
     _fit(depth=12, width=768, heads=12),
     Training(crop_probability=0.0),
 )
 _FITV2_B = Preset(
-    "FiTv2-B/2 of the paper: 128M parameters. ImageNet, 400k steps: FID 9.45 (2M: 4.30), guidance 1.5.",
+    "FiTv2-B/2: 128M parameters. The paper's FID on ImageNet at 400k steps: 9.45; at 2M: 4.30.",
     Architecture(depth=15, width=768, heads=12),
 )
 _FITV2_XL = Preset(
-    "FiTv2-XL/2 of the paper: 671M parameters. ImageNet, 2M steps: FID 2.26, guidance 1.5.",
+    "FiTv2-XL/2: 671M parameters. The paper's FID on ImageNet at 2M steps: 2.26.",
     Architecture(depth=36, width=1152, heads=16),
     Training(steps=2_000_000),
 )
 _FITV2_3B = Preset(
-    "FiTv2-3B/2 of the paper: 3B parameters. ImageNet, 1M steps: FID 2.15, guidance 1.5.",
+    "FiTv2-3B/2: 3B parameters. The paper's FID on ImageNet at 1M steps: 2.15.",
     Architecture(depth=40, width=2304, heads=24),
     Training(steps=1_000_000),
 )
@@ -74,33 +74,37 @@ _HR: dict[str, Any] = {"trainable": "post-training", "warmup_steps": 0}
 
 # The ablation of the paper, from FiT-B/2 to FiTv2-B/2; FID at their 400k steps with guidance 1.5.
 _A = _derived(
-    _FIT_B, "Ablation A: fit-b + rectified flow. FID 13.14.",
+    _FIT_B, "Ablation A: fit-b + rectified flow. The paper's FID 13.14.",
     {"path": "linear", "prediction": "velocity"}, times="uniform",
 )  # fmt: skip
-_B = _derived(_A, "Ablation B: A + norm of queries and keys. FID 13.21.", {"qk_norm": True})
+_B = _derived(_A, "Ablation B: A + norm of queries and keys. The paper's FID 13.21.", {"qk_norm": True})
 _C = _derived(
-    _B, "Ablation C: B + parameters reassigned, from modulation and MLP to depth. FID 12.74.",
+    _B, "Ablation C: B + parameters reassigned, from modulation and MLP to depth. The paper's FID 12.74.",
     {"depth": 15, "adaln": "lora", "mlp_width": None},
 )  # fmt: skip
-_D = _derived(_A, "Ablation D: A + mixed preprocessing. FID 13.99; breaks at 2M steps.", crop_probability=0.5)
-_E = _derived(_B, "Ablation E: B + mixed preprocessing. FID 14.19.", crop_probability=0.5)
-_F = _derived(_E, "Ablation F: E + logit-normal times. FID 9.98.", times="logit-normal")
+_D = _derived(
+    _A,
+    "Ablation D: A + mixed preprocessing. The paper's FID 13.99; breaks at 2M steps.",
+    crop_probability=0.5,
+)
+_E = _derived(_B, "Ablation E: B + mixed preprocessing. The paper's FID 14.19.", crop_probability=0.5)
+_F = _derived(_E, "Ablation F: E + logit-normal times. The paper's FID 9.98.", times="logit-normal")
 
 PRESETS = {
     "fitv2-b": _FITV2_B,
     "fitv2-xl": _FITV2_XL,
     "fitv2-3b": _FITV2_3B,
     "fitv2-xl-hr": _derived(
-        _FITV2_XL, "Post-training of fitv2-xl (--init) to 1024 tokens: 14 % of it. 512x512: FID 2.90.",
+        _FITV2_XL, "Post-training of fitv2-xl (--init) to 1024 tokens. The paper's FID at 512x512: 2.90.",
         {"rope": POST_TRAINED}, steps=400_000, **_HR,
     ),
     "fitv2-3b-hr": _derived(
-        _FITV2_3B, "Post-training of fitv2-3b (--init) to 1024 tokens. 512x512: FID 2.41.",
+        _FITV2_3B, "Post-training of fitv2-3b (--init) to 1024 tokens. The paper's FID at 512x512: 2.41.",
         {"rope": POST_TRAINED}, steps=200_000, **_HR,
     ),
     "fit-b": _FIT_B,
     "fit-xl": Preset(
-        "FiT-XL/2 of the first paper: 824M parameters, DDPM. ImageNet, 2M steps: FID 4.21, guidance 1.5.",
+        "FiT-XL/2 of the first paper: 824M parameters, DDPM. Its FID on ImageNet at 2M steps: 4.21.",
         _fit(depth=28, width=1152, heads=16),
         Training(steps=2_000_000, warmup_steps=500, crop_probability=0.0),
     ),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fitv2.config import Rope
 from fitv2.errors import nearest
-from fitv2.tokens import PackedTokens
+from fitv2.tokens import Layout
 
 Method = Callable[[Tensor, int, float, int], Tensor]  # (stretch_B, dims, base, train side) → (B, F)
 
@@ -43,7 +43,7 @@ def ntk(stretch_B: Tensor, dims: int, base: float, train_side: int = 0) -> Tenso
 def yarn(stretch_B: Tensor, dims: int, base: float, train_side: int) -> Tensor:
     """YaRN: frequencies with many turns within the trained side stay, those with few follow PI.
 
-    Peng et al., arXiv 2309.00071, section 3.2. Its scaling of the angles' length is in `magnitude`.
+    Peng et al., arXiv 2309.00071, section 3.2. Its scaling of the angles' length is in `mscale`.
     """
     kept_F = _ramp(32, 1, dims, base, train_side).to(stretch_B.device)
     interpolated = position_interpolation(stretch_B, dims, base)
@@ -82,7 +82,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def magnitude(rope: Rope, size_B2: Tensor) -> Tensor:
+def mscale(rope: Rope, size_B2: Tensor) -> Tensor:
     """What cos and sin of each image are multiplied by, (B,): its square scales the attention logits.
 
     YaRN: 0.1·ln s + 1. `paper` (FiTv2, Eq. 15): logits × max(1, log of the pixels to the base of the
@@ -98,7 +98,7 @@ def magnitude(rope: Rope, size_B2: Tensor) -> Tensor:
         stretch = (size.amax(1) / side).clamp_min(1)
         factor = torch.where(stretch > 1, 0.1 * stretch.log() + 1, one)
     if rope.attention_scale == "paper":
-        unit = float(rope.pixels_a_token)
+        unit = float(rope.pixels_per_token)
         logits = (size.prod(1) * unit**2).log() / math.log(side**2 * unit**2)
         return factor * logits.clamp_min(1).sqrt()
     if rope.attention_scale in ("pro1", "pro2"):
@@ -122,26 +122,16 @@ def scaled_frequencies(rope: Rope, size_B2: Tensor, dims: int) -> Tensor:
     return method(stretch_B2.flatten(), dims, rope.base, rope.train_side).unflatten(0, (-1, 2))
 
 
-def rotation(packed: PackedTokens, head_dim: int, rope: Rope) -> Tensor:
+def rotation(layout: Layout, head_dim: int, rope: Rope) -> Tensor:
     """The complex numbers (T, 1, head_dim/2) that turn each pair of a head, rows first."""
-    size_B2 = packed.size_B2
+    size_B2 = layout.size_B2
     if rope.grid is not None:
         size_B2 = torch.tensor([rope.grid], device=size_B2.device).expand_as(size_B2)
     per_image = scaled_frequencies(rope, size_B2, head_dim // 2)
     alike = rope.extrapolation == "none"
-    per_position = per_image[:1] if alike else packed.spread(per_image)  # (T or 1, 2, F)
-    angles = (packed.pos_T2[:, :, None].float() * per_position).flatten(1)
+    per_position = per_image[:1] if alike else layout.spread(per_image)  # (T or 1, 2, F)
+    angles = (layout.pos_T2[:, :, None].float() * per_position).flatten(1)
     length = torch.ones_like(angles)
     if (rope.extrapolation, rope.attention_scale) != ("none", "none"):
-        length = length * packed.spread(magnitude(rope, size_B2))[:, None]
+        length = length * layout.spread(mscale(rope, size_B2))[:, None]
     return torch.polar(length, angles)[:, None]
-
-
-def rotate(x_THK: Tensor, rotation_T1P: Tensor) -> Tensor:
-    """Turn interleaved pairs (2i, 2i+1) of every head, in float32; returns the dtype of `x_THK`."""
-    if torch.compiler.is_compiling():  # it generates no code for complex numbers
-        a, b = x_THK.float().unflatten(-1, (-1, 2)).unbind(-1)
-        cos, sin = torch.view_as_real(rotation_T1P).unbind(-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x_THK.dtype)
-    pairs = torch.view_as_complex(x_THK.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation_T1P).flatten(-2).to(x_THK.dtype)

@@ -56,7 +56,7 @@ def test_skipped_pictures_show_in_the_exit_status(folder, tmp_path, capsys):
     (tmp_path / "in" / "bad.png").write_text("x")
     status, _, said = fitv2(capsys, "encode", tmp_path / "in", tmp_path / "out")
     assert status == 3
-    assert "1 pictures left out" in said
+    assert "1 images left out" in said
 
 
 @pytest.mark.parametrize(
@@ -76,13 +76,14 @@ def test_skipped_pictures_show_in_the_exit_status(folder, tmp_path, capsys):
         (["sample"], "MODEL"),
         (["sample", "clip", "--label", "x"], "unknown model 'clip': did you mean clipart"),
         (["sample", "clipart", "--label", "flog"], "unknown label 'flog': did you mean flags"),
-        (["sample", "clipart", "--size", "50x100"], "multiple of the token size"),
+        (["sample", "clipart", "--size", "50x"], "is not HEIGHTxWIDTH in pixels"),
+        (["sample", "clipart", "--size", "0x50"], "is not HEIGHTxWIDTH in pixels"),
         (["sample", "clipart", "--num", "0"], "--num is 0"),
         (["sample", "clipart", "--solver", "hean"], "heun"),
         (["sample", "clipart", "--solver", "ddpm"], "unknown solver 'ddpm'"),
         (["sample", "clipart", "--extrapolation", "ntk", "--train-side", "0"], "--train-side is 0"),
         (["sample", "clipart", "--guidance-channels", "9"], "the latent has 3"),
-        (["sample", "clipart", "--guidance", "nan"], "--guidance is nan"),
+        (["sample", "clipart", "--guidance-scale", "nan"], "--guidance-scale is nan"),
         (["sample", "clipart", "--guidance-interval", "0.9", "0.1"], "two rising times"),
         (["convert", "nowhere.bin", "out"], "nowhere.bin does not exist"),
         (["encode", "nowhere", "out"], "nowhere does not exist"),
@@ -97,6 +98,28 @@ def test_a_mistake_is_one_line_that_says_what_to_do(arguments, said, capsys, tmp
     assert lines[0].startswith("fitv2: ")
     assert said in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_sizes_are_exact(tmp_path, capsys):
+    options = ["--label", "flags", "--size", "33x50", "--steps", 1, "--out", tmp_path / "out"]
+    assert fitv2(capsys, "sample", "clipart", *options)[0] == 0
+    assert Image.open(tmp_path / "out" / "flags_33x50_0.png").size == (50, 33)
+
+
+def test_a_former_name_of_an_option_is_taken_with_a_hint(capsys, tmp_path):
+    options = ["--data", tmp_path / "none", "--out", tmp_path / "run", "--shard", 2, "--micro-batches=3"]
+    status, _, err = fitv2(capsys, "train", "debug", *options)
+    hints = ["fitv2: --shard is now --fsdp-size", "fitv2: --micro-batches is now --grad-accum-steps"]
+    assert (status, err.splitlines()[:2]) == (2, hints)
+    assert "dataset.json is missing" in err.splitlines()[2]
+
+
+def test_help_of_train_names_the_preset_and_offers_only_what_it_takes(capsys):
+    status, out, _ = fitv2(capsys, "train", "fast", "--help")
+    assert status == 0
+    assert "PRESET" in out.splitlines()[0]
+    assert "0.006" in out  # the preset's learning rate
+    assert not any(flag in out for flag in ("--patch-size", "--in-channels", "--num-classes"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from fitv2.checkpoint import load_model
-from fitv2.cli.demo import BEYOND, LABELS, TRAINED, demo, scaled
+from fitv2.cli.demo import BEYOND, LABELS, TRAINED, demo, scale_grid
 from fitv2.presets import preset
 
 CARD = load_model("clipart")[1]
@@ -13,10 +13,10 @@ CARD = load_model("clipart")[1]
 
 def test_grids_have_the_ratios_of_the_papers_tables():
     for size in (*TRAINED, *BEYOND):
-        rows, columns = scaled(size, CARD)
+        rows, columns = scale_grid(size, CARD)
         assert columns * size[0] == rows * size[1]
-    assert all(rows * columns <= CARD.max_tokens for rows, columns in (scaled(s, CARD) for s in TRAINED))
-    assert all(rows * columns > CARD.max_tokens for rows, columns in (scaled(s, CARD) for s in BEYOND))
+    assert all(rows * columns <= CARD.max_tokens for rows, columns in (scale_grid(s, CARD) for s in TRAINED))
+    assert all(rows * columns > CARD.max_tokens for rows, columns in (scale_grid(s, CARD) for s in BEYOND))
 
 
 def test_the_shipped_model_is_small_and_is_its_preset():
@@ -42,7 +42,7 @@ def test_demo_makes_what_it_says(tmp_path, capsys):
     pictures = sorted((tmp_path / "demo" / "pictures").iterdir())
     assert len(pictures) == 6 * len(LABELS)
     sizes = {Image.open(path).size for path in pictures}
-    assert sizes == {(c * 16, r * 16) for r, c in (scaled(s, CARD) for s in (*TRAINED, *BEYOND))}
+    assert sizes == {(c * 16, r * 16) for r, c in (scale_grid(s, CARD) for s in (*TRAINED, *BEYOND))}
     assert min(np.array(Image.open(path)).std() for path in pictures) > 5
     said = capsys.readouterr().out
     for line in said.strip().splitlines():

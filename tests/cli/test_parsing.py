@@ -1,8 +1,9 @@
+import dataclasses
 from dataclasses import dataclass, field
 
 import pytest
 
-from fitv2.cli.parsing import option_names, parse
+from fitv2.cli.parsing import RENAMED, name_flags, option_names, parse, rename
 from fitv2.errors import UserError
 
 
@@ -39,3 +40,21 @@ def test_a_mistake_is_one_line(arguments, said):
 def test_arguments_replace_the_defaults():
     made = parse(Outer, ["--no-mirror"], Outer(name="y"))
     assert (made.name, made.mirror) == ("y", False)
+
+
+def test_former_names_are_those_of_settings_today():
+    from fitv2.config import Guidance, Rope, Training
+
+    known = {field.name for kind in (Training, Rope, Guidance) for field in dataclasses.fields(kind)}
+    assert set(RENAMED.values()) <= known
+    assert not set(RENAMED) & known
+
+
+def test_a_former_name_is_replaced_with_a_hint(capsys):
+    assert rename("--clip=2") == "--max-grad-norm=2"
+    assert capsys.readouterr().err == "fitv2: --clip is now --max-grad-norm\n"
+    assert [rename(text) for text in ("clip", "--depth", "2")] == ["clip", "--depth", "2"]
+
+
+def test_fields_of_an_error_are_shown_as_flags():
+    assert name_flags("`max_grad_norm` is 0; see `X` and a`b") == "--max-grad-norm is 0; see `X` and a`b"

@@ -281,5 +281,5 @@ def test_from_released_files_to_pictures_on_the_command_line(tmp_path, latents, 
     assert load_file(tmp_path / "back.safetensors").keys() == read_checkpoint(source).keys()
     with pytest.raises(UserError, match="add --to-released"):
         run(["convert", place("model"), place("x")])
-    with pytest.raises(UserError, match="do nothing without --extrapolation"):
+    with pytest.raises(UserError, match="do nothing without `extrapolation`"):
         run(["sample", place("model"), "--train-side", "8"])

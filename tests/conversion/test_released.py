@@ -153,7 +153,7 @@ def test_wrong_tensors_are_named(damage, said):
 @pytest.mark.parametrize("tiny", TINY)
 def test_recognition_of_other_sizes_needs_the_heads(tiny):
     theirs = to_released(weights(TINY[tiny]))
-    with pytest.raises(UserError, match="give its --heads"):
+    with pytest.raises(UserError, match="give its `heads`"):
         recognised(theirs)
     if tiny != "a step between":  # QK-norm has no weights, so a mixture cannot be told from them
         assert recognised(theirs, heads=4) == TINY[tiny]

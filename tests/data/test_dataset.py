@@ -20,11 +20,12 @@ from fitv2.training.trainer import train
 def test_batch_is_the_rows_in_order(tokens):
     dataset = TokenDataset(tokens)
     rows = np.array([5, 0, 9])
-    packed, labels = dataset.batch(rows)
-    assert packed.sizes == tuple(tuple(size) for size in dataset.sizes[rows].tolist())
+    packed, condition = dataset.batch(rows)
+    assert packed.layout.sizes == tuple(tuple(size) for size in dataset.sizes[rows].tolist())
     alone = torch.cat([dataset.batch(np.array([row]))[0].x_TC for row in rows])
     assert torch.equal(packed.x_TC, alone)
-    assert labels.tolist() == dataset.labels[rows].tolist()
+    assert condition.values["label"].tolist() == dataset.labels[rows].tolist()
+    assert condition.present_B.all()
     assert packed.x_TC.dtype == torch.float32
 
 
@@ -163,10 +164,10 @@ def test_batches_are_those_of_the_steps_however_they_are_read(tokens, workers):
         chosen = steps.sampler.step(number)
         assert sorted(batch.keys) == sorted(chosen.keys)
         order = [chosen.keys.tolist().index(key) for key in batch.keys]
-        packed, labels = dataset.batch(chosen.rows[order])
+        packed, condition = dataset.batch(chosen.rows[order])
         assert torch.equal(batch.packed.x_TC, packed.x_TC)
-        assert torch.equal(batch.labels, labels)
-        assert list(batch.packed.lengths) == sorted(batch.packed.lengths)
+        assert torch.equal(batch.condition.values["label"], condition.values["label"])
+        assert list(batch.packed.layout.lengths) == sorted(batch.packed.layout.lengths)
 
 
 def test_steps_can_be_sent_to_another_process(tokens):
@@ -180,7 +181,9 @@ def test_steps_can_be_sent_to_another_process(tokens):
 def test_a_step_of_fewer_images_than_ranks_is_refused(tokens):
     dataset = TokenDataset(tokens)
     steps = Steps(dataset, FixedCount(dataset.images(), 2, seed=0), 0, 3)
-    with pytest.raises(UserError, match="step 5 has 2 images for 3 processes: raise --batch-size"):
+    with pytest.raises(
+        UserError, match="step 5 has 2 images for 3 processes: raise `batch_size` or `tokens_per_step`"
+    ):
         steps.batch(5)
 
 

@@ -4,7 +4,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from fitv2.data.packing import FixedCount, Images, TokenBudget, dealt, relieve
+from fitv2.data.packing import FixedCount, Images, TokenBudget, assign_to_packs, rebalance
 from fitv2.errors import UserError
 
 
@@ -84,7 +84,7 @@ def test_neighbours_in_a_pack_change_from_epoch_to_epoch():
 
 
 def test_an_image_above_the_budget_is_named():
-    with pytest.raises(UserError, match="--tokens-a-step is 200; the longest image has 256 tokens"):
+    with pytest.raises(UserError, match="`tokens_per_step` is 200; the longest image has 256 tokens"):
         TokenBudget(images(), 200, seed=0)
 
 
@@ -102,8 +102,8 @@ def test_a_budget_for_everything_is_one_pack():
     assert len(sampler.step(7).rows) == 4
 
 
-def test_dealing_evens_out():
-    pack, filled = dealt(np.array([9, 8, 7, 5, 3, 1]), 3)
+def test_assigning_evens_out():
+    pack, filled = assign_to_packs(np.array([9, 8, 7, 5, 3, 1]), 3)
     assert filled.tolist() == [np.array([9, 8, 7, 5, 3, 1])[pack == i].sum() for i in range(3)]
     assert filled.max() - filled.min() <= 3
 
@@ -116,32 +116,32 @@ def test_dealing_evens_out():
         ([9, 8, 7, 3, 2, 1], [0, 0, 1, 1, 2, 2], 11),
     ],
 )
-def test_relieving_swaps_and_moves(lengths, before, budget):
+def test_rebalancing_swaps_and_moves(lengths, before, budget):
     lengths, pack = np.array(lengths), np.array(before)
     filled = np.bincount(pack, lengths).astype(np.int64)
     assert filled.max() > budget
-    relieve(pack, filled, lengths, budget)
+    rebalance(pack, filled, lengths, budget)
     assert filled.max() <= budget
     assert filled.tolist() == np.bincount(pack, lengths).tolist()
 
 
-def test_relieving_packs_of_very_many_images_takes_little_memory():
+def test_rebalancing_packs_of_very_many_images_takes_little_memory():
     lengths = np.sort(np.random.default_rng(0).integers(1, 9, 40_000))[::-1].astype(np.int64)
-    pack, filled = dealt(lengths, 2)
+    pack, filled = assign_to_packs(lengths, 2)
     pack[np.flatnonzero(pack == 1)[:20]] = 0  # twenty images of 8 tokens too many
     filled = np.bincount(pack, lengths).astype(np.int64)
     budget = int(filled.mean()) + 5
     assert filled.max() > budget + 100
     tracemalloc.start()
-    relieve(pack, filled, lengths, budget)
+    rebalance(pack, filled, lengths, budget)
     assert tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
     assert filled.max() <= budget
 
 
-def test_relieving_stops_where_nothing_helps():
+def test_rebalancing_stops_where_nothing_helps():
     pack, filled = np.array([0, 0, 1]), np.array([11, 6])
-    relieve(pack, filled, np.array([6, 5, 6]), 10)
+    rebalance(pack, filled, np.array([6, 5, 6]), 10)
     assert (pack.tolist(), filled.tolist()) == ([0, 0, 1], [11, 6])
 
 
@@ -181,7 +181,7 @@ def test_ranks_get_equal_work_and_every_image_once(ranks):
     sampler = TokenBudget(many, 4_096 * ranks, seed=0)
     for number in range(20):
         step = sampler.step(number)
-        parts = step.shared(many.lengths[step.rows], ranks)
+        parts = step.split(many.lengths[step.rows], ranks)
         assert sorted(np.concatenate([part.keys for part in parts])) == sorted(step.keys)
         assert sorted(np.concatenate([part.rows for part in parts])) == sorted(step.rows)
         work = [many.lengths[part.rows].sum() for part in parts]
@@ -190,4 +190,4 @@ def test_ranks_get_equal_work_and_every_image_once(ranks):
 
 def test_fewer_images_than_ranks_leave_some_without():
     step = FixedCount(UNEVEN, 2, 0).step(0)
-    assert sorted(len(part.rows) for part in step.shared(UNEVEN.lengths[step.rows], 4)) == [0, 0, 1, 1]
+    assert sorted(len(part.rows) for part in step.split(UNEVEN.lengths[step.rows], 4)) == [0, 0, 1, 1]

@@ -2,39 +2,35 @@ import pytest
 import torch
 
 from conftest import noise_of
-from fitv2.config import Architecture, Training
-from fitv2.diffusion.flow import (
-    MIN_TIME_TO_DATA,
-    PREDICTIONS,
-    WEIGHTS,
-    Flow,
-    flow_of,
-    logit_normal,
-    noise,
-    uniform,
-)
+from fitv2.conditioning import Condition
+from fitv2.config import Architecture, Sampling, Training
+from fitv2.diffusion.flow import MIN_TIME_TO_DATA, PREDICTIONS, WEIGHTS, Flow, logit_normal, uniform
 from fitv2.diffusion.paths import PATHS
 from fitv2.errors import UserError
 from fitv2.runtime.rng import generator
-from fitv2.tokens import layout
+from fitv2.tokens import Layout
 
 FLOWS = [Flow(path, p) for path in PATHS for p in PREDICTIONS if p != "data" or path == "linear"]
 names = [f"{flow.path_name}-{flow.prediction}" for flow in FLOWS]
 
 
 def sample(flow, times=(0.1, 0.4, 0.9)):
-    packed = layout([(2, 2), (1, 3), (2, 1)])
-    data = packed.with_tokens(noise_of(packed, 5))
-    return flow.sample(data, noise_of(packed, 5, first=3), torch.tensor(times))
+    layout = Layout.of([(2, 2), (1, 3), (2, 1)])
+    noise = noise_of(layout, 5, first=3)
+    return flow.add_noise(noise_of(layout, 5), layout, noise, torch.tensor(times))
+
+
+def times_of(point):
+    return point.layout.spread(point.t_B)[:, None]
 
 
 def true_velocity(flow, point):
-    data_rate, noise_rate = flow.path.derivatives(point.noisy.spread(point.t_B)[:, None])
+    data_rate, noise_rate = flow.path.derivatives(times_of(point))
     return data_rate * point.data_TC + noise_rate * point.noise_TC
 
 
 def perfect(flow, point):
-    sigma = flow.path.coefficients(point.noisy.spread(point.t_B)[:, None])[1]
+    sigma = flow.path.coefficients(times_of(point))[1]
     return {
         "velocity": true_velocity(flow, point),
         "data": point.data_TC,
@@ -45,7 +41,7 @@ def perfect(flow, point):
 
 def test_path_goes_from_noise_to_data():
     point = sample(Flow(), (0.0, 0.4, 1.0))
-    parts = [x.split(point.noisy.lengths) for x in (point.noisy.x_TC, point.noise_TC, point.data_TC)]
+    parts = [x.split(point.layout.lengths) for x in (point.x_TC, point.noise_TC, point.data_TC)]
     (first, middle, last), start, data = parts
     torch.testing.assert_close(first, start[0])
     torch.testing.assert_close(middle, 0.4 * data[1] + 0.6 * start[1])
@@ -55,9 +51,9 @@ def test_path_goes_from_noise_to_data():
 @pytest.mark.parametrize("flow", FLOWS, ids=names)
 def test_a_perfect_output_gives_the_velocity_and_no_loss(flow):
     point = sample(flow)
-    velocity = flow.velocity(perfect(flow, point), point.noisy, point.t_B)
+    velocity = flow.velocity(perfect(flow, point), point.x_TC, times_of(point))
     torch.testing.assert_close(velocity, true_velocity(flow, point), rtol=1e-3, atol=1e-4)
-    assert flow.loss(perfect(flow, point), point).abs().max() < 1e-10
+    assert flow.squared_error(perfect(flow, point), point).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("flow", FLOWS, ids=names)
@@ -66,9 +62,9 @@ def test_the_right_weight_makes_it_the_velocity_error_of_each_image(flow):
     flow = Flow(flow.path_name, flow.prediction, weight)
     point = sample(flow)
     output = torch.randn(point.data_TC.shape, generator=torch.Generator().manual_seed(9))
-    error = flow.velocity(output, point.noisy, point.t_B) - true_velocity(flow, point)
-    expected = torch.stack([image.square().mean() for image in error.split(point.noisy.lengths)])
-    torch.testing.assert_close(flow.loss(output, point), expected, rtol=1e-3, atol=1e-3)
+    error = flow.velocity(output, point.x_TC, times_of(point)) - true_velocity(flow, point)
+    expected = torch.stack([image.square().mean() for image in error.split(point.layout.lengths)])
+    torch.testing.assert_close(flow.squared_error(output, point), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
@@ -84,15 +80,15 @@ def test_an_euler_step_to_the_data_ends_at_the_prediction():
     flow = Flow(prediction="data")
     point = sample(flow, (0.3, 0.96, 0.999))
     output = torch.randn(point.data_TC.shape, generator=torch.Generator().manual_seed(9))
-    velocity = flow.velocity(output, point.noisy, point.t_B)
-    ended = point.noisy.x_TC + point.noisy.spread(1 - point.t_B)[:, None] * velocity
+    velocity = flow.velocity(output, point.x_TC, times_of(point))
+    ended = point.x_TC + (1 - times_of(point)) * velocity
     torch.testing.assert_close(ended, output, rtol=1e-4, atol=1e-4)
 
 
 def test_data_prediction_stays_finite_at_the_data():
     flow = Flow(prediction="data")
     point = sample(flow, (1.0, 1.0, 1.0))
-    loss = flow.loss(point.data_TC + 1, point)
+    loss = flow.squared_error(point.data_TC + 1, point)
     torch.testing.assert_close(loss, torch.full((3,), MIN_TIME_TO_DATA**-2))
 
 
@@ -100,10 +96,10 @@ def test_data_prediction_stays_finite_at_the_data():
 def test_all_is_finite_inside_the_interval(flow):
     start, stop = flow.interval()
     inside = sample(flow, (start, 0.5, 0.999 if flow.ends_early else stop))
-    assert flow.velocity(torch.ones_like(inside.data_TC), inside.noisy, inside.t_B).isfinite().all()
+    assert flow.velocity(torch.ones_like(inside.data_TC), inside.x_TC, times_of(inside)).isfinite().all()
     times = torch.tensor([1e-6, 0.5, 1 - 1e-6])
-    trained = sample(flow, flow.spaced(times).tolist())
-    assert flow.loss(torch.ones_like(trained.data_TC), trained).isfinite().all()
+    trained = sample(flow, flow._scale_time(times).tolist())
+    assert flow.squared_error(torch.ones_like(trained.data_TC), trained).isfinite().all()
 
 
 def test_logit_normal_times_are_the_sigmoid_of_a_normal():
@@ -116,19 +112,26 @@ def test_logit_normal_times_are_the_sigmoid_of_a_normal():
 
 def test_training_chooses_the_times():
     model = Architecture(depth=1, width=32, heads=2)
-    even = flow_of(model, Training(times="uniform"))
+    even = Flow.of(model, Training(times="uniform"))
     rng = torch.Generator().manual_seed(0)
     times = torch.stack([even.draw_time(rng) for _ in range(20_000)])
     assert torch.histc(times, 4, 0, 1).min() > 4_800
-    shifted = flow_of(model, Training(time_mean=-3.0))
+    shifted = Flow.of(model, Training(time_mean=-3.0))
     assert torch.stack([shifted.draw_time(rng) for _ in range(100)]).mean() < 0.15
-    assert flow_of(model).draw is logit_normal
+    assert Flow.of(model).draw is logit_normal
     assert even.draw is uniform
+    with pytest.raises(UserError, match="did you mean uniform"):
+        Flow.of(model, Training(times="unifrom"))
 
 
-def test_an_image_has_the_same_noise_in_any_company():
-    together = noise([4, 6], 3, [generator(7), generator(8)])
-    assert torch.equal(together[4:], noise([6], 3, [generator(8)]))
+def test_training_chooses_the_weights_of_the_loss():
+    model = Architecture(depth=1, width=32, heads=2, path="gvp", prediction="score")
+    flow = Flow.of(model, Training(loss_weight="likelihood", direction_weight=0.3))
+    assert (flow.path_name, flow.prediction) == ("gvp", "score")
+    assert (flow.weight, flow.direction_weight) == ("likelihood", 0.3)
+    plain = Flow.of(model)
+    assert (plain.path_name, plain.prediction) == ("gvp", "score")
+    assert (plain.weight, plain.direction_weight) == ("none", 0)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +140,9 @@ def test_an_image_has_the_same_noise_in_any_company():
         (("liner", "velocity", "none"), "unknown path 'liner': did you mean linear"),
         (("linear", "velocty", "none"), "did you mean velocity"),
         (("linear", "noise", "velocities"), "did you mean velocity"),
-        (("linear", "velocity", "likelihood"), "is for --prediction noise or score"),
+        (("linear", "velocity", "likelihood"), "is for `prediction` noise or score"),
+        (("gvp", "data", "none"), "`prediction` data is for `path` linear"),
+        (("ddpm", "noise", "none"), "unknown path 'ddpm'"),
     ],
 )
 def test_what_there_is_not_is_named(names, said):
@@ -159,7 +164,61 @@ def test_quantiles_are_those_of_the_papers_times():
 def test_the_direction_of_a_perfect_output_costs_nothing_and_of_its_opposite_two(flow):
     point = sample(flow)
     right = perfect(flow, point)
-    torch.testing.assert_close(flow.direction_loss(right, point), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(flow.direction_error(right, point), torch.zeros(3), atol=1e-5, rtol=0)
     if flow.prediction == "velocity":
-        torch.testing.assert_close(flow.direction_loss(-right, point), torch.full((3,), 2.0))
-        torch.testing.assert_close(flow.direction_loss(7 * right, point), torch.zeros(3), atol=1e-5, rtol=0)
+        torch.testing.assert_close(flow.direction_error(-right, point), torch.full((3,), 2.0))
+        torch.testing.assert_close(flow.direction_error(7 * right, point), torch.zeros(3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_loss_of_a_model_is_the_squared_error_and_what_the_direction_costs(weight):
+    flow, asked = Flow(direction_weight=weight), []
+    point = sample(flow)
+    output = torch.randn(point.data_TC.shape, generator=torch.Generator().manual_seed(9))
+    condition = Condition.of(label=torch.arange(3))
+
+    def model(*inputs):
+        asked.append(inputs)
+        return output.bfloat16()
+
+    total_B, error_B = flow.loss(model, point, condition)
+    assert asked == [(point.x_TC, point.layout, point.t_B, condition)]
+    rounded = output.bfloat16()
+    torch.testing.assert_close(error_B, flow.squared_error(rounded, point))
+    expected = error_B + weight * flow.direction_error(rounded, point)
+    torch.testing.assert_close(total_B, expected)
+    assert total_B.dtype == error_B.dtype == torch.float32
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=names)
+def test_what_a_model_says_is_followed_as_a_velocity_at_one_time_and_at_many(flow):
+    point = sample(flow, (0.4, 0.4, 0.4))
+    velocity = flow.follow(lambda x, t_B: x.bfloat16() * t_B[0], point.layout)
+    expected = flow.velocity(point.x_TC.bfloat16() * torch.tensor(0.4), point.x_TC, times_of(point))
+    for t in (torch.tensor(0.4), torch.tensor(0.4, dtype=torch.double), point.t_B):
+        made = velocity(point.x_TC, t)
+        assert made.dtype == torch.float32
+        torch.testing.assert_close(made, expected)
+
+
+@pytest.mark.parametrize("flow", [Flow(path) for path in PATHS], ids=PATHS)
+def test_the_score_is_that_of_the_noise_where_the_data_are_known(flow):
+    """Of one image's path, x_t ~ N(α·data, σ²): −noise/σ, with the velocity at that point."""
+    point = sample(flow)
+    sigma = flow.path.coefficients(times_of(point))[1]
+    score = flow.score(true_velocity(flow, point), point.x_TC, times_of(point))
+    torch.testing.assert_close(score, -point.noise_TC / sigma, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("flow", [Flow(), Flow(prediction="data")], ids=["velocity", "data"])
+@pytest.mark.parametrize("solver", [None, "dopri5"])
+def test_a_model_that_knows_the_data_makes_them(flow, solver):
+    point = sample(flow)
+    known = {
+        "velocity": lambda x, t_B: point.data_TC - point.noise_TC,
+        "data": lambda x, t_B: point.data_TC,
+    }[flow.prediction]
+    rngs, seen = [generator(i) for i in range(3)], []
+    made = flow.generate(known, point.layout, point.noise_TC, rngs, Sampling(solver), seen.append)
+    torch.testing.assert_close(made, point.data_TC, rtol=1e-4, atol=1e-4)
+    assert seen[-1] == 1

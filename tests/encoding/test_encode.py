@@ -380,11 +380,11 @@ def test_every_source_gives_the_same_tokens(many, tmp_path):
         out = tmp_path / f"set {number}"
         encode(source, out, SMALL, workers=number % 2 * 2)
         held = TokenDataset(out)
-        packed, found = held.batch(np.arange(len(held.sizes)))
+        packed, condition = held.batch(np.arange(len(held.sizes)))
         assert held.card.about.labels == ("label 0", "label 1", "label 2")
-        expected = (packed.x_TC, found) if expected is None else expected
+        expected = (packed.x_TC, condition.values["label"]) if expected is None else expected
         assert torch.equal(packed.x_TC, expected[0])
-        assert torch.equal(found, expected[1])
+        assert torch.equal(condition.values["label"], expected[1])
     assert len(held.first_rows) == 40
 
 

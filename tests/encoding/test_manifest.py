@@ -12,8 +12,8 @@ from PIL import Image
 
 from conftest import encoded_picture, picture
 from fitv2.encoding.images import UnusableImage
-from fitv2.encoding.manifest import PAUSES, READERS, list_pictures, load_listing, read_picture, sorted_labels
-from fitv2.encoding.sources import open_source
+from fitv2.encoding.kinds import KINDS, open_source
+from fitv2.encoding.manifest import PAUSES, list_pictures, load_listing, read_picture, sorted_labels
 from fitv2.errors import UserError
 
 
@@ -194,11 +194,11 @@ def test_what_may_pass_is_tried_again_and_then_stops_all(listed, monkeypatch, er
             raise failing.pop()
         return encoded_picture()
 
-    monkeypatch.setitem(READERS, "files", read)
+    monkeypatch.setitem(KINDS, "images", replace(KINDS["images"], read=read))
     assert read_picture(listing, listing.picture(0)).size == (16, 16)
     assert waited == list(PAUSES[:2])
     failing += [error] * 9
-    with pytest.raises(UserError, match=r"a/1\.png cannot be read now .*: the same command goes on later"):
+    with pytest.raises(UserError, match=r"a/1\.png cannot be read now .*: run the same command again later"):
         read_picture(listing, listing.picture(0))
 
 
@@ -209,7 +209,7 @@ def test_chunks_end_with_a_row_group(tmp_path):
     listing = list_pictures(open_source(str(tmp_path)))
     lengths = [len(chunk) for chunk in listing.chunks(range(5, 309))]
     assert lengths == [125, 128, 2, 40, 9]
-    assert [len(chunk) for chunk in replace(listing, kind="files").chunks(range(3, 25))] == [16, 6]
+    assert [len(chunk) for chunk in replace(listing, kind="images").chunks(range(3, 25))] == [16, 6]
 
 
 def test_pictures_without_a_label_are_left_out(tmp_path):
@@ -224,4 +224,4 @@ def test_pictures_without_a_label_are_left_out(tmp_path):
 def test_a_listing_says_what_it_is_of(listed, tmp_path):
     listed({"a/1.png": encoded_picture()})
     table = pa.ipc.open_file(tmp_path / "list.arrow").read_all()
-    assert json.loads(table.schema.metadata[b"listing"])["kind"] == "files"
+    assert json.loads(table.schema.metadata[b"listing"])["kind"] == "images"

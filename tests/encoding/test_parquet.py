@@ -6,6 +6,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from conftest import encoded_picture
 from fitv2.encoding.images import UnusableImage
+from fitv2.encoding.kinds import open_source
 from fitv2.encoding.parquet import (
     columns_of,
     datasets_row,
@@ -16,7 +17,6 @@ from fitv2.encoding.parquet import (
     parquet_row,
     parquet_tables,
 )
-from fitv2.encoding.sources import open_source
 from fitv2.errors import UserError
 
 PICTURES = [encoded_picture(16 + 16 * i, 16, i) for i in range(7)]
@@ -123,5 +123,5 @@ def test_labels_as_text():
     assert label_texts([0, 5, "s", None, -1], ("a",)) == ["a", "5", "s", "", ""]
     assert label_texts([-1, 2.5, float("nan"), b"caf\xc3\xa9"], ()) == ["-1", "2.5", "", "café"]
     for several in ([1, 2], {"a": 1}):
-        with pytest.raises(UserError, match="not one name or number: give --label-column"):
+        with pytest.raises(UserError, match="not one name or number: give `label_column`"):
             label_texts([several], ())

@@ -7,9 +7,10 @@ import torch
 
 from fitv2.config import Encoding
 from fitv2.data.format import About
+from fitv2.encoding.kinds import open_source
 from fitv2.encoding.manifest import list_pictures
 from fitv2.encoding.shard_encoder import Fitted, Reader, ShardEncoder
-from fitv2.encoding.sources import WHOLE, Picture, open_source
+from fitv2.encoding.sources import WHOLE, Picture
 from fitv2.runtime.workers import read_ahead
 
 

@@ -5,7 +5,8 @@ import tarfile
 import pytest
 
 from conftest import encoded_picture
-from fitv2.encoding.sources import BROKEN, open_source
+from fitv2.encoding.kinds import open_source
+from fitv2.encoding.sources import BROKEN
 from fitv2.encoding.webdataset import in_tars, tar_member
 
 

@@ -3,7 +3,7 @@ from dataclasses import asdict
 
 import pytest
 
-from fitv2.config import Architecture, Rope
+from fitv2.config import Architecture, Rope, Training
 from fitv2.errors import UserError
 from fitv2.runtime.serialization import from_dict, read_json
 
@@ -45,3 +45,20 @@ def test_damaged_json_is_a_clear_error(tmp_path, content, said):
         read_json(path)
     with pytest.raises(UserError, match="missing"):
         read_json(tmp_path / "none.json")
+
+
+def test_a_key_that_had_another_name_before_still_loads():
+    old = {"tokens_a_step": 99, "micro_batches": 2, "clip": 0.5, "recompute": True, "shard": 4}
+    new = {
+        "tokens_per_step": 99, "grad_accum_steps": 2, "max_grad_norm": 0.5, "gradient_checkpointing": True,
+        "fsdp_size": 4,
+    }  # fmt: skip
+    assert old.keys() == Training.RENAMED.keys()
+    assert from_dict(Training, old) == Training(**new)
+    architecture = {"depth": 2, "width": 32, "heads": 2, "rope": {"pixels_a_token": 8}}
+    assert from_dict(Architecture, architecture).rope == Rope(pixels_per_token=8)
+
+
+def test_a_value_under_an_old_name_is_checked_as_any_other():
+    with pytest.raises(UserError, match="grad_accum_steps of Training is '2'"):
+        from_dict(Training, {"micro_batches": "2"})

@@ -23,8 +23,8 @@ def test_continuing_another_model(tokens, tmp_path):
     dataset = TokenDataset(tokens)
     trainer = Trainer(settings(steps=1), dataset, tokens, tmp_path / "second", str(tmp_path / "first"))
     expected = load_model(tmp_path / "first")[0]
-    for averaged in (trainer.weights.master, trainer.weights.average):
-        for one, other in zip(averaged.parameters(), expected.parameters(), strict=True):
+    for held in (trainer.weights.master, trainer.weights.ema):
+        for one, other in zip(held.parameters(), expected.parameters(), strict=True):
             assert torch.equal(one, other)
     wider = replace(settings(steps=1), model=replace(DEBUG.model, width=64))
     with pytest.raises(UserError, match="another width"):
@@ -33,7 +33,7 @@ def test_continuing_another_model(tokens, tmp_path):
 
 
 def test_post_training_needs_a_trained_model(tokens, tmp_path):
-    with pytest.raises(UserError, match=r"--trainable post-training trains a part of .*: give --init"):
+    with pytest.raises(UserError, match=r"`trainable` post-training trains a part of .*: give `init`"):
         train(settings(steps=1, trainable="post-training"), tokens, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

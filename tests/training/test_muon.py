@@ -4,7 +4,7 @@ import torch
 from fitv2.config import Training
 from fitv2.model import FiT
 from fitv2.training.muon import Muon, orthogonal
-from fitv2.training.optim import optimizers
+from fitv2.training.optim import build_optimizers
 
 
 def test_singular_values_come_near_to_one_and_directions_stay():
@@ -50,7 +50,7 @@ def test_pieces_are_made_orthogonal_apart():
 @pytest.mark.parametrize("adaln", ["lora", "full"])
 def test_a_model_gives_its_fused_matrices_in_pieces(adaln):
     model = FiT(depth=1, width=16, heads=2, patch_size=1, in_channels=4, num_classes=3, adaln=adaln)
-    muon, adamw = optimizers(model, Training(optimizer="muon"))
+    muon, adamw = build_optimizers(model, Training(optimizer="muon"))
     names = {parameter: name for name, parameter in model.named_parameters()}
     pieces = {names[p]: group["pieces"] for group in muon.param_groups for p in group["params"]}
     expected = {

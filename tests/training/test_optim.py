@@ -4,7 +4,7 @@ import torch
 from fitv2.config import Training
 from fitv2.model import FiT
 from fitv2.presets import preset
-from fitv2.training.optim import freeze, learning_rate, optimizers
+from fitv2.training.optim import build_optimizers, freeze, learning_rate
 
 
 def test_post_training_is_14_15_percent_of_fitv2_xl():
@@ -26,12 +26,12 @@ def test_learning_rate_warms_up_holds_and_decays():
 
 
 def test_muon_is_for_the_matrices_of_the_blocks_that_are_trained(model):
-    muon, adamw = optimizers(model, Training(optimizer="muon"))
+    muon, adamw = build_optimizers(model, Training(optimizer="muon"))
     matrices = {id(p) for p in model.blocks.parameters() if p.ndim == 2}
     assert {id(p) for group in muon.param_groups for p in group["params"]} == matrices
     both = [p for optimizer in (muon, adamw) for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in both} == {id(p) for p in model.parameters()}
     freeze(model, "post-training")
-    (left,) = (o for o in optimizers(model, Training(optimizer="adamw")))
+    (left,) = (o for o in build_optimizers(model, Training(optimizer="adamw")))
     held = {id(p) for group in left.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}

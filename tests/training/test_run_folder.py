@@ -40,6 +40,29 @@ def test_only_when_may_change_not_what(tmp_path):
     assert read_json(run / "run.json")["training"]["seed"] == 0
 
 
+OLD_NAMES = {
+    "tokens_per_step": "tokens_a_step", "grad_accum_steps": "micro_batches", "max_grad_norm": "clip",
+    "gradient_checkpointing": "recompute", "fsdp_size": "shard",
+}  # fmt: skip
+
+
+def test_a_run_begun_when_settings_had_other_names_goes_on(tmp_path):
+    run = tmp_path / "run"
+    settle(run, DEBUG, DATA, None)
+    written = (run / "run.json").read_text()
+    before = json.loads(written)
+    before["training"] = {OLD_NAMES.get(key, key): value for key, value in before["training"].items()}
+    before["model"]["rope"]["pixels_a_token"] = before["model"]["rope"].pop("pixels_per_token")
+    for later in ("objective", "conditions"):  # no settings at the time
+        del before["model"][later]
+    (run / "run.json").write_text(json.dumps(before))
+    with pytest.raises(UserError, match="another max_grad_norm"):
+        settle(run, replace(DEBUG, training=replace(DEBUG.training, max_grad_norm=2.0)), DATA, None)
+    assert json.loads((run / "run.json").read_text()) == before
+    settle(run, DEBUG, DATA, None)
+    assert (run / "run.json").read_text() == written
+
+
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="not a run"):

@@ -6,8 +6,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import randomized
+from fitv2.conditioning import Condition
 from fitv2.model import FiT
-from fitv2.tokens import layout
+from fitv2.tokens import Layout
 from fitv2.training.optim import freeze
 from fitv2.training.throughput import ByTime, Rates, TrainingFlops, memory_gib, peak_flops
 
@@ -53,11 +54,12 @@ def test_as_many_as_torch_counts(changes, trainable):
     """Of the very products; attention by two plain ones, since the counter does not know the CPU's kernel."""
     model = randomized(FiT(**SHAPE | changes))
     freeze(model, trainable)
-    packed = layout([(2, 3), (2, 3), (4, 5)], 8)
+    layout = Layout.of([(2, 3), (2, 3), (4, 5)])
+    condition = Condition.of(label=torch.tensor([1, 2, 3]))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        output = model(packed, torch.rand(3), torch.tensor([1, 2, 3]))
+        output = model(torch.zeros(layout.tokens, 8), layout, torch.rand(3), condition)
         output.square().sum().backward()
-    assert TrainingFlops(model)(packed.lengths) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert TrainingFlops(model)(layout.lengths) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_a_longer_image_costs_more_a_token():

@@ -80,11 +80,11 @@ def test_a_service_that_fails_is_left_alone(tmp_path, monkeypatch):
     service.close()
     assert len(calls) == 1
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail))
-    with pytest.raises(UserError, match="--track wandb cannot begin: no network"):
+    with pytest.raises(UserError, match="`track` wandb cannot begin: no network"):
         trackers(["wandb"], tmp_path, 0, {})
 
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(UserError, match="--track trackio needs it: pip install trackio"):
+    with pytest.raises(UserError, match="`track` trackio needs it: pip install trackio"):
         trackers(["trackio"], tmp_path, 0, {})

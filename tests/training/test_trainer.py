@@ -24,8 +24,9 @@ from fitv2.data.dataset import Steps, TokenDataset
 from fitv2.data.packing import FixedCount
 from fitv2.encoding.encode import encode
 from fitv2.errors import UserError
+from fitv2.pipeline import FiTPipeline
 from fitv2.presets import preset
-from fitv2.sampling.generate import Request, generate, load_codec
+from fitv2.runtime.rng import generator
 from fitv2.training.checkpointing import Saver
 from fitv2.training.optim import freeze
 from fitv2.training.run_folder import read_log
@@ -112,16 +113,16 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tokens, tmp_pa
 def test_a_loss_that_is_not_finite_names_the_process(tokens, tmp_path):
     def work(rank):
         steps = []
-        corrupt = Trainer.corrupted
+        add_noise = Trainer.noise
 
         def with_a_hole(trainer, batch):
-            sample, labels = corrupt(trainer, batch)
+            sample, condition = add_noise(trainer, batch)
             steps.append(0)
             if rank == 1 and len(steps) == 3:
                 sample.data_TC[0] = math.nan
-            return sample, labels
+            return sample, condition
 
-        Trainer.corrupted = with_a_hole
+        Trainer.noise = with_a_hole
         train(settings(steps=9, save_every=2, batch_size=8), tokens, tmp_path / "run")
 
     others, its_own = together(2, work)
@@ -149,15 +150,15 @@ def test_processes_agree_that_the_last_checkpoint_is_being_written(tokens, tmp_p
 
 def test_the_image_whose_loss_is_not_finite_is_named(tokens, tmp_path):
     trainer = Trainer(settings(steps=9), TokenDataset(tokens), tokens, tmp_path / "run", None)
-    corrupt, culprit = trainer.corrupted, []
+    add_noise, culprit = trainer.noise, []
 
     def with_a_hole(batch):
-        sample, labels = corrupt(batch)
+        sample, condition = add_noise(batch)
         sample.data_TC[-1] = math.nan
         culprit[:] = trainer.dataset.sources(batch.rows[-1:])
-        return sample, labels
+        return sample, condition
 
-    trainer.corrupted = with_a_hole
+    trainer.noise = with_a_hole
     with pytest.raises(FloatingPointError) as error:
         trainer.advance(lambda _: None)
     assert f"of images such as {culprit[0]};" in str(error.value)
@@ -179,13 +180,13 @@ def test_an_error_is_not_hidden_by_a_checkpoint_that_fails(tokens, tmp_path, mon
         train(settings(steps=9, save_every=3), tokens, tmp_path / "run")
 
 
-@pytest.mark.parametrize("shard", [1, 2])
-def test_every_validation_and_checkpoint_is_of_the_average_of_its_step(folder, tmp_path, shard):
+@pytest.mark.parametrize("fsdp_size", [1, 2])
+def test_every_validation_and_checkpoint_is_of_the_average_of_its_step(folder, tmp_path, fsdp_size):
     """Sheets and validations in turn, several of each in one process."""
     data = held_out_set(folder, tmp_path)
     often = {"steps": 6, "batch_size": 8, "sample_every": 2, "validate_every": 3, "save_every": 6}
     alone = train(settings(**often), data, tmp_path / "alone")
-    train_with(2, settings(**often, shard=shard), data, tmp_path / "run")
+    train_with(2, settings(**often, fsdp_size=fsdp_size), data, tmp_path / "run")
     np.testing.assert_allclose(validation(tmp_path / "run"), validation(tmp_path / "alone"), rtol=1e-4)
     together = newest_checkpoint(tmp_path / "run")
     one, two = (load_file(path / "ema" / WEIGHTS) for path in (alone, together))
@@ -225,7 +226,7 @@ def test_a_process_that_stalls_is_found(tokens, tmp_path):
         train(settings(steps=9, batch_size=8, stall_minutes=0.05), tokens, tmp_path / "run")
 
     waited, stalled = together(2, work)
-    assert waited == "UserError: another process of this run did not answer in time (--stall-minutes)"
+    assert waited == "UserError: another process of this run did not answer in time (`stall_minutes`)"
     assert stalled == "UserError: another process of this run has ended: see what it says"
 
 
@@ -238,7 +239,7 @@ def test_compiled_blocks_train_the_same_and_are_compiled_once(tokens, tmp_path):
     counters.clear()
     graphs = []
     for compiled in (False, True):
-        chosen = settings(steps=8, compile=compiled, tokens_a_step=60, sample_every=100, validate_every=100)
+        chosen = settings(steps=8, compile=compiled, tokens_per_step=60, sample_every=100, validate_every=100)
         train(
             replace(chosen, model=replace(DEBUG.model, depth=1)), tokens, tmp_path / str(compiled),
             report=lambda _: graphs.append(counters["stats"]["unique_graphs"]),
@@ -293,9 +294,8 @@ def test_every_objective_trains_and_samples(folder, tmp_path, model):
     train(replace(chosen, model=replace(chosen.model, **model)), data, tmp_path / "run")
     lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "validation" in line]
     assert math.isfinite(lines[-1]["validation"])
-    made, card = load_model(tmp_path / "run")
-    codec, _ = load_codec(made, card)
-    ((_, image),) = generate(made, codec, [Request(1, (2, 3), 0)], sampling=Sampling(steps=2))
+    pipe = FiTPipeline.from_pretrained(tmp_path / "run")
+    (image,) = pipe(1, 32, 48, generator=[generator(0)], sampling=Sampling(steps=2)).images
     assert image.size == (48, 32)
 
 
@@ -305,10 +305,10 @@ def test_latents_of_an_autoencoder_train_and_sample(folder, tiny_vae, tmp_path, 
     encode(folder, Path("set"), Encoding("vae", (16,)), workers=0)
     train(settings(steps=2, sample_every=2), Path("set"), Path("run"))
     monkeypatch.chdir("/")  # the run remembers its autoencoder by its full path
-    model, card = load_model(tmp_path / "run")
-    codec, unit = load_codec(model, card)
-    assert (model.architecture.in_channels, model.architecture.patch_size, unit) == (4, 2, 16)
-    ((_, image),) = generate(model, codec, [Request(1, (2, 3), 0)], sampling=Sampling(steps=2))
+    pipe = FiTPipeline.from_pretrained(tmp_path / "run")
+    chosen = pipe.transformer.architecture
+    assert (chosen.in_channels, chosen.patch_size, pipe.unit) == (4, 2, 16)
+    (image,) = pipe(1, 32, 48, generator=[generator(0)], sampling=Sampling(steps=2)).images
     assert image.size == (48, 32)
 
 
@@ -398,8 +398,8 @@ def test_batch_does_not_depend_on_its_size(tokens, tmp_path):
     eights, fours = (
         Steps(trainer.dataset, FixedCount(trainer.dataset.images(), count, seed=0)) for count in (8, 4)
     )
-    whole, _ = trainer.corrupted(eights.batch(0))
-    first, second = (trainer.corrupted(fours.batch(i))[0] for i in (0, 1))
+    whole, _ = trainer.noise(eights.batch(0))
+    first, second = (trainer.noise(fours.batch(i))[0] for i in (0, 1))
     times = torch.cat([first.t_B, second.t_B])
     assert torch.equal(whole.t_B.sort().values, times.sort().values)
     noisy = torch.cat([first.noise_TC, second.noise_TC])
@@ -407,7 +407,7 @@ def test_batch_does_not_depend_on_its_size(tokens, tmp_path):
 
 
 def test_a_token_budget_resumes_to_the_same_weights(tokens, tmp_path):
-    run = lambda steps: settings(steps=steps, tokens_a_step=40, precision="float32")  # noqa: E731
+    run = lambda steps: settings(steps=steps, tokens_per_step=40, precision="float32")  # noqa: E731
     whole = train(run(6), tokens, tmp_path / "whole")
     train(run(3), tokens, tmp_path / "parts")
     parts = train(run(6), tokens, tmp_path / "parts")
@@ -432,16 +432,22 @@ def train_with(size, preset, tokens, run):
     ((1, 1), (2, 2), {}),
     ((4, 2), (1, 1), {}),
     ((2, 1), (4, 4), {}),
-    ((2, 2), (4, 1), {"tokens_a_step": 60}),
-    ((3, 3), (2, 1), {"micro_batches": 3}),
+    ((2, 2), (4, 1), {"tokens_per_step": 60}),
+    ((3, 3), (2, 1), {"grad_accum_steps": 3}),
     ((2, 2), (4, 2), {"optimizer": "muon"}),
-    ((4, 2), (2, 2), {"recompute": True}),
+    ((4, 2), (2, 2), {"gradient_checkpointing": True}),
 ])  # fmt: skip
 def test_any_number_of_processes_trains_the_same(folder, tmp_path, first, second, how):
     """Half of a run with one number of processes and of those that share a model, half with others."""
     data, run = held_out_set(folder, tmp_path), tmp_path / "run"
-    chosen = lambda steps, shard=1: settings(  # noqa: E731
-        steps=steps, shard=shard, validate_every=3, sample_every=3, batch_size=8, precision="float32", **how
+    chosen = lambda steps, fsdp_size=1: settings(  # noqa: E731
+        steps=steps,
+        fsdp_size=fsdp_size,
+        validate_every=3,
+        sample_every=3,
+        batch_size=8,
+        precision="float32",
+        **how,
     )
     train(chosen(6), data, tmp_path / "alone")
     train_with(first[0], chosen(3, first[1]), data, run)
@@ -474,8 +480,8 @@ def test_damage_twice_at_one_step_and_names_of_other_kinds(tokens, tmp_path):
 
 def test_post_training_of_a_shared_model_changes_the_same(tokens, tmp_path):
     train(settings(steps=2), tokens, tmp_path / "first")
-    post = settings(steps=2, trainable="post-training", batch_size=8, shard=2)
-    alone = replace(post, training=replace(post.training, shard=1))
+    post = settings(steps=2, trainable="post-training", batch_size=8, fsdp_size=2)
+    alone = replace(post, training=replace(post.training, fsdp_size=1))
     start = str(tmp_path / "first")
     assert together(2, lambda _: train(post, tokens, tmp_path / "two", init=start)) == [None, None]
     train(alone, tokens, tmp_path / "one", init=start)
@@ -490,8 +496,8 @@ def test_post_training_of_a_shared_model_changes_the_same(tokens, tmp_path):
 
 
 def test_a_number_of_processes_that_cannot_share_a_model_is_refused(tokens, tmp_path):
-    with pytest.raises(UserError, match="--shard 2 needs a multiple of 2 processes, and there are 1"):
-        train(settings(steps=1, shard=2), tokens, tmp_path / "run")
+    with pytest.raises(UserError, match="`fsdp_size` 2 needs a multiple of 2 processes; there are 1"):
+        train(settings(steps=1, fsdp_size=2), tokens, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -499,13 +505,13 @@ def test_a_number_of_processes_that_cannot_share_a_model_is_refused(tokens, tmp_
 def test_parts_of_unequal_token_counts_give_the_gradients_of_one_batch(tokens, tmp_path, parts):
     gradients = []
     for count in (1, parts):
-        chosen = settings(steps=1, batch_size=11, micro_batches=count, precision="float32")
+        chosen = settings(steps=1, batch_size=11, grad_accum_steps=count, precision="float32")
         trainer = Trainer(chosen, TokenDataset(tokens), tokens, tmp_path / str(count), None)
         randomized(trainer.weights.master)
         batch = trainer.steps.batch(0)
-        lengths = [sum(part.packed.lengths) for part in batch.parts(count)]
+        lengths = [part.packed.layout.tokens for part in batch.split(count)]
         assert len(lengths) == min(count, 11)
-        loss, _ = trainer.gradients(batch)
+        loss, _ = trainer.accumulate(batch)
         gradients.append([loss, *(weight.grad for weight in trainer.weights.master.parameters())])
     assert len(set(lengths)) > 1
     assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-6)

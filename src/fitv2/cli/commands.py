@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
 import tyro
@@ -12,14 +12,14 @@ from tqdm import tqdm
 
 from fitv2 import __version__
 from fitv2.cli.options import Convert, Demo, Encode, Export, Inspect, Sample, Train
-from fitv2.cli.parsing import parse
+from fitv2.cli.parsing import name_flags, parse
 from fitv2.cli.progress import share_bar, stages_bar, training_bar
-from fitv2.config import Guidance, Rope, at_least
+from fitv2.config import Architecture, Network, at_least
 from fitv2.errors import UserError, nearest
 from fitv2.presets import PRESETS, Preset, preset
 
-FINISHED_WITH_SKIPS = 3  # exit status: all done, but pictures were left out
-FROM_DATA = ("--patch-size", "--in-channels", "--num-classes")  # no choice when training
+FINISHED_WITH_SKIPS = 3  # exit status: all done, but images were left out
+FROM_DATA = ("patch_size", "in_channels", "num_classes")  # no choice when training
 
 
 def encode(options: Encode) -> int:
@@ -36,21 +36,19 @@ def encode(options: Encode) -> int:
                 options.source, options.out, options.encoding, workers=options.workers, progress=progress
             )
         except KeyboardInterrupt:
-            print("\nfitv2: interrupted; the same command goes on", file=sys.stderr)
+            print("\nfitv2: interrupted; run the same command again to resume", file=sys.stderr)
             raise
     if report is None:
         if first_here:
-            print(
-                f"{options.out}: this share is done; the process that finishes last makes the dataset whole"
-            )
+            print(f"{options.out}: this share is done; the process that finishes last completes the dataset")
         return 0
     counts = ", ".join(f"{count} {split}" for split, count in report.encoded.items())
-    print(f"{options.out}: {counts} pictures")
+    print(f"{options.out}: {counts} images")
     if report.others:
-        print(f"{report.others} other files, no pictures by their names: see {options.out}/skipped.jsonl")
+        print(f"{report.others} other files, no images by their names: see {options.out}/skipped.jsonl")
     if not report.skipped:
         return 0
-    print(f"{report.skipped} pictures left out: see {options.out}/skipped.jsonl", file=sys.stderr)
+    print(f"{report.skipped} images left out: see {options.out}/skipped.jsonl", file=sys.stderr)
     return FINISHED_WITH_SKIPS if world == 1 else 0  # torchrun takes any other status for a failure
 
 
@@ -59,8 +57,9 @@ def train(options: Train) -> int:
     from fitv2.runtime.distributed import ranks
     from fitv2.training.trainer import train
 
-    training = options.training
-    chosen = Preset(preset(options.preset).about, options.model, training)
+    base, training = preset(options.preset), options.training
+    tokens = {name: getattr(base.model, name) for name in FROM_DATA}
+    chosen = Preset(base.about, Architecture(**vars(options.model) | tokens), training)
     with training_bar(training) as report:
         newest = train(chosen, options.data, options.out, init=options.init, report=report, check=checking)
     if ranks()[0] == 0:
@@ -70,60 +69,33 @@ def train(options: Train) -> int:
 
 def sample(options: Sample) -> int:
     """Run `fitv2 sample`."""
-    from fitv2.checkpoint import load_model
+    from fitv2.cli.saving import file_name, save_image
     from fitv2.encoding.images import parse_size
+    from fitv2.pipeline import FiTPipeline
     from fitv2.runtime.device import default_device
-    from fitv2.runtime.files import whole_file
-    from fitv2.sampling.generate import Request, file_name, generate, load_codec
+    from fitv2.runtime.rng import generator
 
     at_least(1, num=options.num)
     at_least(0, seed=options.seed)
-    guidance = Guidance(
-        options.guidance or 0.0, options.guidance_channels, options.guidance_power, options.guidance_interval
-    )
-    model, card = load_model(options.model)
-    codec, unit = load_codec(model, card)
-    model = model.with_rope(rope_for(options, model.architecture.rope, card.square[0], unit))
-    named = [card.label_index(text) for text in options.label] or range(len(card.labels))
-    labels = dict.fromkeys(named)  # each once, however often it is asked for
-    sizes = dict.fromkeys([parse_size(text, unit) for text in options.size] or [card.square])
-    requests = [
-        Request(label, size, options.seed + i)
-        for label in labels for size in sizes for i in range(options.num)
+    pipeline = FiTPipeline.from_pretrained(options.model).to(default_device())
+    card, side = pipeline.card, pipeline.card.square[0] * pipeline.unit
+    named = pipeline.get_label_ids(options.label) or range(len(card.labels))
+    sizes = [parse_size(text) for text in options.size] or [(side, side)]
+    wanted = [
+        (label, size, options.seed + i)
+        for label in dict.fromkeys(named) for size in dict.fromkeys(sizes) for i in range(options.num)
     ]  # fmt: skip
-    model.to(default_device())
-    if options.guidance is None:
-        guidance = replace(guidance, scale=card.guidance)
-    with share_bar("sample", len(requests), "image") as progress:
-        made = generate(
-            model, codec, requests, guidance=guidance, sampling=options.sampling, progress=progress,
+    labels, pixels, seeds = zip(*wanted, strict=True)
+    heights, widths = zip(*pixels, strict=True)
+    with share_bar("sample", len(wanted), "image") as progress:
+        made = pipeline.stream(
+            labels, heights, widths, [generator(seed) for seed in seeds], guidance=options.guidance,
+            sampling=options.sampling, positions=options.positions, progress=progress,
         )  # fmt: skip
-        for request, image in made:
-            name = file_name(card, request, unit)
-            with whole_file(options.out / name) as path:
-                image.save(path)
-    print(f"{len(requests)} pictures in {options.out}")
+        for (label, size, seed), image in zip(wanted, made, strict=True):
+            save_image(image, options.out / file_name(card, label, size, seed))
+    print(f"{len(wanted)} images in {options.out}")
     return 0
-
-
-def rope_for(options: Sample, own: Rope, trained: int, unit: int) -> Rope:
-    """The model's own positions, unless the options ask for others.
-
-    `trained` is the side of the largest square trained on, in tokens of `unit` pixels. Raises UserError.
-    """
-    if options.extrapolation is None and options.attention_scale is None:
-        if options.train_side is not None or not options.per_axis:
-            raise UserError("--train-side and --no-per-axis do nothing without --extrapolation")
-        return own
-    return replace(
-        own,
-        extrapolation=own.extrapolation if options.extrapolation is None else options.extrapolation,
-        attention_scale=options.attention_scale or "none",
-        per_axis=own.per_axis if options.extrapolation is None else options.per_axis,
-        train_side=next(s for s in (options.train_side, own.train_side, trained) if s is not None),
-        pixels_a_token=unit,
-        grid=None,
-    )
 
 
 def convert(options: Convert) -> int:
@@ -157,12 +129,12 @@ def convert(options: Convert) -> int:
         )
     kept, skipped = convert_latents(
         latents, options.out, autoencoder=options.autoencoder,
-        progress=lambda pictures, total: tqdm(pictures, "convert", total, unit="image"),
+        progress=lambda images, total: tqdm(images, "convert", total, unit="image"),
     )  # fmt: skip
-    print(f"{options.out}: {kept} pictures")
+    print(f"{options.out}: {kept} images")
     if not skipped:
         return 0
-    print(f"{skipped} pictures left out: see {options.out}/skipped.jsonl", file=sys.stderr)
+    print(f"{skipped} images left out: see {options.out}/skipped.jsonl", file=sys.stderr)
     return FINISHED_WITH_SKIPS
 
 
@@ -191,7 +163,7 @@ def inspect(options: Inspect) -> int:
     draw(card, splits, options.out / "plots.png", options.data)
     if options.samples:
         sheet(options.data, card, options.samples, options.seed, options.out / "samples.png")
-    print(f"every shard is whole; pictures in {options.out}")
+    print(f"every shard is whole; images in {options.out}")
     return 0
 
 
@@ -227,16 +199,17 @@ def train_defaults(arguments: list[str]) -> Train:
     if not arguments or (arguments[0].startswith("-") and "--help" not in arguments):
         raise UserError(f"name a preset first: fitv2 train PRESET, one of {', '.join(PRESETS)}")
     for argument in arguments:
-        if argument.split("=")[0] in FROM_DATA:
+        if argument.split("=")[0].removeprefix("--").replace("-", "_") in FROM_DATA:
             raise UserError(f"{argument} follows from the data: choose it in fitv2 encode")
     chosen = preset("clipart" if arguments[0].startswith("-") else arguments[0])
-    return Train(tyro.MISSING, tyro.MISSING, tyro.MISSING, None, chosen.model, chosen.training)
+    network = Network(**{field.name: getattr(chosen.model, field.name) for field in fields(Network)})
+    return Train(tyro.MISSING, tyro.MISSING, tyro.MISSING, None, network, chosen.training)
 
 
 def overview() -> str:
     """What `fitv2 --help` prints."""
     lines = [
-        f"fitv2 {__version__}: pictures of any size and shape",
+        f"fitv2 {__version__}: images of any size and shape",
         "",
         "usage: fitv2 COMMAND [OPTIONS]",
         "",
@@ -278,5 +251,5 @@ def main() -> None:
         message = f"{error.name} is not installed: pip install 'fitv2[train]'"
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"fitv2: {' '.join(message.split())}", file=sys.stderr)
+    print(f"fitv2: {name_flags(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)

@@ -6,33 +6,37 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fitv2.config import Architecture, AttentionScale, Encoding, Extrapolation, Sampling, Training
+from fitv2.config import Encoding, Guidance, Network, Positions, Sampling, Training
 from fitv2.presets import PRESETS
 
 
 @dataclass(frozen=True)
 class Encode:
-    """Turn a collection of pictures into training tokens, or carry on where it was interrupted.
+    """Turn a collection of images into training tokens, or carry on where it was interrupted.
 
     SOURCE is a folder of images in folders named by their label (in train/ and val/, if there are splits),
     Parquet files, WebDataset tars, or a folder of the library `datasets`: a path, a pattern such as
-    'shards/*.tar', or a URL such as s3://bucket/folder or hf://datasets/ORGANIZATION/NAME. Pictures that
+    'shards/*.tar', or a URL such as s3://bucket/folder or hf://datasets/ORGANIZATION/NAME. Images that
     cannot be used are listed in OUT/skipped.jsonl; the exit status is then 3. Under torchrun all processes
     share the work: torchrun --nproc-per-node 8 -m fitv2 encode SOURCE OUT.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """Where the pictures are."""
+    """Where the images are."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the tokens."""
     workers: int | None = None
-    """Processes that read pictures; 0 reads them in this one [default: one a processor]."""
+    """Processes that read images; 0 reads them in this one [default: one a processor]."""
     encoding: Annotated[Encoding, tyro.conf.OmitArgPrefixes] = field(default_factory=Encoding)
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a preset, or carry on with a run: the same command again resumes."""
+    """Train a preset. Run the same command again to resume.
+
+    What the data decide (size and channels of a token, labels) is no option here: it is chosen by `fitv2
+    encode`.
+    """
 
     preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
     """One of the presets; their settings are the defaults below."""
@@ -42,7 +46,7 @@ class Train:
     """Folder of the run."""
     init: str | None = None
     """Start from the weights of this model: a folder, a run, or a shipped model."""
-    model: Annotated[Architecture, tyro.conf.OmitArgPrefixes] = field(
+    model: Annotated[Network, tyro.conf.OmitArgPrefixes] = field(
         default_factory=lambda: PRESETS["clipart"].model
     )
     training: Annotated[Training, tyro.conf.OmitArgPrefixes] = field(default_factory=Training)
@@ -50,38 +54,22 @@ class Train:
 
 @dataclass(frozen=True)
 class Sample:
-    """Make pictures: every label at every size, NUM of each."""
+    """Make images: every label at every size, NUM of each."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A model folder, a run folder, or the name of a shipped model such as clipart."""
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Name or number of a label; repeat for several [default: all]."""
     size: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """HEIGHTxWIDTH in pixels; repeat for several [default: the training size, square]."""
+    """HEIGHTxWIDTH in pixels, any; repeat for several [default: the largest square trained on]."""
     num: int = 1
-    """Pictures of each label and size, with seeds SEED, SEED+1, …"""
+    """Images of each label and size, with seeds SEED, SEED+1, …"""
     seed: int = 0
-    """Seed of the first picture."""
+    """Seed of the first image."""
     out: Path = Path("samples")
-    """Folder for the pictures, LABEL_HEIGHTxWIDTH_SEED.png."""
-    guidance: float | None = None
-    """Strength of classifier-free guidance; 1 is none [default: the model's own]."""
-    guidance_channels: int | None = None
-    """Guide only so many of the latent's channels [default: all; the released code: 3]."""
-    guidance_power: float | None = None
-    """s of the power-cosine schedule, from the full strength at noise to none at data [default: constant]."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guide between these times alone; 0 is noise, 1 is data."""
-    extrapolation: Extrapolation | None = None
-    """How positions are scaled on sizes beyond those trained on: pi, ntk, ntk-by-parts, yarn or none
-    [default: the model's own]."""
-    attention_scale: AttentionScale | None = None
-    """Sharper attention on such sizes: the paper's, or the released code's pro1 and pro2
-    [default: the model's own; none with --extrapolation]."""
-    per_axis: bool = True
-    """Scale rows and columns each by its own length, not both by the longer; with --extrapolation."""
-    train_side: int | None = None
-    """Rows of the largest square trained on, in tokens [default: the model's own]."""
+    """Folder for the images, LABEL_HEIGHTxWIDTH_SEED.png."""
+    guidance: Annotated[Guidance, tyro.conf.OmitArgPrefixes] = field(default_factory=Guidance)
+    positions: Annotated[Positions, tyro.conf.OmitArgPrefixes] = field(default_factory=Positions)
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
 
 
@@ -133,16 +121,16 @@ class Inspect:
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Folder or URL of tokens, made by `fitv2 encode` or `fitv2 convert`."""
     out: Path = Path("inspection")
-    """Folder for the pictures."""
+    """Folder for the images."""
     samples: int = 24
-    """Pictures to decode; 0 needs no autoencoder."""
+    """Images to decode; 0 needs no autoencoder."""
     seed: int = 0
-    """Which pictures."""
+    """Which images."""
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Make pictures at six sizes with the shipped model, then train it for another minute."""
+    """Make images at six sizes with the shipped model, then train it for another minute."""
 
     out: Path = Path("demo")
     """Folder for all that the demo makes."""

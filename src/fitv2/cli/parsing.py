@@ -3,11 +3,14 @@
 import contextlib
 import dataclasses
 import io
+import re
+import sys
 from collections.abc import Iterator
 from typing import TypeVar, cast
 
 import tyro
 
+from fitv2.config import Rope, Training
 from fitv2.errors import UserError, nearest
 
 Options = TypeVar("Options")
@@ -16,6 +19,9 @@ Options = TypeVar("Options")
 def parse(kind: type[Options], arguments: list[str], default: Options | None) -> Options:
     """The options of a command. Every mistake becomes a UserError of one line."""
     known = list(dict.fromkeys(option_names(kind)))
+    arguments = [rename(argument) for argument in arguments]
+    if "--help" in arguments or "-h" in arguments:
+        arguments = ["--help"]  # with arguments that were given tyro lists fewer
     for argument in arguments:
         name = argument.split("=")[0]
         if name.startswith("--") and name not in known:
@@ -54,3 +60,26 @@ def first_part(box: str) -> str:
             break
         said.append(line)
     return " ".join(said) or box.strip()
+
+
+# Names that options had before.
+RENAMED = {
+    **{old: new for kind in (Training, Rope) for old, new in kind.RENAMED.items()},
+    "guidance": "guidance_scale",
+}
+
+
+def rename(argument: str) -> str:
+    """An argument with the name that its option has today, and a hint if that is another."""
+    name, equals, value = argument.partition("=")
+    new = RENAMED.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+    if new is None:
+        return argument
+    flag = f"--{new.replace('_', '-')}"
+    print(f"fitv2: {name} is now {flag}", file=sys.stderr)
+    return f"{flag}{equals}{value}"
+
+
+def name_flags(message: str) -> str:
+    """A message of the library, which names fields as `max_grad_norm`, with flags: --max-grad-norm."""
+    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda field: f"--{field[1].replace('_', '-')}", message)

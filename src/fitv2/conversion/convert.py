@@ -25,7 +25,7 @@ from fitv2.model import FiT
 from fitv2.presets import POST_TRAINED
 from fitv2.runtime.files import whole_file, whole_folder, write_json
 from fitv2.runtime.serialization import read_json
-from fitv2.tokens import layout
+from fitv2.tokens import Layout
 
 READ_AHEAD = 512  # pictures
 AUTOENCODER = "stabilityai/sd-vae-ft-ema"
@@ -259,7 +259,7 @@ def _rows(
         raise UserError(f"{path.name}: size is {file['size'].flatten().tolist()}, its feature {list(size)}")
     if not 1 <= size[0] * size[1] <= max_tokens:
         raise UserError(f"{path.name}: {size[0]}x{size[1]} are more than {max_tokens} tokens, or none")
-    if not torch.equal(file["grid"].long().T.flip(1), layout([size]).pos_T2):
+    if not torch.equal(file["grid"].long().T.flip(1), Layout.of([size]).pos_T2):
         raise UserError(f"{path.name}: its grid is not row by row")
     if not 0 <= label < num_classes:
         raise UserError(f"{path.name}: label {label} is none of {num_classes}")

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fitv2.conditioning import Condition
 from fitv2.config import Architecture, Rope
 from fitv2.errors import UserError, nearest
 from fitv2.model import FiT
 from fitv2.presets import POST_TRAINED, PRESETS
 from fitv2.runtime.serialization import from_dict
-from fitv2.tokens import layout
+from fitv2.tokens import Layout
 
 Weights = Mapping[str, Tensor]
 
@@ -267,6 +268,8 @@ def recognised(released: Weights, heads: int | None = None) -> Architecture:
             lora_rank=shape["blocks.0.adaLN_modulation.1.weight"][0] if lora else None,
             qk_norm=lora,  # not seen in the shapes: FiTv2 has both, FiT neither
         )
+    except UserError:
+        raise
     except (KeyError, ValueError) as error:
         raise UserError(f"these are not weights of a released FiT: {error} is missing or odd") from error
     architecture = _plain(architecture)
@@ -284,7 +287,7 @@ def recognised(released: Weights, heads: int | None = None) -> Architecture:
 def _heads(width: int) -> int:
     known = {p.model.width: p.model.heads for name, p in PRESETS.items() if name.startswith("fit")}
     if width not in known:
-        raise UserError(f"a model of width {width} is none of the released ones: give its --heads")
+        raise UserError(f"a model of width {width} is none of the released ones: give its `heads`")
     return known[width]
 
 
@@ -321,7 +324,7 @@ def released_forward(
     size (B, 1, 2) is (rows, columns); grid (B, 2, N), columns first, and mask (B, N) are what it
     implies: real tokens come first, row by row. What lies on padding is zero in the result.
     """
-    channels_first = model.architecture.path == "ddpm"
+    channels_first = model.architecture.output_channels > model.token_channels  # v1
     if channels_first:
         x = x.transpose(1, 2)
     sizes = [(int(rows), int(columns)) for rows, columns in size.reshape(-1, 2)]
@@ -329,10 +332,10 @@ def released_forward(
     counts = [math.prod(pair) for pair in sizes]
     if real.sum(1).tolist() != counts or not all(row[:n].all() for row, n in zip(real, counts, strict=True)):
         raise UserError("the mask is not that of whole images, real tokens first")
-    packed = layout(sizes).to(x.device).with_tokens(x[real])
-    if not torch.equal(grid.transpose(1, 2)[real].flip(1).long(), packed.pos_T2):
+    layout = Layout.of(sizes).to(x.device)
+    if not torch.equal(grid.transpose(1, 2)[real].flip(1).long(), layout.pos_T2):
         raise UserError("the grid is not that of whole images, row by row")
-    out_TC = model(packed, t, y)
+    out_TC = model(x[real], layout, t, Condition.of(label=y))
     out = torch.zeros(*x.shape[:2], out_TC.shape[1], dtype=out_TC.dtype, device=x.device)
     out[real] = out_TC
     return out.transpose(1, 2) if channels_first else out

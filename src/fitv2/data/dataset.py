@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from fitv2.conditioning import Condition
 from fitv2.data.format import CARD, FORMAT, DatasetCard, File, facts, facts_of, index_name, shards_of
 from fitv2.data.packing import Images, Sampler, Step
 from fitv2.data.storage import Store
 from fitv2.errors import UserError
 from fitv2.runtime.serialization import from_dict, parse_json
 from fitv2.runtime.workers import read_ahead
-from fitv2.tokens import PackedTokens, layout, select
+from fitv2.tokens import Layout, PackedTokens
 
 REMEDY = ": remove the folder and encode again"
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -68,30 +68,30 @@ class TokenDataset:
 
     @property
     def token_channels(self) -> int:
-        """Numbers a token."""
+        """Channels per token."""
         return self.card.about.token_channels
 
     def images(self, crop_probability: float = 0.5) -> Images:
         """What planning needs to know of the pictures."""
         return Images(self.first_rows, self.lengths, self.cropped, crop_probability)
 
-    def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[PackedTokens, Tensor]:
-        """These rows as one pack in the given order, float32, and their labels (B,)."""
+    def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[PackedTokens, Condition]:
+        """These rows as one pack in the given order, float32, and what they show."""
         rows = np.asarray(rows)
-        return self.packed(rows, self.numbers(rows))
+        return self.pack(rows, self.read(rows))
 
-    def numbers(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: np.ndarray) -> np.ndarray:
         """The tokens of these rows one after another, (T, C) float16, as they are stored."""
         lengths = self.lengths[rows]
-        numbers = np.empty((int(lengths.sum()), self.token_channels), np.float16)
+        tokens = np.empty((int(lengths.sum()), self.token_channels), np.float16)
         sizes = (lengths * self._bytes).tolist()
-        self.store.fill(numbers.view(np.uint8).reshape(-1), self.places(rows), sizes)
-        return numbers
+        self.store.fill(tokens.view(np.uint8).reshape(-1), self.places(rows), sizes)
+        return tokens
 
-    def packed(self, rows: np.ndarray, numbers: np.ndarray) -> tuple[PackedTokens, Tensor]:
-        """The pack of these rows and their labels, given their tokens."""
-        packed = layout(self.sizes[rows]).with_tokens(torch.from_numpy(numbers.astype(np.float32)))
-        return packed, torch.from_numpy(self.labels[rows].astype(np.int64))
+    def pack(self, rows: np.ndarray, tokens: np.ndarray) -> tuple[PackedTokens, Condition]:
+        """The pack of these rows and what they show, given their tokens."""
+        packed = PackedTokens(torch.from_numpy(tokens.astype(np.float32)), Layout.of(self.sizes[rows]))
+        return packed, Condition.of(label=torch.from_numpy(self.labels[rows].astype(np.int64)))
 
     def shard_of(self, rows: np.ndarray) -> np.ndarray:
         """The number of the shard that holds each row."""
@@ -180,32 +180,26 @@ class Batch:
     """The tokens of this process's share of a step, shortest image first, and the keys of its images."""
 
     packed: PackedTokens
-    labels: Tensor
+    condition: Condition
     keys: np.ndarray
     rows: np.ndarray  # of the dataset
     images: int  # of the step in all processes
     fewest: int  # of the process that has fewest of them
 
-    def parts(self, count: int) -> list["Batch"]:
+    def split(self, count: int) -> list["Batch"]:
         """This batch in so many parts of nearly equal tokens, or as many as every process has images.
 
         All processes have as many parts: they may hold the model between them.
         """
-        if min(count, self.fewest) == 1:
+        count = min(count, self.fewest)
+        if count == 1:
             return [self]
         places = Step(np.arange(len(self.keys)), self.keys)
-        parts = places.shared(np.array(self.packed.lengths), min(count, self.fewest))
-        return [
-            Batch(
-                select(self.packed, p.rows.tolist()),
-                self.labels[p.rows],
-                p.keys,
-                self.rows[p.rows],
-                self.images,
-                self.fewest,
-            )
-            for p in parts
-        ]
+        return [self._select(part) for part in places.split(np.array(self.packed.layout.lengths), count)]
+
+    def _select(self, part: Step) -> "Batch":
+        packed, condition = self.packed.select(part.rows.tolist()), self.condition.select(part.rows.tolist())
+        return Batch(packed, condition, part.keys, self.rows[part.rows], self.images, self.fewest)
 
 
 # A share of a step, images of the step and of the smallest share, and tokens as they are stored.
@@ -224,23 +218,23 @@ class Steps:
         images = len(step.rows)
         if images < self.ranks:
             few = f"step {number} has {images} images for {self.ranks} processes"
-            raise UserError(f"{few}: raise --batch-size or --tokens-a-step")
-        shares = step.shared(self.dataset.lengths[step.rows], self.ranks) if self.ranks > 1 else [step]
+            raise UserError(f"{few}: raise `batch_size` or `tokens_per_step`")
+        shares = step.split(self.dataset.lengths[step.rows], self.ranks) if self.ranks > 1 else [step]
         fewest, step = min(len(share.rows) for share in shares), shares[self.rank]
         order = self.dataset.by_length(step.rows)
         step = Step(step.rows[order], step.keys[order])
-        return step, images, fewest, self.dataset.numbers(step.rows)
+        return step, images, fewest, self.dataset.read(step.rows)
 
-    def packed(self, read: Read) -> Batch:
+    def pack(self, read: Read) -> Batch:
         """The batch of a step that was read."""
-        step, images, fewest, numbers = read
-        return Batch(*self.dataset.packed(step.rows, numbers), step.keys, step.rows, images, fewest)
+        step, images, fewest, tokens = read
+        return Batch(*self.dataset.pack(step.rows, tokens), step.keys, step.rows, images, fewest)
 
     def batch(self, number: int) -> Batch:
         """The batch of a step."""
-        return self.packed(self.read(number))
+        return self.pack(self.read(number))
 
 
 def batches(steps: Steps, first: int, workers: int) -> Iterator[Batch]:
     """The batches from step `first` on, without end, read ahead by so many processes."""
-    return map(steps.packed, read_ahead(steps.read, range(first, 1 << 40), workers))
+    return map(steps.pack, read_ahead(steps.read, range(first, 1 << 40), workers))

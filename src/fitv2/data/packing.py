@@ -40,24 +40,24 @@ class Images:
         crops = np.zeros_like(variants)
         if cropped is not None and cropped.any():
             crops = np.add.reduceat(cropped, first_rows, dtype=variants.dtype)
-        self.whole, self.crops = variants - crops, crops  # rows of each kind
+        self.uncropped, self.crops = variants - crops, crops  # rows of each kind
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """One row of each image."""
         if not self.crops.any():
-            return self.first_rows + rng.integers(self.whole)
+            return self.first_rows + rng.integers(self.uncropped)
         crop = rng.random(len(self.first_rows)) < self._crop_shares()
-        start = self.first_rows + np.where(crop, self.whole, 0)
-        return start + rng.integers(np.where(crop, self.crops, self.whole))
+        start = self.first_rows + np.where(crop, self.uncropped, 0)
+        return start + rng.integers(np.where(crop, self.crops, self.uncropped))
 
     def _crop_shares(self) -> np.ndarray:
         """How often each image is taken cropped."""
-        return np.where(self.whole == 0, 1.0, np.where(self.crops == 0, 0.0, self.crop_probability))
+        return np.where(self.uncropped == 0, 1.0, np.where(self.crops == 0, 0.0, self.crop_probability))
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Expected length of each image, and variance."""
         share = self._crop_shares()
-        kinds = np.stack([self.whole, self.crops], axis=1)
+        kinds = np.stack([self.uncropped, self.crops], axis=1)
         chances = np.stack([1 - share, share], axis=1) / np.maximum(kinds, 1)
         weights = np.repeat(chances.ravel(), kinds.ravel())
         mean = np.add.reduceat(weights * self.lengths, self.first_rows)
@@ -73,15 +73,15 @@ class Step:
     rows: np.ndarray  # of the dataset
     keys: np.ndarray  # a number for each, which no other image of the run has: its randomness follows
 
-    def shared(self, lengths: np.ndarray, ranks: int) -> list["Step"]:
-        """The step cut into one part a rank, with nearly equal tokens; `lengths` are those of its rows.
+    def split(self, lengths: np.ndarray, parts: int) -> list["Step"]:
+        """The step cut into parts of nearly equal tokens; `lengths` are those of its rows.
 
-        A part may be empty when there are fewer images than ranks.
+        A part may be empty when there are fewer images than parts.
         """
         longest_first = np.argsort(-lengths, kind="stable")
         part = np.empty(len(lengths), dtype=np.int64)
-        part[longest_first], _ = dealt(lengths[longest_first].astype(np.int64), ranks)
-        return [Step(self.rows[part == rank], self.keys[part == rank]) for rank in range(ranks)]
+        part[longest_first], _ = assign_to_packs(lengths[longest_first].astype(np.int64), parts)
+        return [Step(self.rows[part == n], self.keys[part == n]) for n in range(parts)]
 
 
 class Sampler(ABC):
@@ -126,7 +126,7 @@ class TokenBudget(Sampler):
     """At most `budget` tokens a step, in packs of nearly equal size.
 
     An epoch has always as many packs, however its variants fall, so a step's number tells its epoch.
-    Images are dealt out in strata of equal length, the longest first, each time to the emptiest packs
+    Images are assigned in strata of equal length, the longest first, each time to the emptiest packs
     (longest processing time first, Graham 1969, a stratum at a time): packs differ by few tokens, so
     every step and every rank has equal work. Raises UserError when an image is longer than the budget.
     """
@@ -134,7 +134,7 @@ class TokenBudget(Sampler):
     def __init__(self, images: Images, budget: int, seed: int) -> None:
         longest = int(images.lengths.max())
         if longest > budget:
-            raise UserError(f"--tokens-a-step is {budget}; the longest image has {longest} tokens")
+            raise UserError(f"`tokens_per_step` is {budget}; the longest image has {longest} tokens")
         self.images, self.budget, self.seed = images, budget, seed
         self.packs = self._packs_an_epoch()
 
@@ -147,12 +147,12 @@ class TokenBudget(Sampler):
         most = mean.sum() + 3 * np.sqrt(variance.sum())
         images = len(self.images.first_rows)  # each fits alone, so more packs than images would be empty
         packs, more, failed = int(np.ceil(max(mean.sum() / FILL, most) / self.budget)), MORE, 0
-        while packs < images and self._dealt(0, 0, packs) is None:
+        while packs < images and self._assign(0, 0, packs) is None:
             packs, more, failed = int(np.ceil(packs * (1 + more))), min(2 * more, 16 * MORE), packs
         packs = min(images, packs)
         while failed and packs - failed > max(1, MORE * packs):  # the steps grow: look between the last two
             middle = (packs + failed) // 2
-            packs, failed = (middle, failed) if self._dealt(0, 0, middle) else (packs, middle)
+            packs, failed = (middle, failed) if self._assign(0, 0, middle) else (packs, middle)
         return min(images, round(packs * (1 + MORE)))  # other epochs may fit a little worse
 
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -161,12 +161,12 @@ class TokenBudget(Sampler):
         An epoch that draws too much for its packs draws again.
         """
         for attempt in range(ATTEMPTS):
-            found = self._dealt(epoch, attempt, self.packs)
+            found = self._assign(epoch, attempt, self.packs)
             if found:
                 return found
-        raise UserError(f"--tokens-a-step {self.budget} is too small for images of these lengths")
+        raise UserError(f"`tokens_per_step` {self.budget} is too small for images of these lengths")
 
-    def _dealt(
+    def _assign(
         self, epoch: int, attempt: int, packs: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         rng = np.random.default_rng((self.seed, epoch, attempt))
@@ -174,8 +174,8 @@ class TokenBudget(Sampler):
         shuffled = rng.permutation(len(rows))
         longest_first = shuffled[np.argsort(-self.images.lengths[rows[shuffled]], kind="stable")]
         lengths = self.images.lengths[rows[longest_first]].astype(np.int64)
-        pack, filled = dealt(lengths, packs)
-        relieve(pack, filled, lengths, self.budget)
+        pack, filled = assign_to_packs(lengths, packs)
+        rebalance(pack, filled, lengths, self.budget)
         if filled.max() > self.budget:
             return None
         pack = rng.permutation(packs)[pack]  # else the first packs would always hold the longest
@@ -192,8 +192,8 @@ class TokenBudget(Sampler):
         return Step(rows[inside], epoch * len(self.images.first_rows) + images[inside])
 
 
-def dealt(lengths: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pack of each image, and each pack's tokens. `lengths` fall."""
+def assign_to_packs(lengths: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pack of each image, and each pack's tokens. `lengths` are sorted in descending order."""
     pack = np.empty(len(lengths), dtype=np.int64)
     filled = np.zeros(packs, dtype=lengths.dtype)
     for start in range(0, len(lengths), packs):
@@ -204,7 +204,7 @@ def dealt(lengths: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
     return pack, filled
 
 
-def relieve(pack: np.ndarray, filled: np.ndarray, lengths: np.ndarray, budget: int) -> None:
+def rebalance(pack: np.ndarray, filled: np.ndarray, lengths: np.ndarray, budget: int) -> None:
     """Swap images of packs above the budget with shorter ones of the emptiest, in place.
 
     The fullest pack is paired with the emptiest, the next with the next, and so on, round by round until no
@@ -225,7 +225,7 @@ def relieve(pack: np.ndarray, filled: np.ndarray, lengths: np.ndarray, budget: i
         full = full[np.argsort(-filled[full], kind="stable")]
         empty = np.argsort(filled, kind="stable")[: len(full)]
         here, there = lengths[slots[full]][:, some], lengths[slots[empty]][:, some]
-        i, j, helps = swaps(here, there, filled[full], filled[empty], budget)
+        i, j, helps = choose_swaps(here, there, filled[full], filled[empty], budget)
         if not helps.any():
             break
         full, empty, i, j = full[helps], empty[helps], some[i[helps]], some[j[helps]]
@@ -237,7 +237,7 @@ def relieve(pack: np.ndarray, filled: np.ndarray, lengths: np.ndarray, budget: i
     pack[slots[held]] = np.nonzero(held)[0]
 
 
-def swaps(
+def choose_swaps(
     here: np.ndarray, there: np.ndarray, full: np.ndarray, empty: np.ndarray, budget: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which image of each full pack to swap with which of an empty one, and whether that helps.

@@ -14,35 +14,22 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import cosine_similarity
 
-from fitv2.config import Architecture, Training
+from fitv2.conditioning import Condition
+from fitv2.config import Architecture, Sampling, Training
+from fitv2.diffusion.noise import Loss, NoisySample
 from fitv2.diffusion.paths import PATHS, Path, score
+from fitv2.diffusion.solvers import Progress
+from fitv2.diffusion.transport import transport
 from fitv2.errors import UserError, nearest
-from fitv2.tokens import PackedTokens
+from fitv2.tokens import Layout
+
+Draw = Callable[[Generator], Tensor]  # a time in (0, 1), ()
+Model = Callable[[Tensor, Layout, Tensor, Condition], Tensor]  # (x, layout, t, condition) → output
+Output = Callable[[Tensor, Tensor], Tensor]  # (x (T, C) float32, t () or (B,)) → per token
 
 # The loss of predicted data divides by (1−t)², which blows up near the data; below this, by its square
 # instead. The value is that of "Back to Basics" (arXiv 2511.13720), for the same parametrisation.
 MIN_TIME_TO_DATA = 0.05
-
-
-@dataclass(frozen=True, eq=False)
-class PathSample:
-    """A point on the path of every image."""
-
-    noisy: PackedTokens  # x_t
-    t_B: Tensor
-    data_TC: Tensor  # x1
-    noise_TC: Tensor  # x0
-
-    def to(self, device: torch.device) -> "PathSample":
-        """The sample on another device."""
-        moved = (x.to(device) for x in (self.t_B, self.data_TC, self.noise_TC))
-        return PathSample(self.noisy.to(device), *moved)
-
-
-def noise(lengths: Sequence[int], channels: int, generators: Sequence[Generator]) -> Tensor:
-    """Standard normal tokens (T, channels), each image's from a CPU generator of its own."""
-    pairs = zip(lengths, generators, strict=True)
-    return torch.cat([torch.randn(n, channels, generator=rng) for n, rng in pairs])
 
 
 def uniform(rng: Generator) -> Tensor:
@@ -61,7 +48,7 @@ class Prediction(Protocol):
     def velocity(self, path: Path, output_TC: Tensor, x_TC: Tensor, t_T1: Tensor) -> Tensor:
         """The velocity that an output stands for."""
 
-    def error(self, path: Path, output_TC: Tensor, sample: PathSample, t_T1: Tensor) -> Tensor:
+    def error(self, path: Path, output_TC: Tensor, sample: NoisySample, t_T1: Tensor) -> Tensor:
         """What is squared in the loss."""
 
 
@@ -72,7 +59,7 @@ class VelocityPrediction:
         """The output itself."""
         return output_TC
 
-    def error(self, path: Path, output_TC: Tensor, sample: PathSample, t_T1: Tensor) -> Tensor:
+    def error(self, path: Path, output_TC: Tensor, sample: NoisySample, t_T1: Tensor) -> Tensor:
         """v̂ − v."""
         data_rate, noise_rate = path.derivatives(t_T1)
         return output_TC - (data_rate * sample.data_TC + noise_rate * sample.noise_TC)
@@ -85,7 +72,7 @@ class ScorePrediction:
         """r·x + g·score."""
         return path.growth(t_T1) * x_TC + path.score_rate(t_T1) * output_TC
 
-    def error(self, path: Path, output_TC: Tensor, sample: PathSample, t_T1: Tensor) -> Tensor:
+    def error(self, path: Path, output_TC: Tensor, sample: NoisySample, t_T1: Tensor) -> Tensor:
         """σ·ŝ + x0: the score of one image's path is −x0/σ."""
         return output_TC * path.coefficients(t_T1)[1] + sample.noise_TC
 
@@ -98,7 +85,7 @@ class NoisePrediction:
         sigma = path.coefficients(t_T1)[1]
         return path.growth(t_T1) * x_TC - path.score_rate(t_T1) / sigma * output_TC
 
-    def error(self, path: Path, output_TC: Tensor, sample: PathSample, t_T1: Tensor) -> Tensor:
+    def error(self, path: Path, output_TC: Tensor, sample: NoisySample, t_T1: Tensor) -> Tensor:
         """x̂0 − x0."""
         return output_TC - sample.noise_TC
 
@@ -114,7 +101,7 @@ class DataPrediction:
         """(x̂1 − x_t) / (1 − t), exact: an Euler step to t = 1 ends at x̂1. Undefined at t = 1."""
         return (output_TC - x_TC) / (1 - t_T1)
 
-    def error(self, path: Path, output_TC: Tensor, sample: PathSample, t_T1: Tensor) -> Tensor:
+    def error(self, path: Path, output_TC: Tensor, sample: NoisySample, t_T1: Tensor) -> Tensor:
         """(x̂1 − x_t) − (x1 − x_t), each over max(1 − t, MIN_TIME_TO_DATA)."""
         return (output_TC - sample.data_TC) / (1 - t_T1).clamp_min(MIN_TIME_TO_DATA)
 
@@ -134,9 +121,16 @@ WEIGHTS: dict[str, Callable[[Path, Tensor], Tensor]] = {
 }
 
 
+# How training draws its times.
+TIMES: dict[str, Callable[[Training], Draw]] = {
+    "logit-normal": lambda training: partial(logit_normal, mean=training.time_mean, std=training.time_std),
+    "uniform": lambda _: uniform,
+}
+
+
 @dataclass(frozen=True)
 class Flow:
-    """A path, what the model predicts on it, and how it is trained.
+    """The objective of FiTv2: a path, what the model predicts on it, and how it is trained.
 
     Raises UserError for names that do not exist, and for a weight where it has no meaning.
     """
@@ -144,7 +138,8 @@ class Flow:
     path_name: str = "linear"
     prediction: str = "velocity"
     weight: str = "none"
-    draw: Callable[[Generator], Tensor] = field(default=logit_normal)
+    draw: Draw = field(default=logit_normal)
+    direction_weight: float = 0.0
 
     def __post_init__(self) -> None:
         """UserError for what there is not."""
@@ -153,7 +148,21 @@ class Flow:
             if name not in known:
                 raise nearest(kind, name, known)
         if self.weight != "none" and self.prediction not in ("noise", "score"):
-            raise UserError(f"--loss-weight {self.weight} is for --prediction noise or score")
+            raise UserError(f"`loss_weight` {self.weight} is for `prediction` noise or score")
+        if self.prediction == "data" and self.path_name != "linear":
+            raise UserError("`prediction` data is for `path` linear")
+
+    @classmethod
+    def of(cls, architecture: Architecture, training: Training | None = None) -> "Flow":
+        """The flow a model was made for; `training` says how its times are drawn and its loss weighted."""
+        if training is None:
+            return cls(architecture.path, architecture.prediction)
+        if training.times not in TIMES:
+            raise nearest("distribution of times", training.times, TIMES)
+        return cls(
+            architecture.path, architecture.prediction, training.loss_weight,
+            TIMES[training.times](training), training.direction_weight,
+        )  # fmt: skip
 
     @property
     def path(self) -> Path:
@@ -174,59 +183,84 @@ class Flow:
         """Whether the velocity is undefined at the end of the interval, so that solvers may not ask there."""
         return self.prediction == "data"
 
-    def spaced(self, share: Tensor) -> Tensor:
+    # Training
+
+    def _scale_time(self, share: Tensor) -> Tensor:
         """Shares in (0, 1) as times of training."""
         start, stop = self.interval(1e-5 if self.path_name == "vp" else 1e-3)
         return start + (stop - start) * share
 
     def draw_time(self, rng: Generator) -> Tensor:
         """A random time of training, ()."""
-        return self.spaced(self.draw(rng))
+        return self._scale_time(self.draw(rng))
+
+    def quantiles(self, share: Tensor) -> Tensor:
+        """Shares in (0, 1) as times of the paper's distribution, logit-normal (0, 1), whatever `draw` is."""
+        return self._scale_time(torch.sigmoid(torch.special.ndtri(share)))
 
     def progress(self, t_B: Tensor) -> Tensor:
         """How far times are from noise (0) to data (1)."""
         return t_B
 
-    def quantiles(self, share: Tensor) -> Tensor:
-        """Shares in (0, 1) as times of the paper's distribution, logit-normal (0, 1), whatever `draw` is."""
-        return self.spaced(torch.sigmoid(torch.special.ndtri(share)))
+    def add_noise(self, data_TC: Tensor, layout: Layout, noise_TC: Tensor, t_B: Tensor) -> NoisySample:
+        """The points x_t of the path between noise and data at times `t_B`."""
+        alpha, sigma = self.path.coefficients(layout.spread(t_B)[:, None])
+        return NoisySample(alpha * data_TC + sigma * noise_TC, layout, t_B, data_TC, noise_TC)
 
-    def sample(self, data: PackedTokens, noise_TC: Tensor, t_B: Tensor) -> PathSample:
-        """The points x_t of the path between `noise_TC` and `data` at times `t_B`."""
-        alpha, sigma = self.path.coefficients(data.spread(t_B)[:, None])
-        return PathSample(data.with_tokens(alpha * data.x_TC + sigma * noise_TC), t_B, data.x_TC, noise_TC)
+    def loss(self, model: Model, sample: NoisySample, condition: Condition) -> Loss:
+        """The squared error of each image, and 1 − cosine beside it where that has a weight."""
+        output_TC = model(sample.x_TC, sample.layout, sample.t_B, condition)
+        error_B = self.squared_error(output_TC, sample)
+        if not self.direction_weight:
+            return Loss(error_B, error_B)
+        return Loss(error_B + self.direction_weight * self.direction_error(output_TC, sample), error_B)
 
-    def loss(self, output_TC: Tensor, sample: PathSample) -> Tensor:
+    def squared_error(self, output_TC: Tensor, sample: NoisySample) -> Tensor:
         """Mean over each image's tokens and channels of the weighted squared error, (B,)."""
-        t_T1 = sample.noisy.spread(sample.t_B)[:, None]
+        t_T1 = sample.layout.spread(sample.t_B)[:, None]
         error = PREDICTIONS[self.prediction].error(self.path, output_TC.float(), sample, t_T1)
         weight_B = WEIGHTS[self.weight](self.path, sample.t_B)
-        return weight_B * sample.noisy.mean_per_image(error.square().mean(1))
+        return weight_B * sample.layout.mean_per_image(error.square().mean(1))
 
-    def direction_loss(self, output_TC: Tensor, sample: PathSample) -> Tensor:
+    def direction_error(self, output_TC: Tensor, sample: NoisySample) -> Tensor:
         """1 − cosine of the predicted and the true velocity, mean over each image's tokens, (B,).
 
         "FasterDiT" (arXiv 2410.10356) adds it to the squared error.
         """
-        alpha_rate, sigma_rate = self.path.derivatives(sample.noisy.spread(sample.t_B)[:, None])
+        t_T1 = sample.layout.spread(sample.t_B)[:, None]
+        alpha_rate, sigma_rate = self.path.derivatives(t_T1)
         true_TC = alpha_rate * sample.data_TC + sigma_rate * sample.noise_TC
-        made_TC = self.velocity(output_TC, sample.noisy, sample.t_B)
-        return sample.noisy.mean_per_image(1 - cosine_similarity(made_TC, true_TC, dim=1))
+        made_TC = self.velocity(output_TC, sample.x_TC, t_T1)
+        return sample.layout.mean_per_image(1 - cosine_similarity(made_TC, true_TC, dim=1))
 
-    def velocity(self, output_TC: Tensor, noisy: PackedTokens, t_B: Tensor) -> Tensor:
-        """The velocity that an output stands for, (T, C) float32."""
-        t_T1 = noisy.spread(t_B)[:, None]
-        return PREDICTIONS[self.prediction].velocity(self.path, output_TC.float(), noisy.x_TC, t_T1)
+    # Sampling
 
-    def score(self, velocity_TC: Tensor, noisy: PackedTokens, t_B: Tensor) -> Tensor:
+    def velocity(self, output_TC: Tensor, x_TC: Tensor, t_T1: Tensor) -> Tensor:
+        """The velocity that an output stands for at each token's time, (T, C) float32."""
+        return PREDICTIONS[self.prediction].velocity(self.path, output_TC.float(), x_TC, t_T1)
+
+    def score(self, velocity_TC: Tensor, x_TC: Tensor, t_T1: Tensor) -> Tensor:
         """∇ log p_t(x) of the field with this velocity, (T, C); infinite at t = 1."""
-        return score(self.path, velocity_TC, noisy.x_TC, noisy.spread(t_B)[:, None])
+        return score(self.path, velocity_TC, x_TC, t_T1)
 
+    def follow(self, output: Output, layout: Layout) -> Output:
+        """The velocity v(x, t) of a model's output, for solvers; t is () or (B,)."""
 
-def flow_of(architecture: Architecture, training: Training | None = None) -> Flow:
-    """The flow a model was made for; `training` says how its times are drawn and its loss weighted."""
-    if training is None:
-        return Flow(architecture.path, architecture.prediction)
-    draw = partial(logit_normal, mean=training.time_mean, std=training.time_std)
-    chosen = uniform if training.times == "uniform" else draw
-    return Flow(architecture.path, architecture.prediction, training.loss_weight, chosen)
+        def velocity(x_TC: Tensor, t: Tensor) -> Tensor:
+            t_B = t.float().expand(len(layout))
+            return self.velocity(output(x_TC, t_B), x_TC, layout.spread(t_B)[:, None])
+
+        return velocity
+
+    def generate(
+        self,
+        output: Output,
+        layout: Layout,
+        x_TC: Tensor,
+        generators: Sequence[Generator],
+        sampling: Sampling,
+        progress: Progress = lambda _: None,
+    ) -> Tensor:
+        """From noise `x_TC` to data along the flow; `output` is the guided model."""
+        velocity = self.follow(output, layout)
+        return transport(self, velocity, layout, x_TC, generators, sampling, progress=progress)

@@ -9,6 +9,7 @@ Times are tensors of any shape; everything is elementwise and float32.
 """
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -113,20 +114,20 @@ def score(path: Path, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
     return (inverse_growth * velocity - x) / (sigma**2 - inverse_growth * sigma_rate * sigma)
 
 
-def diffusion(path: Path, form: str, t: Tensor, norm: float = 1.0) -> Tensor:
-    """w(t), the strength of the noise in dx = (v + w·score)·dt + √(2w)·dW (SiT, section 3.4).
+# w(t), the strength of the noise in dx = (v + w·score)·dt + √(2w)·dW (SiT, section 3.4); sbdm is the
+# reversed noising SDE.
+FORMS: dict[str, Callable[[Path, Tensor, float], Tensor]] = {
+    "constant": lambda path, t, norm: torch.full_like(t, norm),
+    "sbdm": lambda path, t, norm: norm * path.score_rate(t),
+    "sigma": lambda path, t, norm: norm * path.coefficients(t)[1],
+    "linear": lambda path, t, norm: norm * (1 - t),
+    "decreasing": lambda path, t, norm: 0.25 * (norm * torch.cos(math.pi * t) + 1) ** 2,
+    "increasing-decreasing": lambda path, t, norm: norm * torch.sin(math.pi * t) ** 2,
+}
 
-    Forms: constant, sbdm (the reversed noising SDE), sigma, linear, decreasing, increasing-decreasing.
-    Raises UserError for another.
-    """
-    forms = {
-        "constant": lambda: torch.full_like(t, norm),
-        "sbdm": lambda: norm * path.score_rate(t),
-        "sigma": lambda: norm * path.coefficients(t)[1],
-        "linear": lambda: norm * (1 - t),
-        "decreasing": lambda: 0.25 * (norm * torch.cos(math.pi * t) + 1) ** 2,
-        "increasing-decreasing": lambda: norm * torch.sin(math.pi * t) ** 2,
-    }
-    if form not in forms:
-        raise nearest("diffusion", form, forms)
-    return forms[form]()
+
+def diffusion(path: Path, form: str, t: Tensor, norm: float = 1.0) -> Tensor:
+    """The strength w(t) of that form. Raises UserError for an unknown form."""
+    if form not in FORMS:
+        raise nearest("diffusion", form, FORMS)
+    return FORMS[form](path, t, norm)

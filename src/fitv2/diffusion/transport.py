@@ -1,31 +1,54 @@
-"""Along a flow: from noise to data, from data to noise, and the likelihood of data.
+"""Along a flow: from noise to data, and from data to noise.
 
-ODEs and SDEs as in SiT (Ma et al., arXiv 2401.08740); likelihood as in FFJORD (arXiv 1810.01367).
+ODEs and SDEs as in SiT (Ma et al., arXiv 2401.08740).
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
 from fitv2.config import Sampling
 from fitv2.diffusion import solvers
-from fitv2.diffusion.flow import Flow, noise
-from fitv2.diffusion.paths import diffusion
+from fitv2.diffusion.noise import draw_noise
+from fitv2.diffusion.paths import Path, diffusion
 from fitv2.diffusion.solvers import Progress, Velocity
 from fitv2.errors import UserError, nearest
-from fitv2.tokens import PackedTokens
+from fitv2.tokens import Layout
 
 SOLVERS = (*solvers.FIXED, *solvers.ADAPTIVE, *solvers.STOCHASTIC)
 Solve = Callable[..., Tensor]  # (velocity, x, times, progress) → x
 
 
+class Field(Protocol):
+    """What a solver has to know of a flow."""
+
+    @property
+    def path_name(self) -> str:
+        """The name of the path."""
+
+    @property
+    def path(self) -> Path:
+        """From noise to data in time."""
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether the velocity is undefined at data."""
+
+    def interval(self) -> tuple[float, float]:
+        """The times between which the velocity is finite."""
+
+    def score(self, velocity_TC: Tensor, x_TC: Tensor, t_T1: Tensor) -> Tensor:
+        """The score of the field with this velocity."""
+
+
 @torch.no_grad()
 def transport(
-    flow: Flow,
+    flow: Field,
     velocity: Velocity,
-    packed: PackedTokens,
+    layout: Layout,
     x_TC: Tensor,
     generators: Sequence[Generator],
     sampling: Sampling,
@@ -33,18 +56,17 @@ def transport(
     to_noise: bool = False,
     progress: Progress = lambda _: None,
 ) -> Tensor:
-    """Take images laid out like `packed` from noise `x_TC` to data, or back with `to_noise`.
+    """Take images laid out like `layout` from noise `x_TC` to data, or back with `to_noise`.
 
     With a deterministic solver the way back ends at the noise that gives the data; with a stochastic
     one at a sample of it. Each image's noise along the way is drawn from its own generator. Raises
     UserError for an unknown solver.
     """
-    name = sampling.solver or "heun"
+    name, steps = sampling.resolve("heun")
     if name in solvers.STOCHASTIC:
-        return _stochastic(flow, velocity, packed, x_TC, generators, sampling, to_noise, progress)
-    solve = solver_named(name, packed, sampling.rtol, sampling.atol)
+        return _stochastic(flow, velocity, layout, x_TC, generators, sampling, to_noise, progress)
+    solve = solver_named(name, layout, sampling.rtol, sampling.atol)
     start, stop = flow.interval()
-    steps = sampling.steps or 25
     if to_noise:
         # Where the velocity is undefined at data, so near to it that the difference is not seen. A model
         # whose predicted data are off by e has a velocity off by e/(1−t) there.
@@ -57,8 +79,8 @@ def transport(
     return solvers.fixed(solvers.EULER, velocity, x_TC, times[-2:], progress)
 
 
-def solver_named(name: str, packed: PackedTokens, rtol: float = 1e-3, atol: float = 1e-4) -> Solve:
-    """The ODE solver of that name; a step size is chosen for each image of `packed` by itself."""
+def solver_named(name: str, layout: Layout, rtol: float = 1e-3, atol: float = 1e-4) -> Solve:
+    """The ODE solver of that name; a step size is chosen for each image of `layout` by itself."""
     if name in solvers.FIXED:
         return partial(solvers.fixed, solvers.FIXED[name])
     if name not in solvers.ADAPTIVE:
@@ -66,17 +88,17 @@ def solver_named(name: str, packed: PackedTokens, rtol: float = 1e-3, atol: floa
     return partial(
         solvers.adaptive,
         solvers.ADAPTIVE[name],
-        spread=lambda value_B: packed.spread(value_B)[:, None],
-        mean=lambda value_TC: packed.mean_per_image(value_TC.mean(1)),
+        spread=lambda value_B: layout.spread(value_B)[:, None],
+        mean=lambda value_TC: layout.mean_per_image(value_TC.mean(1)),
         rtol=rtol,
         atol=atol,
     )
 
 
 def _stochastic(
-    flow: Flow,
+    flow: Field,
     velocity: Velocity,
-    packed: PackedTokens,
+    layout: Layout,
     x_TC: Tensor,
     generators: Sequence[Generator],
     sampling: Sampling,
@@ -84,9 +106,9 @@ def _stochastic(
     progress: Progress,
 ) -> Tensor:
     """dx = (v ± w·score)·dt + √(2w)·dW: plus towards data, minus towards noise (SiT, eq. 5)."""
-    steps = sampling.steps or 250
+    name, steps = sampling.resolve("heun")
     if steps < 2:
-        raise UserError("--steps must be at least 2 with a stochastic solver")
+        raise UserError("`steps` must be at least 2 with a stochastic solver")
     start, stop = stochastic_interval(flow, sampling)
     times = torch.linspace(start, stop, steps, device=x_TC.device)  # the last step is one of them
     strength = partial(diffusion, flow.path, sampling.diffusion, norm=sampling.diffusion_norm)
@@ -94,27 +116,27 @@ def _stochastic(
 
     def drift(x: Tensor, t: Tensor) -> Tensor:
         v = velocity(x, t)
-        return v + sign * strength(t) * flow.score(v, packed.with_tokens(x), t.expand(len(packed.sizes)))
+        return v + sign * strength(t) * flow.score(v, x, layout.spread(t.expand(len(layout)))[:, None])
 
     def draw() -> Tensor:
-        return noise(packed.lengths, x_TC.shape[1], generators).to(x_TC.device)
+        return draw_noise(layout.lengths, x_TC.shape[1], generators).to(x_TC.device)
 
-    solve = solvers.STOCHASTIC[sampling.solver or ""]
+    solve = solvers.STOCHASTIC[name]
     if to_noise:
         # The first step is exact: what the path holds at the last time, given the data. The last is the
         # ODE's, because the noise of some forms (sbdm: (1−t)/t) is without bound at t = 0.
         alpha, sigma = flow.path.coefficients(times[-1])
         size = sampling.last_step_size
         if start + size >= stop:
-            raise UserError(f"--last-step-size is {size}; towards noise it must leave room between both ends")
+            raise UserError(f"`last_step_size` is {size}; towards noise it must leave room between both ends")
         times = torch.linspace(stop, start + size, steps, device=x_TC.device)
         x_TC = solve(drift, strength, alpha * x_TC + sigma * draw(), times, draw, progress)
         return x_TC - size * velocity(x_TC, times[-1])
     x_TC = solve(drift, strength, x_TC, times, draw, progress)
-    return _last_step(flow, velocity, drift, packed, x_TC, times[-1], sampling)
+    return _last_step(flow, velocity, drift, layout, x_TC, times[-1], sampling)
 
 
-def stochastic_interval(flow: Flow, sampling: Sampling) -> tuple[float, float]:
+def stochastic_interval(flow: Field, sampling: Sampling) -> tuple[float, float]:
     """From where to where an SDE is followed: the score is infinite at data, some forms at noise.
 
     As in the released code where that keeps a margin; where it keeps none (VP, sbdm, no last step) and
@@ -128,10 +150,10 @@ def stochastic_interval(flow: Flow, sampling: Sampling) -> tuple[float, float]:
 
 
 def _last_step(
-    flow: Flow,
+    flow: Field,
     velocity: Velocity,
     drift: Velocity,
-    packed: PackedTokens,
+    layout: Layout,
     x_TC: Tensor,
     t: Tensor,
     sampling: Sampling,
@@ -144,5 +166,5 @@ def _last_step(
     if sampling.last_step == "none":
         return x_TC
     alpha, sigma = flow.path.coefficients(t)
-    score = flow.score(velocity(x_TC, t), packed.with_tokens(x_TC), t.expand(len(packed.sizes)))
+    score = flow.score(velocity(x_TC, t), x_TC, layout.spread(t.expand(len(layout)))[:, None])
     return (x_TC + sigma**2 * score) / alpha

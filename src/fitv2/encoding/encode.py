@@ -26,9 +26,10 @@ from fitv2.config import Encoding
 from fitv2.data.dataset import open_card
 from fitv2.data.format import CARD, SKIPPED, About, Shard, described, finish, shard_name
 from fitv2.data.storage import Store
+from fitv2.encoding.kinds import open_source
 from fitv2.encoding.manifest import Listing, list_pictures, load_listing
 from fitv2.encoding.shard_encoder import Reader, ShardEncoder
-from fitv2.encoding.sources import Source, open_source
+from fitv2.encoding.sources import Source
 from fitv2.errors import UserError
 from fitv2.runtime.device import default_device, single_threaded
 from fitv2.runtime.distributed import ranks

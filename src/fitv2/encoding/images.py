@@ -119,19 +119,9 @@ def views(
     return resized_views + [(center_crop(image, side), True) for side in sides if min(image.size) > side]
 
 
-def parse_size(text: str, unit: int) -> tuple[int, int]:
-    """HEIGHTxWIDTH in pixels as (rows, columns) of tokens of `unit` pixels.
-
-    Raises UserError naming the nearest valid size when a side is not a positive multiple of `unit`.
-    """
+def parse_size(text: str) -> tuple[int, int]:
+    """HEIGHTxWIDTH as (height, width) in pixels. Raises UserError."""
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise UserError(f"size {text!r} is not HEIGHTxWIDTH in pixels, such as {4 * unit}x{6 * unit}")
-    height, width = map(int, parts)
-    fitting = [max(unit, round(side / unit) * unit) for side in (height, width)]
-    if [height, width] != fitting:
-        raise UserError(
-            f"size {text} is not a multiple of the token size {unit}: "
-            f"the nearest is {fitting[0]}x{fitting[1]}"
-        )
-    return height // unit, width // unit
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"size {text!r} is not HEIGHTxWIDTH in pixels, such as 64x96")
+    return int(parts[0]), int(parts[1])

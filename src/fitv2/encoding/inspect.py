@@ -13,6 +13,7 @@ from fitv2.data.dataset import TokenDataset, open_card
 from fitv2.data.format import DatasetCard
 from fitv2.data.storage import Store
 from fitv2.figures import contact_sheet, dataset_plots
+from fitv2.pipeline import to_image
 from fitv2.runtime.device import default_device
 from fitv2.runtime.files import whole_file
 from fitv2.sampling.generate import decode
@@ -109,9 +110,10 @@ def sheet(folder: Path | str, card: DatasetCard, count: int, seed: int, out: Pat
     dataset = TokenDataset(folder, split)
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(dataset.images().draw(rng))[:count]  # one variant of each
-    packed, labels = dataset.batch(chosen)
-    pictures = decode(unpack(packed.to(default_device())), codec, card.about.patch_size)
-    captions = [printable(card.about.labels[label][:18]) for label in labels.tolist()]
+    packed, condition = dataset.batch(chosen)
+    decoded = decode(unpack(packed.to(default_device())), codec, card.about.patch_size)
+    pictures = [to_image(pixels) for pixels in decoded]
+    captions = [printable(card.about.labels[label][:18]) for label in condition.values["label"].tolist()]
     for picture in pictures:
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
     made = list(zip(captions, pictures, strict=True))

@@ -6,11 +6,10 @@ What a picture is, and whether it can be used, is found out when it is read.
 import errno
 import io
 import json
-import os
 import posixpath
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -18,11 +17,9 @@ from typing import Any
 
 from PIL import Image
 
-from fitv2.data.storage import filesystem
 from fitv2.encoding.images import UnusableImage, load_rgb
-from fitv2.encoding.parquet import datasets_row, datasets_tables, in_tables, parquet_row, parquet_tables
-from fitv2.encoding.sources import BROKEN, NO_LABEL, SPLITS, WHOLE, Picture, Source, is_image_name, readable
-from fitv2.encoding.webdataset import in_tars, tar_member
+from fitv2.encoding.kinds import KINDS
+from fitv2.encoding.sources import BROKEN, Picture, Source, is_image_name, readable
 from fitv2.errors import UserError
 from fitv2.runtime.files import whole_file
 
@@ -82,14 +79,15 @@ def load_listing(path: Path) -> Listing:
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     about = json.loads(table.schema.metadata[b"listing"])
     splits = {split: tuple(rows) for split, rows in about["splits"].items()}
-    return Listing(about["kind"], about["url"], tuple(about["labels"]), splits, about["others"], table)
+    kind = {"files": "images"}.get(about["kind"], about["kind"])  # its name before
+    return Listing(kind, about["url"], tuple(about["labels"]), splits, about["others"], table)
 
 
 def list_pictures(source: Source, report: Report = lambda _: None) -> Listing:
     """List a source. Raises UserError when it holds no picture or cannot be understood."""
     import pyarrow as pa
 
-    names, found = LISTERS[source.kind](source)
+    names, found = KINDS[source.kind].list(source)
     pictures = []
     for picture in found:
         pictures.append(picture)
@@ -120,22 +118,10 @@ def sorted_labels(labels: Iterable[str]) -> list[str]:
     return sorted(known, key=lambda label: (int(label), label)) if numbers else sorted(known)
 
 
-def in_folders(source: Source) -> Iterator[Picture]:
-    """Folders are labels; top-level ones named train, val, … are splits, if all are."""
-    names = {path: readable(source.name(path)) for path in source.files if is_image_name(path)}
-    tops = {name.split("/")[0] for name in names.values() if "/" in name}
-    in_splits = bool(tops) and all(top.lower() in SPLITS for top in tops)
-    for path in sorted(names, key=lambda path: names[path].split("/")):
-        folders = names[path].split("/")[:-1]
-        split = SPLITS[folders.pop(0).lower()] if in_splits and folders else "train"
-        label = folders[0] if folders else NO_LABEL
-        yield Picture(split, label, names[path], os.fsencode(path), WHOLE, source.files[path])
-
-
 def others(source: Source) -> list[dict[str, Any]]:
     """Files of a folder that are no pictures by their names, counted by how they end, with one of each."""
     by_ending: dict[str, list[str]] = {}
-    for path in source.files if source.kind == "files" else ():
+    for path in source.files if source.kind == "images" else ():
         if not is_image_name(path):
             by_ending.setdefault(posixpath.splitext(path)[1].lower(), []).append(path)
     return [
@@ -146,15 +132,6 @@ def others(source: Source) -> list[dict[str, Any]]:
         }
         for ending, paths in sorted(by_ending.items())
     ]
-
-
-# A source's kind → names of its labels where it says them, and its pictures.
-LISTERS: dict[str, Callable[[Source], tuple[tuple[str, ...], Iterable[Picture]]]] = {
-    "files": lambda source: ((), in_folders(source)),
-    "tars": lambda source: ((), in_tars(source)),
-    "parquet": lambda source: in_tables(parquet_tables(source)),
-    "datasets": lambda source: in_tables(datasets_tables(source)),
-}
 
 
 def read_picture(listing: Listing, picture: Picture) -> Image.Image:
@@ -169,15 +146,15 @@ def read_picture(listing: Listing, picture: Picture) -> Image.Image:
         raise UnusableImage("it has no label")
     for pause in (*PAUSES, None):
         try:
-            content = READERS[listing.kind](listing.url, picture)
-        except UnusableImage:
+            content = KINDS[listing.kind].read(listing.url, picture)
+        except (UnusableImage, UserError):
             raise
         except Exception as error:  # libraries of remote stores have errors of their own
             if isinstance(error, LASTING) or getattr(error, "errno", None) == errno.EIO:
                 raise UnusableImage(f"cannot be read: {reason_of(error)}") from error
             if pause is None:
                 now = f"{picture.source} cannot be read now ({reason_of(error)})"
-                raise UserError(f"{now}: the same command goes on later") from error
+                raise UserError(f"{now}: run the same command again later to resume") from error
             time.sleep(pause)
         else:
             break
@@ -194,16 +171,3 @@ PAUSES = (1.0, 4.0, 15.0)  # seconds before one tries again
 def reason_of(error: Exception) -> str:
     """What an error says, in one line."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def whole_file_of(url: str, picture: Picture) -> bytes:
-    """The bytes of a picture that is a file of its own."""
-    return filesystem(url)[0].cat_file(os.fsdecode(picture.path))
-
-
-READERS: dict[str, Callable[[str, Picture], bytes]] = {
-    "files": whole_file_of,
-    "tars": tar_member,
-    "parquet": parquet_row,
-    "datasets": datasets_row,
-}

@@ -57,6 +57,8 @@ def parquet_tables(source: Source) -> list[Table]:
                 parquet = pq.ParquetFile(file)
                 columns = columns_of(source, parquet.schema_arrow, name)
                 rows = parquet.read([c for c in (columns.label, "source") if c in parquet.schema_arrow.names])
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{source.url}: {name} is not a Parquet file that can be read: {error}"
@@ -126,7 +128,7 @@ def columns_of(source: Source, schema: Any, name: str) -> Columns:
     if image is None or image not in schema.names:
         wanted = f"no column {image}" if image else "no column of images that could be recognized"
         raise UserError(
-            f"{source.url}: {name} has {wanted}, but {', '.join(schema.names)}: give --image-column"
+            f"{source.url}: {name} has {wanted}, but {', '.join(schema.names)}: give `image_column`"
         )
     classes = [column for column, kind in kinds.items() if kind == "ClassLabel"]
     usual = [column for column in (*LABEL_COLUMNS, *classes) if column in schema.names]
@@ -147,7 +149,7 @@ def label_texts(labels: list[Any], names: tuple[str, ...]) -> list[str]:
         if nothing or (names and label == -1):
             return ""
         if isinstance(label, list | dict):
-            raise UserError(f"a label is {str(label)[:60]}, not one name or number: give --label-column")
+            raise UserError(f"a label is {str(label)[:60]}, not one name or number: give `label_column`")
         if isinstance(label, bytes):
             return label.decode("utf-8", "replace")
         return names[label] if names and isinstance(label, int) and 0 <= label < len(names) else str(label)

@@ -1,15 +1,13 @@
-"""What lies at a path or URL: the files of a collection of pictures, and of which kind it is."""
+"""What lies at a path or URL: the files of a collection of images, and their names."""
 
 import hashlib
 import os
 import posixpath
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fitv2.data.storage import filesystem, is_local
-from fitv2.errors import UserError
+from fitv2.data.storage import is_local
 
 # Endings of pictures, also of such as cannot be read: those are to be missed.
 IMAGES = frozenset([
@@ -17,12 +15,6 @@ IMAGES = frozenset([
     ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".pcx", ".sgi", ".qoi",
     ".psd", ".dds", ".svg", ".svgz", ".eps", ".heic", ".heif", ".jxl", ".xcf", ".dng", ".cr2", ".nef", ".arw",
 ])  # fmt: skip
-ENDINGS = {
-    "parquet": (".parquet",),
-    "tars": (".tar",),
-    "compressed archives": (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst"),
-    "images": tuple(IMAGES),
-}
 SPLITS = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
@@ -67,56 +59,6 @@ class Source:
     def name(self, path: str) -> str:
         """A file's name within the source; the folder's for a source of one file."""
         return posixpath.relpath(path, self.root)
-
-
-def open_source(url: str, image_column: str | None = None, label_column: str | None = None) -> Source:
-    """What lies at a path, a URL or a pattern such as folder/*.tar.
-
-    Raises UserError when it is nothing that holds pictures.
-    """
-    if not url:
-        raise UserError("the source has no name")
-    system, path = filesystem(url)
-    try:
-        files = dict(files_below(system, path))
-    except Exception as error:  # libraries of remote stores have errors of their own
-        if is_local(system) and not isinstance(error, OSError):
-            raise
-        raise UserError(f"{url} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    if not files:
-        there = "*" in path or system.exists(path)
-        hint = (
-            f" (for a dataset of the hub: hf://datasets/{url})"
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", url)
-            else ""
-        )
-        raise UserError(f"{url} {'has no pictures' if there else 'does not exist'}{hint}")
-    single = len(files) == 1 and path in files
-    root = posixpath.dirname(path) if single or "*" in path else path
-    while "*" in root:
-        root = posixpath.dirname(root)
-    return of_its_kind(Source(url, "", files, root, image_column, label_column))
-
-
-def of_its_kind(source: Source) -> Source:
-    """A source whose kind is seen from its files. Raises UserError when they are of several."""
-    url, files = source.url, source.files
-    if {"dataset_dict.json", "state.json"} & {source.name(name) for name in files}:
-        return replace(source, kind="datasets")
-    by_kind = {kind: {path: size for path, size in files.items() if path.lower().endswith(endings)}
-               for kind, endings in ENDINGS.items()}  # fmt: skip
-    held = [kind for kind, found in by_kind.items() if found]
-    if len(held) > 1:
-        pattern = f"{url.rstrip('/')}/**/*{ENDINGS[held[0]][0]}"
-        raise UserError(f"{url} holds {' and '.join(held)}: say which, such as '{pattern}'")
-    if held == ["compressed archives"]:
-        raise UserError(f"{url} holds {held[0]}, which have to be read in order: decompress them to .tar")
-    if (source.image_column or source.label_column) and held != ["parquet"]:
-        what = held[0] if held else "no images"
-        raise UserError(f"--image-column and --label-column are for tables; {url} holds {what}")
-    if held in ([], ["images"]):  # with all else that lies beside them
-        return replace(source, kind="files")
-    return replace(source, kind=held[0], files=by_kind[held[0]])
 
 
 def files_below(system: Any, path: str) -> Iterator[tuple[str, int]]:

@@ -135,7 +135,7 @@ def fresh(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store
                 break
         time.sleep(0.02)
     else:
-        raise UserError("another process of this run did not come in time (--stall-minutes)")
+        raise UserError("another process of this run did not come in time (`stall_minutes`)")
     return dist.PrefixStore(f"fitv2/{hashlib.sha256(gathered.encode()).hexdigest()[:16]}", store)
 
 
@@ -149,7 +149,7 @@ def partner_named() -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or "gloo/" in said):
             raise
         done = (
-            "did not answer in time (--stall-minutes)"
+            "did not answer in time (`stall_minutes`)"
             if "imed out" in said
             else "has ended: see what it says"
         )

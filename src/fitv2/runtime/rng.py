@@ -1,7 +1,19 @@
-"""Randomness that does not depend on the machine: a function of a key."""
+"""Randomness that does not depend on the machine: a function of a key.
+
+A key begins with the seed of the run, or where there is none with the purpose; these are all purposes:
+
+    (seed, WEIGHTS)            initial weights
+    (seed, ORDER)              which images a step takes
+    (seed, NOISING, image)     time, dropout and noise of an image in training; each image has its own number
+    (VALIDATION,), (VALIDATION, row)    order and noise of held-out images
+    (LATENTS, row, view, mirrored)      samples of an autoencoder's distribution
+    (seed,)                    an image that is made
+"""
 
 import numpy as np
 import torch
+
+WEIGHTS, ORDER, NOISING, VALIDATION = 0, 1, 2, 3
 
 
 def derive_seed(*key: int) -> int:

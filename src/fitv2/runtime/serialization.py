@@ -19,12 +19,14 @@ Config = TypeVar("Config", bound="DataclassInstance")
 def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
     """A `kind` with these values, as json holds them.
 
-    Raises UserError for an unknown key, naming the nearest known one, for a missing key, and for a
-    value of another type.
+    A key that had another name before is told by the mapping RENAMED of `kind`. Raises UserError for an
+    unknown key, naming the nearest known one, for a missing key, and for a value of another type.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    renamed: dict[str, str] = getattr(kind, "RENAMED", {})
     fitting = {}
     for key, value in values.items():
+        key = renamed.get(key, key)
         if key not in fields:
             raise nearest(f"key of {kind.__name__}", key, fields)
         fitting[key] = _checked(f"{key} of {kind.__name__}", value, fields[key].type)

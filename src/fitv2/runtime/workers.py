@@ -41,7 +41,7 @@ def read_ahead(read: Callable[[Key], Item], keys: Iterable[Key], workers: int) -
             raise
         raise UserError(
             "a reading process was ended from outside, perhaps for want of memory:"
-            " the same command goes on, with fewer --workers"
+            " the same command goes on, with fewer `workers`"
         ) from error
 
 

@@ -10,30 +10,28 @@ from fitv2.data.dataset import TokenDataset
 from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.presets import Preset
-from fitv2.runtime.rng import derive_seed
+from fitv2.runtime.rng import WEIGHTS, derive_seed
 from fitv2.training.optim import freeze
 
-WEIGHTS = 0  # first number of the key of random weights; those of a run's other keys are in `train`
 
-
-def first_model(preset: Preset, dataset: TokenDataset, labels: tuple[str, ...], init: str | None) -> FiT:
+def initialize(preset: Preset, dataset: TokenDataset, labels: tuple[str, ...], init: str | None) -> FiT:
     """What a run starts from, in float32 on the CPU: random weights, or those of another model.
 
     Raises UserError when a part of a model is to be trained and there is none.
     """
     config = preset.training
-    architecture = fitted(preset.model, dataset)
+    architecture = fit_to_data(preset.model, dataset)
     if config.trainable != "all" and not init:
-        raise UserError(f"--trainable {config.trainable} trains a part of a trained model: give --init")
+        raise UserError(f"`trainable` {config.trainable} trains a part of a trained model: give `init`")
     torch.manual_seed(derive_seed(config.seed, WEIGHTS))
-    model = starting_model(init, architecture, labels) if init else FiT(**asdict(architecture))
+    model = load_initial(init, architecture, labels) if init else FiT(**asdict(architecture))
     freeze(model, config.trainable)
-    if config.recompute:
+    if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model.train()
 
 
-def starting_model(name: str, architecture: Architecture, labels: tuple[str, ...]) -> FiT:
+def load_initial(name: str, architecture: Architecture, labels: tuple[str, ...]) -> FiT:
     """The model `name`, with the positions of `architecture` if it scales any: they hold no weights.
 
     Raises UserError when it has another architecture else, or other labels.
@@ -51,7 +49,7 @@ def starting_model(name: str, architecture: Architecture, labels: tuple[str, ...
     return model
 
 
-def fitted(architecture: Architecture, dataset: TokenDataset) -> Architecture:
+def fit_to_data(architecture: Architecture, dataset: TokenDataset) -> Architecture:
     """`architecture` with the token layout and labels of the dataset."""
     about = dataset.card.about
     return replace(

@@ -1,8 +1,12 @@
 """What changes the weights: which are trained, by which optimizer, at which learning rate."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from fitv2.config import Training
+from fitv2.errors import nearest
 from fitv2.model import FiT
 from fitv2.training.muon import Muon
 
@@ -22,23 +26,41 @@ def freeze(model: FiT, trainable: str) -> None:
 PIECES = {"qkv.weight": 3, "gate_up.weight": 2, "modulation.weight": 6, "modulation.up.weight": 6}
 
 
-def optimizers(model: FiT, config: Training) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
+def build_optimizers(model: FiT, config: Training) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model's trained parameters. Raises UserError for an unknown name."""
+    if config.optimizer not in OPTIMIZERS:
+        raise nearest("optimizer", config.optimizer, OPTIMIZERS)
+    return OPTIMIZERS[config.optimizer](model, config)
 
-    Muon's steps are as large as AdamW's, so that one learning rate fits both.
-    """
+
+def adamw(model: FiT, config: Training) -> list[torch.optim.Optimizer]:
+    """AdamW for everything."""
+    return [_adamw([p for p in model.parameters() if p.requires_grad], config)]
+
+
+def muon(model: FiT, config: Training) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the rest: one learning rate fits both."""
     groups = []
     chosen: set[int] = set()
-    if config.optimizer == "muon":
-        for name, matrix in model.blocks.named_parameters():
-            if matrix.requires_grad and matrix.ndim == 2:
-                pieces = next((n for end, n in PIECES.items() if name.endswith(end)), 1)
-                groups.append({"params": [matrix], "pieces": pieces})
-                chosen.add(id(matrix))
+    for name, matrix in model.blocks.named_parameters():
+        if matrix.requires_grad and matrix.ndim == 2:
+            pieces = next((n for end, n in PIECES.items() if name.endswith(end)), 1)
+            groups.append({"params": [matrix], "pieces": pieces})
+            chosen.add(id(matrix))
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    decay = config.weight_decay
-    adamw = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, config.beta2), weight_decay=decay, fused=True)
-    return [Muon(groups, weight_decay=decay), adamw] if groups else [adamw]
+    with_muon = [Muon(groups, weight_decay=config.weight_decay)] if groups else []
+    return [*with_muon, _adamw(rest, config)]
+
+
+def _adamw(parameters: list[Tensor], config: Training) -> torch.optim.Optimizer:
+    betas = 0.9, config.beta2
+    return torch.optim.AdamW(parameters, lr=0.0, betas=betas, weight_decay=config.weight_decay, fused=True)
+
+
+OPTIMIZERS: dict[str, Callable[[FiT, Training], list[torch.optim.Optimizer]]] = {
+    "adamw": adamw,
+    "muon": muon,
+}
 
 
 def learning_rate(config: Training, step: int) -> float:

@@ -14,39 +14,18 @@ from typing import Any
 
 import torch
 
-from fitv2.config import Training
+from fitv2.config import FREE, Architecture, Training
 from fitv2.data.format import DatasetCard
 from fitv2.errors import UserError
 from fitv2.presets import Preset
 from fitv2.runtime.files import whole_file, write_json
-from fitv2.runtime.serialization import read_json
-
-# Settings that may change when a run is carried on. A change of `steps` moves the final decay of
-# the learning rate with it.
-FREE = (
-    "check_data",
-    "compile",
-    "milestone_every",
-    "recompute",
-    "shard",
-    "stall_minutes",
-    "track",
-    "micro_batches",
-    "workers",
-    "steps",
-    "minutes",
-    "log_every",
-    "validate_every",
-    "sample_every",
-    "save_every",
-    "keep",
-)
+from fitv2.runtime.serialization import from_dict, read_json
 
 
 def settle(run: Path, preset: Preset, data: DatasetCard, init: str | None) -> None:
     """Write run.json, or check that the run already there is this one.
 
-    Only FREE settings may change. Raises UserError naming the others.
+    Only settings that are free may change. Raises UserError naming the others.
     """
     path = run / "run.json"
     tokens = asdict(data.about) | {"pictures": data.pictures, "rows": data.rows}
@@ -66,9 +45,9 @@ def settle(run: Path, preset: Preset, data: DatasetCard, init: str | None) -> No
         )
         changed = [key for key in new if old.get(key) != new[key]]
         if changed:
-            raise UserError(f"{run} is a run with another {', '.join(changed)}: choose another --out")
+            raise UserError(f"{run} is a run with another {', '.join(changed)}: choose another folder")
     elif run.exists() and any(run.iterdir()):
-        raise UserError(f"{run} exists and is not a run: choose another --out")
+        raise UserError(f"{run} exists and is not a run: choose another folder")
     write_json(path, described | {"torch": torch.__version__})
 
 
@@ -113,9 +92,13 @@ def code_state() -> str | None:
 
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide a run's outcome, without their nesting."""
-    training = asdict(Training()) | settings["training"]  # what was no setting when it began was as it is
-    return {"init": settings.get("init"), **settings["data"], **settings["model"], **training}
+    """The settings that decide a run's outcome, without their nesting, as they are named today.
+
+    What was no setting when the run began is at its default.
+    """
+    training = asdict(from_dict(Training, settings["training"]))
+    model = asdict(from_dict(Architecture, settings["model"]))
+    return {"init": settings.get("init"), **settings["data"], **model, **training}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -82,7 +82,7 @@ class Hosted:
         try:
             self.module.init(**options)
         except Exception as error:
-            raise UserError(f"--track {name} cannot begin: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(f"`track` {name} cannot begin: {' '.join(str(error).split())[:300]}") from error
         self.name, self.works = name, True
 
     def scalars(self, step: int, values: Scalars) -> None:
@@ -129,5 +129,5 @@ def imported(package: str, module: str) -> ModuleType:
         return import_module(module)
     except ImportError as error:
         raise UserError(
-            f"--track {package} needs it: pip install {package}, or leave it out of --track"
+            f"`track` {package} needs it: pip install {package}, or leave it out of `track`"
         ) from error

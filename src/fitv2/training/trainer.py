@@ -1,4 +1,4 @@
-"""The training loop. A run is a folder; the same command run again carries on from its checkpoint."""
+"""The training loop. A run is a folder; run the same command again to resume it."""
 
 import math
 import time
@@ -14,36 +14,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fitv2.autoencoder import load_autoencoder
 from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint, step_of
+from fitv2.conditioning import Condition
 from fitv2.config import Training
 from fitv2.data.dataset import Batch, Steps, TokenDataset, batches, require_whole
 from fitv2.data.packing import FixedCount, Sampler, TokenBudget
-from fitv2.diffusion.flow import Flow, PathSample
+from fitv2.diffusion.noise import NoisySample
+from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError
 from fitv2.figures import loss_curve
+from fitv2.pipeline import FiTPipeline
 from fitv2.presets import Preset
 from fitv2.runtime.device import default_device, multiplies_bfloat16
 from fitv2.runtime.distributed import World, interrupted, joined, ranks
 from fitv2.runtime.files import unused, whole_file
-from fitv2.runtime.rng import derive_seed
+from fitv2.runtime.rng import NOISING, ORDER, derive_seed
 from fitv2.sampling.preview import preview
-from fitv2.training.checkpointing import DAMAGE, Saver, read_state, require_whole_state, staged, state_of
-from fitv2.training.initialize import first_model
-from fitv2.training.noising import corrupted, objective_of
-from fitv2.training.optim import learning_rate, optimizers
+from fitv2.training.checkpointing import (
+    DAMAGE,
+    Saver,
+    read_state,
+    require_whole_state,
+    staged,
+    state_of,
+)
+from fitv2.training.initialize import initialize
+from fitv2.training.noising import add_noise
+from fitv2.training.optim import build_optimizers, learning_rate
 from fitv2.training.run_folder import cut_log, note_start, read_log, settle
 from fitv2.training.throughput import ByTime, Rates, TrainingFlops, memory_gib, peak_flops
 from fitv2.training.trackers import Tracker, trackers
-from fitv2.training.validation import held_out
+from fitv2.training.validation import HeldOut
 from fitv2.training.weights import Weights, compile_blocks
-
-# First numbers of the keys that randomness is derived from: (seed, purpose, …). 0 is of random weights.
-ORDER, CORRUPTION = 1, 2
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepReport:
     """What the loop reports after every step."""
 
     step: int
@@ -57,10 +63,10 @@ def train(
     run: Path,
     *,
     init: str | None = None,
-    report: Callable[[Progress], None] = lambda _: None,
+    report: Callable[[StepReport], None] = lambda _: None,
     check: Callable[[Iterable[Any], int], Iterable[Any]] = lambda names, _: names,
 ) -> Path:
-    """Train `preset` on the token dataset `data` in the folder `run`, or carry on there.
+    """Train `preset` on the token dataset `data` in the folder `run`, or resume there.
 
     Under torchrun all processes share each step; with any number of them the training is the same.
     `init` starts from another model's weights. Ctrl-C and SIGTERM save and leave. Returns the
@@ -106,19 +112,19 @@ class Trainer:
         init: str | None,
         world: World | None = None,
     ) -> None:
-        self.config, self.dataset, self.data, self.run = preset.training, dataset, data, run
+        self.config, self.dataset, self.run = preset.training, dataset, run
         self.world = world = world or World()
         self.device = default_device()
         about = dataset.card.about
         self.card = Card(about.labels, about.autoencoder, about.max_tokens)
-        model = first_model(preset, dataset, self.card.labels, init)
-        self.weights = Weights(model, self.device, self.dtype, world, self.config.shard)
+        model = initialize(preset, dataset, self.card.labels, init)
+        self.weights = Weights(model, self.device, self.dtype, world, self.config.fsdp_size)
         self.objective = objective_of(model.architecture, self.config)
         # Which draw: the processes that hold the first copy of the model between them.
-        self.draws = world.rank < self.config.shard
-        if self.draws:
-            self.codec = load_autoencoder(self.card.autoencoder, self.device)
-        self.optimizers = optimizers(self.weights.master, self.config)
+        self.draws = world.rank < self.config.fsdp_size
+        self.pipeline = FiTPipeline.of(self.weights.ema, self.card) if self.draws else None
+        self.held_out = HeldOut(data, self.tokens_at_once, self.objective, world.rank, world.size)
+        self.optimizers = build_optimizers(self.weights.master, self.config)
         self.flops, self.rates = TrainingFlops(model), Rates(peak_flops(self.device))
         # Last of what can fail on wrong input: a run folder is only made for a run that can start.
         if world.first:
@@ -137,40 +143,30 @@ class Trainer:
         if self.config.compile:
             compile_blocks(self.weights.model)
         self.by_time = ByTime(self.device)
-        self.steps = Steps(dataset, sampler_of(dataset, self.config), world.rank, world.size)
+        self.steps = Steps(dataset, build_sampler(dataset, self.config), world.rank, world.size)
         self.batches = batches(self.steps, self.step, self.config.workers)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the products."""
-        precision = self.config.precision
-        fast = precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(self.device))
-        return torch.bfloat16 if fast else torch.float32
+    # A step ------------------------------------------------------------------------------------
 
-    @property
-    def tokens_at_once(self) -> int:
-        """About as many as this process computes in a part of a step."""
-        a_step = self.config.tokens_a_step or self.config.batch_size * float(self.dataset.lengths.mean())
-        return max(1, int(a_step / (self.world.size * self.config.micro_batches)))
-
-    def advance(self, report: Callable[[Progress], None], stop: Callable[[], bool] = lambda: False) -> bool:
+    def advance(self, report: Callable[[StepReport], None], stop: Callable[[], bool] = lambda: False) -> bool:
         """One step, and what is due after it; whether any process was told to stop meanwhile."""
         with self.rates.step():
             with self.rates.waiting():
                 batch = next(self.batches)
-            loss, stopping = self.gradients(batch, stop)
-            norm = self.weights.clip(self.config.clip)
+            loss, stopping = self.accumulate(batch, stop)
+            norm = self.weights.clip(self.config.max_grad_norm)
             if not math.isfinite(norm):
                 raise self.not_finite("a gradient norm", norm, batch.rows, self.world.ranks())
             self.update()
             self.step += 1
-        self.rates.count(batch.packed.lengths, batch.images, self.flops(batch.packed.lengths))
+        lengths = batch.packed.layout.lengths
+        self.rates.count(lengths, batch.images, self.flops(lengths))
         if self.world.first:
-            report(Progress(self.step, loss, batch.images / self.rates.latest))
+            report(StepReport(self.step, loss, batch.images / self.rates.latest))
         self.follow_up(loss, norm)
         return stopping or (self.world.size == 1 and stop())  # what came later, without asking the others
 
-    def gradients(self, batch: Batch, stop: Callable[[], bool] = lambda: False) -> tuple[float, bool]:
+    def accumulate(self, batch: Batch, stop: Callable[[], bool] = lambda: False) -> tuple[float, bool]:
         """The gradients of a step's mean loss over its images, in float32; that loss; whether any is to stop.
 
         A sum over images divided by the count of all: so parts of a step, and processes, with
@@ -178,29 +174,48 @@ class Trainer:
         loss is not finite.
         """
         mine = torch.zeros((), device=self.device)
-        odd: list[Tensor] = []
-        parts = batch.parts(self.config.micro_batches)
+        not_finite: list[Tensor] = []
+        parts = batch.split(self.config.grad_accum_steps)
         for number, part in enumerate(parts, 1):
             self.weights.before_part(number == len(parts))
-            sample, labels = self.corrupted(part)
-            output = self.weights.model(sample.noisy, sample.t_B, labels)
-            loss_B = self.objective.loss(output, sample)
-            self.by_time.add(self.objective.progress(sample.t_B), loss_B.detach())
-            if self.config.direction_weight and isinstance(self.objective, Flow):
-                loss_B = loss_B + self.config.direction_weight * self.objective.direction_loss(output, sample)
-            odd.append(~loss_B.detach().isfinite())
+            sample, condition = self.noise(part)
+            loss_B, error_B = self.objective.loss(self.weights.model, sample, condition)
+            self.by_time.add(self.objective.progress(sample.t_B), error_B.detach())
+            not_finite.append(~loss_B.detach().isfinite())
             loss = loss_B.sum() / batch.images
             loss.backward()
             mine += loss.detach()
             self.weights.collect()
-        # One message and one wait for the device: the losses of all processes, and which want to stop.
-        told = self.world.gather(torch.stack([mine, mine.new_tensor(float(stop()))])).tolist()
-        total = sum(loss for loss, _ in told)
-        if not math.isfinite(total):
-            ranks = [rank for rank, (loss, _) in enumerate(told) if not math.isfinite(loss)]
-            rows = np.concatenate([part.rows for part in parts])[torch.cat(odd).cpu().numpy()]
+        total, stopping, ranks = self.agree(mine, stop())
+        if ranks:
+            rows = np.concatenate([part.rows for part in parts])[torch.cat(not_finite).cpu().numpy()]
             raise self.not_finite("a loss", total, rows, ranks)
-        return total, any(flag for _, flag in told)
+        return total, stopping
+
+    def noise(self, batch: Batch) -> tuple[NoisySample, Condition]:
+        """The images of a step with noise, and their conditions, some of them dropped."""
+        keys = [(self.config.seed, NOISING, int(key)) for key in batch.keys]
+        sample, dropped = add_noise(batch.packed, keys, self.objective, self.config.label_dropout)
+        return sample.to(self.device), batch.condition.drop(dropped).to(self.device)
+
+    def update(self) -> None:
+        """One step of the optimizers, then of the EMA."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, self.step)
+            optimizer.step()
+            optimizer.zero_grad()
+        # An average over at most a tenth of the steps so far: early weights do not linger.
+        self.weights.update_ema(min(self.config.ema_decay, (1 + self.step) / (10 + self.step)))
+
+    def agree(self, loss: Tensor, stop: bool) -> tuple[float, bool, list[int]]:
+        """The loss of all processes, whether any wants to stop, and those whose loss is not finite.
+
+        One message and one wait for the device.
+        """
+        told = self.world.gather(torch.stack([loss, loss.new_tensor(float(stop))])).tolist()
+        ranks = [rank for rank, (part, _) in enumerate(told) if not math.isfinite(part)]
+        return sum(part for part, _ in told), any(flag for _, flag in told), ranks
 
     def not_finite(
         self, what: str, value: float, rows: np.ndarray, ranks: Sequence[int]
@@ -213,28 +228,13 @@ class Trainer:
             said += f", of images such as {', '.join(self.dataset.sources(rows[:5]))}"
         return FloatingPointError(f"{said}; the last checkpoint is kept")
 
-    def corrupted(self, batch: Batch) -> tuple[PathSample, Tensor]:
-        """The pictures of a step, corrupted, and their labels, some of them dropped."""
-        keys = [(self.config.seed, CORRUPTION, int(key)) for key in batch.keys]
-        sample, dropped = corrupted(batch.packed, keys, self.objective, self.config.label_dropout)
-        labels = torch.where(dropped, self.weights.master.null_label, batch.labels)
-        return sample.to(self.device), labels.to(self.device)
-
-    def update(self) -> None:
-        """Step, average, and hand the new weights to the model that computes."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.config, self.step)
-            optimizer.step()
-            optimizer.zero_grad()
-        # An average over at most a tenth of the steps so far: early weights do not linger.
-        self.weights.follow(min(self.config.ema_decay, (1 + self.step) / (10 + self.step)))
+    # What is due after it ----------------------------------------------------------------------
 
     def follow_up(self, loss: float, norm: float) -> None:
         """What is due after some steps: lines of the log, validation, a sheet of samples, a checkpoint."""
         config, step = self.config, self.step
         if step % config.log_every == 0:
-            self.log(self.measured(loss, norm))
+            self.log(self.measure(loss, norm))
         if step % config.validate_every == 0:
             self.log(self.validate())
         if step % config.save_every == 0 or step % (config.milestone_every or math.inf) == 0:
@@ -243,7 +243,7 @@ class Trainer:
             self.draw()
         self.saver.look()
 
-    def measured(self, loss: float, norm: float) -> dict[str, float]:
+    def measure(self, loss: float, norm: float) -> dict[str, float]:
         """What a line of the log says of the step, and of those since the last line."""
         self.world.add_up(self.by_time.sums)
         values = {"loss": loss, "gradient_norm": norm, "weight_norm": self.weights.norm()}
@@ -256,26 +256,26 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The averaged model's loss on held-out pictures with fixed times and noise, also by time.
+        """The EMA model's loss on held-out images with fixed times and noise, also by time.
 
-        Nothing if there are no such pictures. The processes share them.
+        Nothing if there are no such images. The processes share them.
         """
         losses = ByTime(self.device)
-        rank, ranks = self.world.rank, self.world.size
-        for sample, labels, counts in held_out(self.data, self.tokens_at_once, self.objective, rank, ranks):
+        for sample, condition, counts in self.held_out:
             sample = sample.to(self.device)
-            output = self.weights.average(sample.noisy, sample.t_B, labels.to(self.device))
+            loss = self.objective.loss(self.weights.ema, sample, condition.to(self.device))
             if counts:
-                losses.add(self.objective.progress(sample.t_B), self.objective.loss(output, sample))
+                losses.add(self.objective.progress(sample.t_B), loss.error_B)
         self.world.add_up(losses.sums)
         return losses.means("validation")
 
     def draw(self) -> None:
         """A sheet of samples at several sizes from fixed seeds."""
+        assert self.pipeline is not None
         try:
-            sheet = preview(self.weights.average, self.codec, self.card, f"step {self.step}")
+            sheet = preview(self.pipeline, f"step {self.step}")
         except torch.OutOfMemoryError:
-            if self.config.shard > 1:  # the others wait for this one
+            if self.config.fsdp_size > 1:  # the others wait for this one
                 raise
             warnings.warn(f"no sheet of samples at step {self.step}: not enough memory", stacklevel=2)
             return
@@ -297,11 +297,11 @@ class Trainer:
             return
         self.saver.finish()  # so that the host never holds two
         state = staged(state_of(self.weights.master, self.optimizers))
-        self.saver.save(self.step, state, self.weights.averaged(self.world))
+        self.saver.save(self.step, state, self.weights.gather_ema(self.world))
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """End the trackers in the end; after an error, give the checkpoint that is being written a minute."""
+        """Close the trackers in the end; after an error, give a checkpoint that is being written a minute."""
         try:
             yield
         except Exception:  # an interrupt does not wait
@@ -311,8 +311,23 @@ class Trainer:
             for tracker in self.trackers:
                 tracker.close()
 
+    # Before it ---------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matmuls."""
+        precision = self.config.precision
+        fast = precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(self.device))
+        return torch.bfloat16 if fast else torch.float32
+
+    @property
+    def tokens_at_once(self) -> int:
+        """About as many as this process computes in a part of a step."""
+        per_step = self.config.tokens_per_step or self.config.batch_size * float(self.dataset.lengths.mean())
+        return max(1, int(per_step / (self.world.size * self.config.grad_accum_steps)))
+
     def resume(self) -> None:
-        """Carry on from the newest checkpoint that can be read; damaged ones before it get another name.
+        """Resume from the newest checkpoint that can be read; damaged ones before it get another name.
 
         Raises UserError when there are checkpoints, but none of them can be read, and when the
         processes find different ones.
@@ -343,9 +358,9 @@ class Trainer:
         """Put a checkpoint into the weights and optimizers; what is wrong with it if it cannot be read."""
         try:
             require_whole_state(checkpoint / "state", self.world.rank, self.world.size)
-            averages = load_model(checkpoint / "ema")[0]
+            ema = load_model(checkpoint / "ema")[0]
             read_state(checkpoint / "state", self.weights.master, self.optimizers)
-            self.weights.restore(averages)
+            self.weights.restore(ema)
         except torch.OutOfMemoryError:
             raise  # no fault of the checkpoint
         except DAMAGE as error:
@@ -353,9 +368,9 @@ class Trainer:
         return None
 
 
-def sampler_of(dataset: TokenDataset, config: Training) -> Sampler:
+def build_sampler(dataset: TokenDataset, config: Training) -> Sampler:
     """Which images a step takes."""
     images, seed = dataset.images(config.crop_probability), derive_seed(config.seed, ORDER)
-    if config.tokens_a_step is not None:
-        return TokenBudget(images, config.tokens_a_step, seed)
+    if config.tokens_per_step is not None:
+        return TokenBudget(images, config.tokens_per_step, seed)
     return FixedCount(images, config.batch_size, seed)

@@ -1,52 +1,60 @@
-"""Held-out pictures with fixed times and noise."""
+"""The loss of a model on held-out images, with fixed times and noise."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from fitv2.conditioning import Condition
 from fitv2.data.dataset import TokenDataset, open_card
 from fitv2.data.storage import Store
-from fitv2.diffusion.ddpm import DDPM
-from fitv2.diffusion.flow import Flow, PathSample, noise
-from fitv2.runtime.rng import generator
+from fitv2.diffusion.noise import NoisySample, draw_noise
+from fitv2.diffusion.objective import Objective
+from fitv2.runtime.rng import VALIDATION, generator
 
-VALIDATION = 3  # first number of the keys of held-out pictures; those of a run's other keys are in `train`
-
-
-Held = tuple[PathSample, Tensor, bool]
+Held = tuple[NoisySample, Condition, bool]
 
 
-def held_out(
-    data: Path | str, tokens: int, objective: Flow | DDPM, rank: int = 0, ranks: int = 1
-) -> Iterator[Held]:
-    """A process's share of all held-out pictures as they are: samples, labels, and whether they count.
+class HeldOut:
+    """A process's share of all held-out images as they are, not mirrored; opened once.
 
-    Not mirrored. As many at a time as fill `tokens`, at least one; nothing if there are none. All
-    processes get as many batches: where one has no other left, it gets one that does not count. Each
-    picture has its own noise, the same every time. Their times are spread as the paper's, not as the
+    Each image has its own noise, the same every time. Times are spread as the paper's, not as the
     training's: runs that draw theirs otherwise are comparable.
     """
-    if not open_card(Store(data)).pictures.get("validation"):
-        return
-    dataset = TokenDataset(data, "validation")
-    rows = dataset.first_rows
-    rows = rows[dataset.by_length(rows)]
-    order = torch.randperm(len(rows), generator=generator(VALIDATION))
-    times = objective.quantiles((order + 0.5) / len(rows))
-    pieces = filled(dataset.lengths[rows].tolist(), tokens)
-    for number in range(rank, -(-len(pieces) // ranks) * ranks, ranks):
-        piece = pieces[number % len(pieces)]
-        chosen = rows[piece]
-        packed, labels = dataset.batch(chosen)
-        rngs = [generator(VALIDATION, int(r)) for r in chosen]
-        start_TC = noise(packed.lengths, dataset.token_channels, rngs)
-        yield objective.sample(packed, start_TC, times[piece]), labels, number < len(pieces)
+
+    def __init__(
+        self, data: Path | str, tokens: int, objective: Objective, rank: int = 0, ranks: int = 1
+    ) -> None:
+        self.objective, self.rank, self.ranks = objective, rank, ranks
+        there = open_card(Store(data)).pictures.get("validation")
+        self.dataset = TokenDataset(data, "validation") if there else None
+        if self.dataset:
+            rows = self.dataset.first_rows
+            self.rows = rows[self.dataset.by_length(rows)]
+            order = torch.randperm(len(rows), generator=generator(VALIDATION))
+            self.times = objective.quantiles((order + 0.5) / len(rows))
+            self.slices = fill(self.dataset.lengths[self.rows].tolist(), tokens)
+
+    def __iter__(self) -> Iterator[Held]:
+        """Samples, conditions, and whether they count; nothing if no images are held out.
+
+        All processes get as many batches: where one has no other left, it gets one that does not count.
+        """
+        if self.dataset is None:
+            return
+        count = len(self.slices)
+        for number in range(self.rank, -(-count // self.ranks) * self.ranks, self.ranks):
+            piece = self.slices[number % count]
+            rows = self.rows[piece]
+            packed, condition = self.dataset.batch(rows)
+            rngs = [generator(VALIDATION, int(row)) for row in rows]
+            noise_TC = draw_noise(packed.layout.lengths, self.dataset.token_channels, rngs)
+            sample = self.objective.add_noise(packed.x_TC, packed.layout, noise_TC, self.times[piece])
+            yield sample, condition, number < count
 
 
-def filled(lengths: Sequence[int], tokens: int) -> list[slice]:
+def fill(lengths: Sequence[int], tokens: int) -> list[slice]:
     """Neighbours that together have at most so many tokens, or one that alone has more."""
     starts, total = [0], 0
     for place, length in enumerate(lengths):

@@ -1,4 +1,4 @@
-"""The weights of a run: what changes, their average, and what computes; in one process or many."""
+"""The weights of a run: the float32 master, their EMA, and what computes; in one process or many."""
 
 import warnings
 from copy import deepcopy
@@ -19,41 +19,41 @@ from fitv2.runtime.distributed import World, local, part, whole
 class Weights:
     """A model in training, its parameters in float32 whatever it computes in.
 
-    In one process `model` is `master`, or a copy of it in bfloat16. Of several processes, every `shard`
-    hold the parameters, the average and the state of the optimizer once between them (FSDP2; 1: each
+    In one process `model` is `master`, or a copy of it in bfloat16. Of several processes, every `fsdp_size`
+    hold the parameters, the EMA and the state of the optimizer once between them (FSDP2; 1: each
     holds all, as in DDP), and gradients are added up in float32 while the backward pass goes on.
 
-    Raises UserError when the processes are no multiple of `shard`.
+    Raises UserError when the processes are no multiple of `fsdp_size`.
     """
 
     def __init__(
-        self, master: FiT, device: torch.device, dtype: torch.dtype, world: World, shard: int
+        self, master: FiT, device: torch.device, dtype: torch.dtype, world: World, fsdp_size: int
     ) -> None:
-        if world.size % shard:
+        if world.size % fsdp_size:
             raise UserError(
-                f"--shard {shard} needs a multiple of {shard} processes, and there are {world.size}"
+                f"`fsdp_size` {fsdp_size} needs a multiple of {fsdp_size} processes; there are {world.size}"
             )
         self.master = master
-        self.average = deepcopy(master).eval().requires_grad_(False)
+        self.ema = deepcopy(master).eval().requires_grad_(False)
         self.model = self.master
         self.sums_last = False
         if world.size > 1:
-            mesh = _mesh(device, world, shard)
+            mesh = _mesh(device, world, fsdp_size)
             # cast_forward_inputs: times and angles stay in float32.
             policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-            _shard(self.master, mesh, mp_policy=policy, reshard_after_forward=shard > 1)
-            # What no backward pass follows has to let go of whole weights, or it would keep old ones.
-            _shard(self.average, mesh, reshard_after_forward=True)
+            _divide(self.master, mesh, mp_policy=policy, reshard_after_forward=fsdp_size > 1)
+            # The EMA model never runs backward: FSDP must reshard after forward, or it keeps old weights.
+            _divide(self.ema, mesh, reshard_after_forward=True)
             # With whole weights everywhere, parts of a step need not be summed one by one.
-            self.sums_last = shard == 1
+            self.sums_last = fsdp_size == 1
         else:
             self.master.to(device)
-            self.average.to(device)
+            self.ema.to(device)
             if dtype != torch.float32:
                 # Not FiT.to: diffusers' warns of modules that there are none of.
                 self.model = nn.Module.to(deepcopy(self.master), dtype)
-        # Each parameter that is trained, as this process holds it: what changes, its average, what computes.
-        every = zip(*(held.parameters() for held in (self.master, self.average, self.model)), strict=True)
+        # Each parameter that is trained, as this process holds it: what changes, its EMA, what computes.
+        every = zip(*(held.parameters() for held in (self.master, self.ema, self.model)), strict=True)
         self.trained = [weights for weights in every if weights[0].requires_grad]
 
     def before_part(self, last: bool) -> None:
@@ -70,9 +70,9 @@ class Weights:
             gradient, computed.grad = computed.grad.float(), None
             weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
 
-    def clip(self, most: float) -> float:
-        """Scale the gradients down to a norm of at most this; their norm before."""
-        norm = nn.utils.clip_grad_norm_([weight for weight, *_ in self.trained], most)
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradients down to a norm of at most this; returns their norm before."""
+        norm = nn.utils.clip_grad_norm_([weight for weight, *_ in self.trained], max_norm)
         return float(whole(norm))
 
     @torch.no_grad()
@@ -81,52 +81,54 @@ class Weights:
         return float(whole(nn.utils.get_total_norm(list(self.master.parameters()))))
 
     @torch.no_grad()
-    def follow(self, decay: float) -> None:
-        """Move the average towards the new weights, and hand these to the model that computes."""
-        weights, averages, computing = ([local(w) for w in held] for held in zip(*self.trained, strict=True))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+    def update_ema(self, decay: float) -> None:
+        """Move the EMA towards the new weights, and copy these to the model that computes."""
+        weights, ema, computing = ([local(w) for w in held] for held in zip(*self.trained, strict=True))
+        torch._foreach_lerp_(ema, weights, 1 - decay)
         if self.model is not self.master:
             torch._foreach_copy_(computing, weights)
 
-    def averaged(self, world: World) -> FiT | None:
-        """A copy of the average in the memory of the host, in the first process; None in the others.
+    def gather_ema(self, world: World) -> FiT | None:
+        """A copy of the EMA model in the memory of the host, in the first process; None in the others.
 
         All processes have to ask.
         """
         copies = {}
-        for name, average in self.average.named_parameters():
-            everything = whole(average)
+        for name, weight in self.ema.named_parameters():
+            everything = whole(weight)
             if world.first:
                 copies[name] = everything.to("cpu", copy=True)
         if not world.first:
             return None
         with torch.device("meta"):
-            model = FiT(**asdict(self.average.architecture))
+            model = FiT(**asdict(self.ema.architecture))
         model.load_state_dict(copies, assign=True)
         return model
 
     @torch.no_grad()
-    def restore(self, average: FiT) -> None:
-        """Take over an average; the weights were read in place."""
-        for mine, whole_one in zip(self.average.parameters(), average.parameters(), strict=True):
-            local(mine).copy_(part(whole_one, mine))
+    def restore(self, ema: FiT) -> None:
+        """Take over an EMA; the weights were read in place."""
+        for mine, gathered in zip(self.ema.parameters(), ema.parameters(), strict=True):
+            local(mine).copy_(part(gathered, mine))
         if self.model is not self.master:
             for computing, weight in zip(self.model.parameters(), self.master.parameters(), strict=True):
                 computing.copy_(weight)
 
 
-def _mesh(device: torch.device, world: World, shard: int) -> DeviceMesh:
+def _mesh(device: torch.device, world: World, fsdp_size: int) -> DeviceMesh:
     """The processes as (copies of the model, processes that share one)."""
-    mesh = init_device_mesh(device.type, (world.size // shard, shard), mesh_dim_names=("copies", "shards"))
+    mesh = init_device_mesh(
+        device.type, (world.size // fsdp_size, fsdp_size), mesh_dim_names=("copies", "shards")
+    )
     for group in mesh.get_all_groups():
         _set_pg_timeout(world.patience, group)
-    if world.size == shard:
+    if world.size == fsdp_size:
         return mesh["shards"]
     mesh["copies", "shards"]._flatten("all")  # so that a sum over both is one
     return mesh
 
 
-def _shard(model: FiT, mesh: DeviceMesh, **options: Any) -> None:
+def _divide(model: FiT, mesh: DeviceMesh, **options: Any) -> None:
     """Block by block, so that one block at a time is whole."""
     for module in (*model.blocks, model):
         sharded = cast(FSDPModule, fully_shard(module, mesh=mesh, **options))

@@ -1,0 +1,43 @@
+"""Images on the way between noise and data, and the noise itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from fitv2.tokens import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class NoisySample:
+    """Images with noise in them. Everything is float32 whatever the model's dtype."""
+
+    x_TC: Tensor  # noisy tokens
+    layout: Layout
+    t_B: Tensor  # the time of each image
+    data_TC: Tensor
+    noise_TC: Tensor
+
+    def to(self, device: torch.device) -> NoisySample:
+        """The sample on another device."""
+        x_TC, t_B, data_TC, noise_TC = (
+            value.to(device) for value in (self.x_TC, self.t_B, self.data_TC, self.noise_TC)
+        )
+        return NoisySample(x_TC, self.layout.to(device), t_B, data_TC, noise_TC)
+
+
+class Loss(NamedTuple):
+    """The loss of each image."""
+
+    total_B: Tensor  # what is minimized
+    error_B: Tensor  # what is reported, comparable between settings of one objective
+
+
+def draw_noise(lengths: Sequence[int], channels: int, generators: Sequence[Generator]) -> Tensor:
+    """Standard normal tokens (T, channels), each image's from a CPU generator of its own."""
+    pairs = zip(lengths, generators, strict=True)
+    return torch.cat([torch.randn(n, channels, generator=rng) for n, rng in pairs])

@@ -1,0 +1,251 @@
+"""The one way to make images: from labels, sizes and seeds, as a diffusers pipeline.
+
+The command line, previews of a training, the demo and the tools call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from PIL import Image
+from torch import Generator, Tensor
+
+from fitv2.autoencoder import Autoencoder, KLAutoencoder, Pixels, load_autoencoder
+from fitv2.checkpoint import Card, find_model, load_model
+from fitv2.conditioning import Condition
+from fitv2.config import Guidance, Positions, Sampling
+from fitv2.errors import UserError, nearest
+from fitv2.model import FiT
+from fitv2.sampling.generate import Request, generate
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+class FiTPipeline(DiffusionPipeline):
+    """Images of any labels and sizes, all in one packed batch.
+
+    Components: `transformer`, a `FiT`, and `vae`, a diffusers `AutoencoderKL`, or None for a model on
+    pixels. `labels` names the classes, `max_tokens` is the longest image it was trained on, and
+    `guidance_scale` the strength that looks best.
+    """
+
+    _optional_components: ClassVar[list[str]] = ["vae"]
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(
+        self,
+        transformer: FiT,
+        vae: AutoencoderKL | None = None,
+        labels: Sequence[str] = (),
+        max_tokens: int = 256,
+        guidance_scale: float = 1.5,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae)
+        self.register_to_config(labels=list(labels), max_tokens=max_tokens, guidance_scale=guidance_scale)
+        self.card = Card(tuple(labels), "pixels" if vae is None else "vae", max_tokens, guidance_scale)
+
+    @classmethod
+    def of(cls, model: FiT, card: Card, autoencoder: Autoencoder | None = None) -> FiTPipeline:
+        """The pipeline of a model and its card; the autoencoder is loaded by the card's name."""
+        autoencoder = autoencoder or load_autoencoder(card.autoencoder, model.device)
+        vae = autoencoder.model if isinstance(autoencoder, KLAutoencoder) else None
+        return cls(model, vae, card.labels, card.max_tokens, card.guidance)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> FiTPipeline:
+        """A pipeline by the names the command line takes, or as diffusers saves it.
+
+        `name` is a shipped model (`clipart`), a run folder, a model folder, or a folder or hub name
+        with a `model_index.json`. Raises UserError for a name that is nothing of these.
+        """
+        if (Path(name) / "model_index.json").exists() or _is_hub_name(name):
+            return super().from_pretrained(str(name), **options)
+        model, card = load_model(find_model(name))
+        if dtype := options.pop("torch_dtype", None):
+            model = model.to(dtype)
+        if options:
+            raise UserError(f"{name} is opened without {', '.join(options)}")
+        return cls.of(model, card)
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """What decodes."""
+        return Pixels() if self.vae is None else KLAutoencoder(self.vae, "vae")
+
+    @property
+    def unit(self) -> int:
+        """Side of a token in pixels."""
+        return self.autoencoder.downsample * self.transformer.architecture.patch_size
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """The indices of labels given by their names. Raises UserError naming the nearest."""
+        names = [label] if isinstance(label, str) else label
+        return [self.card.label_index(name) for name in names]
+
+    def __call__(
+        self,
+        class_labels: str | int | Sequence[str | int | None] | None = None,
+        height: int | Sequence[int] | None = None,
+        width: int | Sequence[int] | None = None,
+        *,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        generator: Generator | Sequence[Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **options: Any,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Make images, one for each label and size; single values serve all.
+
+        Args:
+            class_labels: names or numbers of labels; None for an image of nothing in particular.
+            height, width: in pixels, exactly [default: the largest square trained on].
+            guidance_scale: of classifier-free guidance; 1 is none [default: the model's own].
+            num_inference_steps: steps of the solver [default: 25].
+            generator: one for each image, or one from which a seed for each is drawn.
+            output_type: "pil", "np" (N, H, W, 3 in [0, 1]) or "pt" (N, 3, H, W): a list where sizes differ.
+            return_dict: else a tuple.
+            options: as of `stream`.
+
+        Raises UserError for labels, sizes, a solver or settings that do not exist or do not fit.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise nearest("output_type", output_type, OUTPUT_TYPES)
+        sampling = replace(options.pop("sampling", Sampling()))
+        if num_inference_steps is not None:
+            sampling = replace(sampling, steps=num_inference_steps)
+        guidance = options.pop("guidance", Guidance(self.config.guidance_scale))
+        if guidance_scale is not None:
+            guidance = replace(guidance, guidance_scale=guidance_scale)
+        made = list(
+            self.stream(
+                class_labels, height, width, generator, guidance=guidance, sampling=sampling, **options
+            )
+        )
+        images = _convert(made, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def stream(
+        self,
+        class_labels: str | int | Sequence[str | int | None] | None = None,
+        height: int | Sequence[int] | None = None,
+        width: int | Sequence[int] | None = None,
+        generator: Generator | Sequence[Generator] | None = None,
+        *,
+        guidance: Guidance = Guidance(),  # noqa: B008  frozen
+        sampling: Sampling = Sampling(),  # noqa: B008
+        positions: Positions = Positions(),  # noqa: B008
+        tokens_per_pack: int | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> Iterator[Image.Image]:
+        """The same images one after another, as soon as each pack is done.
+
+        `positions` says how positions are scaled; `tokens_per_pack` how many tokens are computed together;
+        `progress` is called with the share done [default: a bar].
+        """
+        side = self.card.square[0] * self.unit
+        labels, heights, widths = _broadcast(
+            class_labels, side if height is None else height, side if width is None else width
+        )
+        rngs = _generators(generator, len(labels))
+        requests = [
+            Request(self._condition(label), (_pixels("height", h), _pixels("width", w)), rng)
+            for label, h, w, rng in zip(labels, heights, widths, rngs, strict=True)
+        ]
+        own = self.transformer.architecture.rope
+        rope = positions.apply(own, self.card.square[0], self.unit)
+        model = self.transformer if rope == own else self.transformer.with_rope(rope)
+        if guidance.guidance_scale is None:
+            guidance = replace(guidance, guidance_scale=self.card.guidance)
+        with _Progress(self, progress) as report:
+            pixels = generate(
+                model, self.autoencoder, requests, guidance, sampling, tokens_per_pack=tokens_per_pack,
+                progress=report,
+            )  # fmt: skip
+            for image in pixels:
+                yield to_image(image)
+
+    def _condition(self, label: str | int | None) -> Condition:
+        if label is None:
+            return Condition.of(label=torch.zeros(1, dtype=torch.int64)).null()
+        return Condition.of(label=torch.tensor([self.card.label_index(str(label))]))
+
+
+class _Progress:
+    """The function that is told the share done: that of the caller, or one that moves the pipeline's bar."""
+
+    def __init__(self, pipeline: FiTPipeline, progress: Callable[[float], None] | None) -> None:
+        self.pipeline, self.progress = pipeline, progress
+        self.bar: Any = None
+
+    def __enter__(self) -> Callable[[float], None]:
+        if self.progress:
+            return self.progress
+        self.bar = self.pipeline.progress_bar(total=100)
+        return lambda share: self.bar.update(round(100 * share) - self.bar.n)
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Pixels (3, H, W) in [−1, 1] as an image.
+
+    Rounded to the nearest of 256 levels: truncation would darken by half a level.
+    """
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())
+
+
+def _convert(images: list[Image.Image], output_type: str) -> Any:
+    if output_type == "pil":
+        return images
+    arrays = [np.asarray(image, dtype=np.float32) / 255 for image in images]
+    same = len({array.shape for array in arrays}) == 1
+    if output_type == "np":
+        return np.stack(arrays) if same else arrays
+    tensors = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
+    return torch.stack(tensors) if same else tensors
+
+
+def _broadcast(*values: Any) -> list[list[Any]]:
+    """Lists of one length; a single value, or a list of one, serves all. Raises UserError."""
+    lists = [list(v) if isinstance(v, list | tuple | range | np.ndarray | Tensor) else [v] for v in values]
+    count = max(map(len, lists))
+    if 0 in map(len, lists) or {len(one) for one in lists} - {1, count}:
+        lengths = ", ".join(str(len(one)) for one in lists)
+        raise UserError(
+            f"class_labels, height and width have {lengths} entries: give one of each, or as many"
+        )
+    return [one * count if len(one) == 1 else one for one in lists]
+
+
+def _pixels(name: str, value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value or value < 1:
+        raise UserError(f"{name} is {value}; it must be a whole number of pixels")
+    return int(value)
+
+
+def _generators(generator: Generator | Sequence[Generator] | None, count: int) -> list[Generator]:
+    """A generator for each image."""
+    if generator is not None and not isinstance(generator, Generator):
+        if len(generator) != count:
+            raise UserError(f"{len(generator)} generators for {count} images: give one, or one for each")
+        return list(generator)
+    device = "cpu" if generator is None else generator.device
+    seeds = torch.randint(1 << 62, (count,), generator=generator, device=device).tolist()
+    return [Generator().manual_seed(seed) for seed in seeds]
+
+
+def _is_hub_name(name: str | Path) -> bool:
+    """Whether `name` can only be one of the hub: ORGANIZATION/NAME, and no such folder is here."""
+    return isinstance(name, str) and name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
