@@ -24,7 +24,7 @@ import fitv2.encoding.encode
 from fitv2.config import Encoding
 from fitv2.encoding.encode import encode, processors
 from fitv2.encoding.kinds import open_source
-from fitv2.encoding.manifest import list_pictures
+from fitv2.encoding.manifest import list_images
 from fitv2.encoding.shard_encoder import Reader
 from fitv2.runtime.workers import read_ahead
 
@@ -66,11 +66,11 @@ def photographs(folder: Path, count: int) -> None:
 
 def reading_alone(source: Path, work: Path, encoding: Encoding, workers: int) -> float:
     """Pictures a second when nothing encodes them."""
-    listing = list_pictures(open_source(str(source)))
-    listing.save(work / "pictures.arrow", work)
+    manifest = list_images(open_source(str(source)))
+    manifest.save(work / "pictures.arrow", work)
     reader = Reader(work / "pictures.arrow", encoding, 16)
     started = time.perf_counter()
-    chunks = listing.chunks(range(len(listing.table)))
+    chunks = manifest.chunks(range(len(manifest.table)))
     count = sum(len(chunk) for chunk in read_ahead(reader.read, chunks, workers))
     return count / (time.perf_counter() - started)
 

@@ -1,4 +1,4 @@
-"""Small real pictures, datasets and models that tests share."""
+"""Small real images, datasets and models that tests share."""
 
 import io
 import multiprocessing
@@ -23,14 +23,14 @@ os.environ["FITV2_DEVICE"] = "cpu"  # tests marked gpu name theirs
 
 
 def picture(width, height, seed=0):
-    """A picture with some structure: two colours and a diagonal between them."""
+    """A image with some structure: two colours and a diagonal between them."""
     colours = np.random.default_rng(seed).integers(0, 256, (2, 3))
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.where((x * height > y * width)[..., None], *colours).astype(np.uint8))
 
 
 def encoded_picture(width=16, height=16, seed=0):
-    """Such a picture as the bytes of a PNG."""
+    """Such a image as the bytes of a PNG."""
     file = io.BytesIO()
     picture(width, height, seed).save(file, "PNG")
     return file.getvalue()
@@ -98,7 +98,7 @@ def together(size, work):
 
 
 def held_out_set(folder, tmp_path):
-    """The pictures of `folder` as both splits of a data set."""
+    """The images of `folder` as both splits of a data set."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -115,7 +115,7 @@ def held_out_set(folder, tmp_path):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """A folder of 12 pictures of several shapes under the labels blue and red."""
+    """A folder of 12 images of several shapes under the labels blue and red."""
     root = tmp_path_factory.mktemp("pictures")
     for i, (width, height) in enumerate([(64, 64), (48, 96), (96, 48), (32, 32), (200, 80), (16, 70)] * 2):
         path = root / ("red" if i % 2 else "blue") / f"{i}.png"
@@ -126,7 +126,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokens(folder, tmp_path_factory) -> Path:
-    """That folder, encoded in pixels, at most 16 tokens a picture."""
+    """That folder, encoded in pixels, at most 16 tokens a image."""
     out = tmp_path_factory.mktemp("tokens") / "set"
     encode(folder, out, Encoding(max_tokens=(16,)), workers=0)
     return out

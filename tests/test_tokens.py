@@ -32,7 +32,7 @@ def test_lengths_and_runs():
     layout = Layout.of(SIZES)
     assert (len(layout), layout.tokens) == (4, 38)
     assert layout.lengths == (1, 14, 14, 9)
-    assert layout.runs == ((1, 1), (2, 14), (1, 9))
+    assert layout.length_groups == ((1, 1), (2, 14), (1, 9))
     assert layout.cu_seqlens.tolist() == [0, 1, 15, 29, 38]
     assert layout.cu_seqlens.dtype == torch.int32
 

@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from fitv2.runtime.files import whole_file
+from fitv2.runtime.files import atomic_file
 from fitv2.training.run_folder import read_log
 
 Curve = list[tuple[int, float]]
@@ -49,7 +49,7 @@ def plot(curves: dict[str, Curve], out: Path) -> None:
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
-    with whole_file(out) as partial:
+    with atomic_file(out) as partial:
         figure.savefig(partial, dpi=120)
 
 

@@ -3,7 +3,7 @@
     python tools/ship_model.py runs/clipart clipart 2.5
 
 The number is the guidance that samples look best with. Writes src/fitv2/models/NAME/ and
-docs/models/NAME/ (run.json, log.jsonl, loss.png).
+docs/results/models/NAME/ (run.json, log.jsonl, loss.png).
 """
 
 import shutil
@@ -25,7 +25,7 @@ def main(run: Path, name: str, guidance: float) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     # float16 holds 11 bits of each weight, bfloat16 only 8; no weight comes near its range.
     save_model(torch.nn.Module.to(model, torch.float16), replace(card, guidance=guidance), folder)
-    record = Path(__file__).parents[1] / "docs" / "models" / name
+    record = Path(__file__).parents[1] / "docs" / "results" / "models" / name
     record.mkdir(parents=True, exist_ok=True)
     for file in RECORD:
         shutil.copyfile(run / file, record / file)

@@ -39,9 +39,11 @@ def _attend_by_length(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: Layou
     # derivative.
     plain = use_formulas() or (q_THK.device.type == "cpu" and q_THK.dtype == torch.bfloat16)
     attend = attend_formula if plain else scaled_dot_product_attention
-    tokens = [images * length for images, length in layout.runs]
+    tokens = [images * length for images, length in layout.length_groups]
     outputs = []
-    for run, *qkv in zip(layout.runs, *(x.split(tokens) for x in (q_THK, k_THK, v_THK)), strict=True):
+    for run, *qkv in zip(
+        layout.length_groups, *(x.split(tokens) for x in (q_THK, k_THK, v_THK)), strict=True
+    ):
         q, k, v = (x.unflatten(0, run).transpose(1, 2) for x in qkv)  # (images, H, length, K)
         outputs.append(attend(q, k, v).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)

@@ -78,7 +78,7 @@ def write_config(model: FiT, folder: Path) -> None:
 def load_model(name: str | Path) -> tuple[FiT, Card]:
     """A model in float32 and its card, from a model folder, a run folder or a shipped model's name.
 
-    Of a run folder it is the averaged model of the newest checkpoint. Raises UserError.
+    Of a run folder it is the EMA model of the newest checkpoint. Raises UserError.
     """
     folder = find_model(name)
     card = from_dict(Card, read_json(folder / CARD))

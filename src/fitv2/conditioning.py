@@ -50,7 +50,7 @@ class Condition:
         return len(self.present_B)
 
     def null(self) -> Condition:
-        """The same images with nothing said of them: the unconditional branch of guidance."""
+        """A condition that says nothing of these images: the unconditional branch of guidance."""
         return replace(self, present_B=torch.zeros_like(self.present_B))
 
     def drop(self, dropped_B: Tensor) -> Condition:

@@ -158,32 +158,32 @@ class Architecture(Network):
 
 @dataclass(frozen=True)
 class Encoding:
-    """How pictures become tokens. Every part of it decides what a dataset holds."""
+    """How images become tokens. Every part of it decides what a dataset holds."""
 
     autoencoder: str = "pixels"
     """"pixels", or a diffusers AutoencoderKL: a local folder or a hub name."""
     max_tokens: tuple[int, ...] = (64,)
-    """Larger pictures are shrunk to this many tokens (the paper: 256, and 1024 in post-training). Several,
-    such as 64 36 16: each picture is stored at all of them, and a model learns all."""
+    """Larger images are shrunk to this many tokens (the paper: 256, and 1024 in post-training). Several,
+    such as 64 36 16: each image is stored at all of them, and a model learns all."""
     preprocess: Literal["flexible", "mixed"] = "flexible"
-    """flexible: resized, as in FiT. mixed, as in FiTv2: a picture larger than the square of its tokens is
+    """flexible: resized, as in FiT. mixed, as in FiTv2: a image larger than the square of its tokens is
     also stored cropped to that square; training chooses by --crop-probability."""
     mirror: bool = True
-    """Also store every picture mirrored."""
+    """Also store every image mirrored."""
     patch_size: int | None = None
     """Side of a token in latent pixels [default: so that a token covers 16x16 pixels]."""
     latents: Literal["mean", "sample"] = "mean"
-    """Of the autoencoder's distribution; samples are the same each time."""
+    """Mean or sample of the autoencoder's distribution; samples are the same each time."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the autoencoder."""
+    """Dtype of the autoencoder."""
     batch_size: int = 8
-    """Pictures of one size that are encoded at once, before mirroring."""
+    """Images of one size that are encoded at once, before mirroring."""
     shard_size: int = 1024
-    """Pictures a shard, which is what an interrupted encode does again at most."""
+    """Images a shard, which is what an interrupted encode does again at most."""
     image_column: str | None = None
-    """Of Parquet files and datasets [default: the one that holds images]."""
+    """Column of images in Parquet files and datasets [default: the one that holds images]."""
     label_column: str | None = None
-    """Of Parquet files and datasets [default: the first of label, labels, class and their like]."""
+    """Column of labels in Parquet files and datasets [default: the first of label, labels, class, …]."""
 
     def __post_init__(self) -> None:
         """UserError for settings that cannot work."""

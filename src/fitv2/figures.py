@@ -1,4 +1,4 @@
-"""Pictures to look at: sheets of samples and curves."""
+"""Images to look at: sheets of samples and curves."""
 
 import warnings
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fitv2.runtime.files import whole_file
+from fitv2.runtime.files import atomic_file
 
 Captioned = tuple[str, Image.Image]
 
 
 def contact_sheet(rows: Sequence[Sequence[Captioned]], title: str = "", zoom: int = 1) -> Image.Image:
-    """Rows of captioned pictures on white, each row as high as its highest picture."""
+    """Rows of captioned images on white, each row as high as its highest image."""
     font, small, gap = ImageFont.load_default(20), ImageFont.load_default(13), 14
     widest = max(
         sum(max(im.width * zoom, int(small.getlength(text))) + gap for text, im in row) for row in rows
@@ -57,7 +57,7 @@ def loss_curve(lines: Sequence[dict[str, Any]], out: Path, title: str) -> None:
             "o-",
             color="#d95f0e",
             markersize=3,
-            label="held-out pictures, the averaged model",
+            label="held-out images, the EMA model",
         )
     axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -65,20 +65,20 @@ def loss_curve(lines: Sequence[dict[str, Any]], out: Path, title: str) -> None:
     axes.grid(alpha=0.3, which="both")
     if train or held_out:
         axes.legend()
-    with whole_file(out) as partial:
+    with atomic_file(out) as partial:
         figure.savefig(partial, dpi=120)
 
 
 def dataset_plots(
     tokens: np.ndarray, aspects: np.ndarray, labels: dict[str, int], out: Path, title: str
 ) -> None:
-    """Plot what a dataset holds: tokens a picture, aspect ratios (columns over rows), pictures a label."""
+    """Plot what a dataset holds: tokens a image, aspect ratios (columns over rows), images a label."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     lengths, shapes, counts = figure.subplots(1, 3)
     lengths.hist(tokens, bins=40, color="#08519c")
-    lengths.set(xlabel="tokens", ylabel="pictures, with their variants", title="length")
+    lengths.set(xlabel="tokens", ylabel="images, with their variants", title="length")
     # On a logarithmic axis 1:2 and 2:1 lie equally far from a square.
     widest = max(2.0, float(np.abs(np.log2(aspects)).max()) + 0.2)
     shapes.hist(aspects, bins=np.geomspace(2**-widest, 2**widest, 41), color="#08519c")
@@ -91,6 +91,6 @@ def dataset_plots(
     some = f"the {len(most)} commonest of {len(labels)} labels"
     counts.set(ylabel="pictures", title="labels" if len(most) == len(labels) else some)
     figure.suptitle(title)
-    with whole_file(out) as partial, warnings.catch_warnings():
+    with atomic_file(out) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # labels may be in any script
         figure.savefig(partial, dpi=100)

@@ -55,7 +55,7 @@ class _ScaledSum(torch.autograd.Function):
         ctx.save_for_backward(x_TD, scale_BD)
         ctx.layout, ctx.base_per_token = layout, len(base) == len(x_TD)
         out_TD = torch.empty_like(x_TD)
-        for out, start, x, scale in layout.by_run(out_TD, base, x_TD, scale_BD):
+        for out, start, x, scale in layout.by_length_group(out_TD, base, x_TD, scale_BD):
             torch.addcmul(start, x, scale, out=out)
         return out_TD
 
@@ -64,7 +64,7 @@ class _ScaledSum(torch.autograd.Function):
         x_TD, scale_BD = ctx.saved_tensors
         layout = ctx.layout
         x_grad, scale_grad = torch.empty_like(x_TD), torch.empty_like(scale_BD)
-        for out, grad, scale in layout.by_run(x_grad, grad_TD, scale_BD):
+        for out, grad, scale in layout.by_length_group(x_grad, grad_TD, scale_BD):
             torch.mul(grad, scale, out=out)
         # Image by image: a product of one image's size stays in the cache until it is summed.
         pieces = zip(grad_TD.split(layout.lengths), x_TD.split(layout.lengths), scale_grad, strict=True)

@@ -196,7 +196,7 @@ class FiT(ModelMixin, ConfigMixin):
         return cls(**asdict(replace(preset(name).model, **changes)))
 
     def with_rope(self, rope: Rope) -> "FiT":
-        """The same weights, not copied, with other positions: for sizes that were not trained on."""
+        """A model that shares these weights and has other positions: for sizes that were not trained on."""
         other = copy(self)
         other.architecture = replace(self.architecture, rope=rope)
         defaults = [name for name in self.config.get("_use_default_values", []) if name != "rope"]

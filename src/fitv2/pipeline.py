@@ -146,7 +146,7 @@ class FiTPipeline(DiffusionPipeline):
         tokens_per_pack: int | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> Iterator[Image.Image]:
-        """The same images one after another, as soon as each pack is done.
+        """Make images as `__call__` does, and give them one after another, as soon as each pack is done.
 
         `positions` says how positions are scaled; `tokens_per_pack` how many tokens are computed together;
         `progress` is called with the share done [default: a bar].
@@ -176,7 +176,12 @@ class FiTPipeline(DiffusionPipeline):
     def _condition(self, label: str | int | None) -> Condition:
         if label is None:
             return Condition.of(label=torch.zeros(1, dtype=torch.int64)).null()
-        return Condition.of(label=torch.tensor([self.card.label_index(str(label))]))
+        # A number is an index, also where labels are named by numbers.
+        index = self.card.label_index(label) if isinstance(label, str) else int(label)
+        count = self.transformer.architecture.num_classes
+        if not 0 <= index < count:
+            raise UserError(f"unknown label {index}: numbers go from 0 to {count - 1}")
+        return Condition.of(label=torch.tensor([index]))
 
 
 class _Progress:

@@ -120,12 +120,12 @@ PRESETS = {
         replace(_SMALL, learning_rate=5e-4, steps=100_000, decay_steps=20_000),
     ),
     "clipart": Preset(
-        "The shipped model: 5.6M parameters on pixels, an hour on two CPU cores; see docs/models/clipart.",
+        "The shipped model: 5.6M parameters on pixels, an hour on two CPU cores; see docs/results/models/clipart.",
         _on_pixels(depth=5, width=256, heads=4),
         replace(_SMALL, batch_size=48, steps=8_000, decay_steps=2_000),
     ),
     "fast": Preset(
-        "clipart in half the steps: what was found to learn it faster; see docs/fast.md.",
+        "clipart in half the steps: what was found to learn it faster; see docs/results/fast.md.",
         _on_pixels(depth=5, width=256, heads=4),
         replace(
             _SMALL, batch_size=48, steps=4_000, optimizer="muon", learning_rate=6e-3, warmup_steps=20,

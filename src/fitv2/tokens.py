@@ -82,7 +82,7 @@ class Layout:
         return sum(self.lengths)
 
     @cached_property
-    def runs(self) -> tuple[tuple[int, int], ...]:
+    def length_groups(self) -> tuple[tuple[int, int], ...]:
         """Neighbouring images of equal length, as (images, tokens of each)."""
         return tuple((len(list(same)), length) for length, same in groupby(self.lengths))
 
@@ -102,17 +102,17 @@ class Layout:
 
     def mean_per_image(self, value_T: Tensor) -> Tensor:
         """Average each image's tokens: (T, …) → (B, …)."""
-        return torch.cat([value.mean(1) for (value,) in self.by_run(value_T)])
+        return torch.cat([value.mean(1) for (value,) in self.by_length_group(value_T)])
 
     def sum_per_image(self, value_T: Tensor) -> Tensor:
         """Add up each image's tokens: (T, …) → (B, …)."""
-        return torch.cat([value.sum(1) for (value,) in self.by_run(value_T)])
+        return torch.cat([value.sum(1) for (value,) in self.by_length_group(value_T)])
 
-    def by_run(self, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def by_length_group(self, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Values per token or per image, cut into runs: (images, length or 1, …) each, as views."""
-        tokens, images = [n * length for n, length in self.runs], [n for n, _ in self.runs]
+        tokens, images = [n * length for n, length in self.length_groups], [n for n, _ in self.length_groups]
         pieces = [value.split(tokens if len(value) == self.tokens else images) for value in values]
-        for i, (count, length) in enumerate(self.runs):
+        for i, (count, length) in enumerate(self.length_groups):
             yield tuple(
                 piece[i].unflatten(0, (count, length if len(value) == self.tokens else 1))
                 for piece, value in zip(pieces, values, strict=True)

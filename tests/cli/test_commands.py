@@ -2,11 +2,20 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
+from conftest import randomized
+from fitv2.autoencoder import Pixels
+from fitv2.checkpoint import Card, save_model
 from fitv2.cli.commands import COMMANDS, main
+from fitv2.conditioning import Condition
+from fitv2.config import Guidance, Sampling
 from fitv2.model import FiT
+from fitv2.pipeline import FiTPipeline, to_image
 from fitv2.presets import PRESETS
+from fitv2.runtime.rng import generator
+from fitv2.sampling.generate import Request, generate
 
 
 def fitv2(capsys, *arguments):
@@ -104,6 +113,25 @@ def test_sizes_are_exact(tmp_path, capsys):
     options = ["--label", "flags", "--size", "33x50", "--steps", 1, "--out", tmp_path / "out"]
     assert fitv2(capsys, "sample", "clipart", *options)[0] == 0
     assert Image.open(tmp_path / "out" / "flags_33x50_0.png").size == (50, 33)
+
+
+def test_labels_that_are_numbers_are_not_mixed_up_with_their_places(tmp_path, capsys):
+    """Of the labels 1, 2, 3 the one called 2 is the second, whatever lies at place 2."""
+    shape = {"depth": 1, "width": 16, "heads": 2, "patch_size": 4, "in_channels": 3, "num_classes": 3}
+    save_model(randomized(FiT(**shape)), Card(("1", "2", "3"), "pixels", 16), tmp_path / "model")
+    options = ["--size", "8x8", "--steps", 2, "--out", tmp_path / "out"]
+    assert fitv2(capsys, "sample", tmp_path / "model", *options)[0] == 0
+    pipe = FiTPipeline.from_pretrained(tmp_path / "model")
+    made = {}
+    for index, name in enumerate(pipe.card.labels):
+        request = Request(Condition.of(label=torch.tensor([index])), (8, 8), generator(0))
+        (pixels,) = generate(pipe.transformer, Pixels(), [request], Guidance(1.5), Sampling(steps=2))
+        made[name] = to_image(pixels).tobytes()
+        assert Image.open(tmp_path / "out" / f"{name}_8x8_0.png").tobytes() == made[name]
+        for label in (index, name):
+            (image,) = pipe(label, 8, 8, generator=[generator(0)], num_inference_steps=2).images
+            assert image.tobytes() == made[name]
+    assert len(set(made.values())) == 3
 
 
 def test_a_former_name_of_an_option_is_taken_with_a_hint(capsys, tmp_path):

@@ -39,7 +39,7 @@ def test_demo_makes_what_it_says(tmp_path, capsys):
         (source / label).mkdir(parents=True)
         Image.effect_noise((64, 48), 80).save(source / label / "x.png")
     demo(tmp_path / "demo", source, 0.02, bar, bar)
-    pictures = sorted((tmp_path / "demo" / "pictures").iterdir())
+    pictures = sorted((tmp_path / "demo" / "images").iterdir())
     assert len(pictures) == 6 * len(LABELS)
     sizes = {Image.open(path).size for path in pictures}
     assert sizes == {(c * 16, r * 16) for r, c in (scale_grid(s, CARD) for s in (*TRAINED, *BEYOND))}

@@ -202,7 +202,7 @@ def latent(path, shape, number, seed=0, **changes):
 
 @pytest.fixture
 def latents(tmp_path):
-    """Three pictures: a small one, one resized alone, one resized and cropped."""
+    """Three images: a small one, one resized alone, one resized and cropped."""
     root = tmp_path / "latents"
     latent(root / "from_16_to_16" / "a.safetensors", (2, 3), 5, 1)
     latent(root / "greater_than_16_resize" / "b.safetensors", (2, 8), 6, 2)
@@ -275,8 +275,8 @@ def test_from_released_files_to_pictures_on_the_command_line(tmp_path, latents, 
     for name in ("model", "run"):
         assert run(["sample", place(name), "--label", "golden retriever", "--size", "32x64", "--steps", "2",
                     "--extrapolation", "yarn", "--guidance-interval", "0.2", "0.8",
-                    "--out", place(f"{name} pictures")]) == 0  # fmt: skip
-        assert (tmp_path / f"{name} pictures" / "golden-retriever_32x64_0.png").exists()
+                    "--out", place(f"{name} images")]) == 0  # fmt: skip
+        assert (tmp_path / f"{name} images" / "golden-retriever_32x64_0.png").exists()
     assert run(["convert", place("run"), place("back.safetensors"), "--to-released"]) == 0
     assert load_file(tmp_path / "back.safetensors").keys() == read_checkpoint(source).keys()
     with pytest.raises(UserError, match="add --to-released"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fitv2.config import Encoding
-from fitv2.data.dataset import Steps, TokenDataset, batches, require_whole
+from fitv2.data.dataset import Steps, TokenDataset, batches, verify_files
 from fitv2.data.packing import FixedCount, TokenBudget
 from fitv2.encoding.encode import encode
 from fitv2.errors import UserError
@@ -46,7 +46,7 @@ def damaged(tokens, tmp_path, damage):
 def test_what_is_no_dataset_is_named(tokens, tmp_path):
     with pytest.raises(UserError, match=r"dataset\.json is missing: a dataset is made by fitv2 encode"):
         TokenDataset(tmp_path)
-    with pytest.raises(UserError, match="no validation pictures"):
+    with pytest.raises(UserError, match="no validation images"):
         TokenDataset(tokens, "validation")
 
 
@@ -79,9 +79,9 @@ def test_a_changed_byte_is_found_by_reading_all(tokens, tmp_path):
     dataset = TokenDataset(copy)
     seen = []
     with pytest.raises(UserError, match=r"train-00000\.arrow is damaged: its bytes are not those"):
-        require_whole(dataset.store, dataset.card, lambda files, total: (seen.append(total), files)[1])
+        verify_files(dataset.store, dataset.card, lambda files, total: (seen.append(total), files)[1])
     assert seen == [2]
-    require_whole(TokenDataset(tokens).store, TokenDataset(tokens).card)
+    verify_files(TokenDataset(tokens).store, TokenDataset(tokens).card)
 
 
 @pytest.mark.parametrize("change", [('"patch_size": 16', '"patch_size": 8'), ('"blue",', '"green",')])
@@ -91,7 +91,7 @@ def test_a_card_that_says_other_things_than_its_shards_is_found(tokens, tmp_path
 
     dataset = TokenDataset(damaged(tokens, tmp_path, edit))
     with pytest.raises(UserError, match=r"dataset\.json is damaged: it says other things than train-00000"):
-        require_whole(dataset.store, dataset.card)
+        verify_files(dataset.store, dataset.card)
 
 
 def test_a_changed_byte_of_the_index_is_found_at_once(tokens, tmp_path):

@@ -17,7 +17,7 @@ def tokens(size, seed=0):
 
 @pytest.fixture
 def written(tmp_path):
-    """One shard of two pictures, the first with two variants."""
+    """One shard of two images, the first with two variants."""
     rows = ShardRows()
     for i, (size, variant) in enumerate(zip(SIZES, [0, 1, 0], strict=True)):
         rows.add(tokens(size, i), i % 2, f"{i}.png", variant, crop=i == 1)

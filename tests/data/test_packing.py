@@ -9,7 +9,7 @@ from fitv2.errors import UserError
 
 
 def images(pictures=4_000, variants=2, seed=0, low=60, high=256):
-    """Lengths of ImageNet-like pictures: most near the limit, some far below."""
+    """Lengths of ImageNet-like images: most near the limit, some far below."""
     rng = np.random.default_rng([seed, 1, 2, 3])  # numpy pads with zeros: (0,) and (0, 0) are one seed
     common = rng.choice([234, 224, 240, 256], pictures)
     lengths = np.where(rng.random(pictures) < 0.8, common, rng.integers(low, high + 1, pictures))

@@ -74,7 +74,7 @@ def test_broken_pictures_are_listed_and_the_rest_goes_on(folder, tmp_path):
     (source / "a" / "good.png").write_bytes(whole)
     (source / "a" / "cut.png").write_bytes(whole[:60])
     (source / "a" / "empty.png").write_bytes(b"")
-    (source / "a" / "text.jpg").write_text("not a picture")
+    (source / "a" / "text.jpg").write_text("not a image")
     (source / "a" / "notes.txt").write_text("not meant as one")
     report = encode(source, tmp_path / "set", workers=0)
     listed = [json.loads(line) for line in (tmp_path / "set" / "skipped.jsonl").read_text().splitlines()]
@@ -105,12 +105,12 @@ def test_parquet_that_is_none_or_has_other_columns_is_named(tmp_path):
 def test_nothing_to_encode_leaves_nothing(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         encode(source, tmp_path / "set", workers=0)
     with pytest.raises(UserError, match="none does not exist"):
         encode(source / "none", tmp_path / "set", workers=0)
     (source / "bad.png").write_text("x")
-    with pytest.raises(UserError, match="none of the 1 pictures"):
+    with pytest.raises(UserError, match="none of the 1 images"):
         encode(source, tmp_path / "set", workers=0)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -187,7 +187,7 @@ SMALL = Encoding(max_tokens=(16, 4), preprocess="mixed", batch_size=3, shard_siz
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """50 pictures in two splits, and three that cannot be used."""
+    """50 images in two splits, and three that cannot be used."""
     root = tmp_path_factory.mktemp("many")
     for i in range(50):
         path = root / ("val" if i % 5 == 0 else "train") / f"label {i % 3}" / f"{i}.png"
@@ -281,7 +281,7 @@ def children_of_nobody(out):
     return left
 
 
-@pytest.mark.parametrize("moment", ["list_once", "load_listing", "pieces_of", "work", "conclude"])
+@pytest.mark.parametrize("moment", ["list_once", "load_manifest", "pieces_of", "work", "conclude"])
 def test_one_process_may_finish_while_another_begins(many, whole, tmp_path, monkeypatch, moment):
     """All shards are done but the card is not; one process makes it whole, and clears up under the other."""
     out = tmp_path / "set"
@@ -311,10 +311,10 @@ def test_a_process_that_waits_does_not_wait_for_ever(tmp_path, monkeypatch):
     (work / "plan.json").write_text("{}")
 
     def found_nothing(stage, seconds, _):
-        if (seconds, stage) == (1, "wait for process 1 to list the pictures"):
+        if (seconds, stage) == (1, "wait for process 1 to list the images"):
             shutil.rmtree(tmp_path / "set")
 
-    with pytest.raises(UserError, match="process 1 found no pictures: see what it says"):
+    with pytest.raises(UserError, match="process 1 found no images: see what it says"):
         list_once(tmp_path / "set", None, {}, False, found_nothing)
     monkeypatch.setattr("fitv2.encoding.encode.PATIENCE", 0.6)
     with pytest.raises(UserError, match=r"process 1 has not begun in .*set for 1 seconds: all need the same"):
@@ -360,7 +360,7 @@ def test_the_threads_of_the_autoencoder_compute_with_one_thread_each(many, tmp_p
 
 
 def test_every_source_gives_the_same_tokens(many, tmp_path):
-    """Folders, tars, Parquet, `datasets` folders, here or in a remote store: the tokens are the pictures'."""
+    """Folders, tars, Parquet, `datasets` folders, here or in a remote store: the tokens are the images'."""
     files = sorted((many / "train").rglob("[0-9]*.png"), key=lambda path: int(path.stem))
     labels = [path.parent.name for path in files]
     tars = tmp_path / "tars" / "train-0.tar"

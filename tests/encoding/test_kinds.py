@@ -31,7 +31,7 @@ def test_a_pattern_and_a_single_file(holding):
         (["a.tar", "b.parquet"], "holds parquet and tars: say which, such as '.*/[*][*]/[*].parquet'"),
         (["a.tar", "a/1.png"], "holds tars and images"),
         (["a.tar.gz"], "decompress them to .tar"),
-        ([".hidden/1.png"], "has no pictures"),
+        ([".hidden/1.png"], "has no images"),
     ],
 )
 def test_what_cannot_be_read_is_said(holding, names, said):

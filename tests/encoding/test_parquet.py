@@ -23,7 +23,7 @@ PICTURES = [encoded_picture(16 + 16 * i, 16, i) for i in range(7)]
 
 
 def classes():
-    """Seven pictures of three classes, as `datasets` has them."""
+    """Seven images of three classes, as `datasets` has them."""
     features = Features({"image": Image(), "label": ClassLabel(names=["x", "y", "z"])})
     rows = {"image": [{"bytes": png, "path": None} for png in PICTURES], "label": [i % 3 for i in range(7)]}
     return Dataset.from_dict(rows, features)

@@ -8,14 +8,14 @@ import torch
 from fitv2.config import Encoding
 from fitv2.data.format import About
 from fitv2.encoding.kinds import open_source
-from fitv2.encoding.manifest import list_pictures
+from fitv2.encoding.manifest import list_images
 from fitv2.encoding.shard_encoder import Fitted, Reader, ShardEncoder
-from fitv2.encoding.sources import WHOLE, Picture
+from fitv2.encoding.sources import WHOLE, ImageRef
 from fitv2.runtime.workers import read_ahead
 
 
 class Recorder:
-    """An autoencoder of one latent pixel for 8 of the picture, that notes its batches."""
+    """An autoencoder of one latent pixel for 8 of the image, that notes its batches."""
 
     name, channels, downsample, scale, shift = "recorder", 1, 8, 1.0, 0.0
 
@@ -32,7 +32,7 @@ ABOUT = About(("a", "b"), "recorder", 1.0, 0.0, 2, 1, 64)
 
 
 def fitted(row, sizes, crops=(), reason=None):
-    picture = Picture("train", "ab"[row % 2], f"{row}.png", b"", WHOLE)
+    picture = ImageRef("train", "ab"[row % 2], f"{row}.png", b"", WHOLE)
     rng = np.random.default_rng(row)
     views = [rng.integers(0, 256, (*size, 3)).astype(np.uint8) for size in (*sizes, *crops)]
     marked = [(view, i >= len(sizes)) for i, view in enumerate(views)]
@@ -130,8 +130,8 @@ def test_an_error_of_the_autoencoder_is_not_lost():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pictures_are_read_in_order_at_all_their_sizes(folder, tmp_path, workers):
-    listing = list_pictures(open_source(str(folder)))
-    listing.save(tmp_path / "list.arrow", tmp_path)
+    manifest = list_images(open_source(str(folder)))
+    manifest.save(tmp_path / "list.arrow", tmp_path)
     reader = Reader(tmp_path / "list.arrow", Encoding(max_tokens=(16, 4)), 16)
     chunks = list(read_ahead(reader.read, [range(2, 9), range(10, 12)], workers))
     assert [[fitted.row for fitted in chunk] for chunk in chunks] == [list(range(2, 9)), [10, 11]]

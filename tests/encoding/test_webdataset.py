@@ -61,7 +61,7 @@ def test_folders_are_labels_where_nothing_else_is_said(listed):
 
 @pytest.fixture
 def whole(tmp_path):
-    """An archive of five pictures, its content, and where they lie."""
+    """An archive of five images, its content, and where they lie."""
     path = archive(tmp_path / "whole" / "a.tar", {f"{i}.png": encoded_picture(64, 64, i) for i in range(5)})
     return path.read_bytes(), [p.at for p in in_tars(open_source(str(path)))]
 
@@ -69,7 +69,7 @@ def whole(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "left"),
     [
-        (lambda content, at: content[: at[3] + 10], 4),  # inside a picture
+        (lambda content, at: content[: at[3] + 10], 4),  # inside a image
         (lambda content, at: content[: at[3] - 100], 3),  # inside a header
         (lambda content, at: content[: at[3] - 512], 3),  # where a header should begin
         (lambda content, at: content[: at[3] - 500] + b"?" + content[at[3] - 499 :], 3),  # a changed header

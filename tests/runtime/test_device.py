@@ -1,6 +1,6 @@
 import torch
 
-from fitv2.runtime.device import default_device, multiplies_bfloat16, single_threaded
+from fitv2.runtime.device import default_device, has_bfloat16_matmuls, single_threaded
 
 
 def test_default_device_can_compute():
@@ -16,12 +16,12 @@ def test_threads_are_as_many_as_before():
 
 
 def test_a_processor_says_whether_it_has_bfloat16(monkeypatch):
-    assert multiplies_bfloat16(torch.device("cuda"))
+    assert has_bfloat16_matmuls(torch.device("cuda"))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     for amx, avx in ((True, False), (False, True), (False, False)):
         monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda amx=amx: amx)
         monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda avx=avx: avx)
-        assert multiplies_bfloat16(torch.device("cpu")) == (amx or avx)
+        assert has_bfloat16_matmuls(torch.device("cpu")) == (amx or avx)
 
 
 def test_a_named_accelerator_gets_the_number_of_its_process(monkeypatch):

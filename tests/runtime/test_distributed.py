@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from fitv2.errors import UserError
-from fitv2.runtime.distributed import World, fresh, joined, ranks
+from fitv2.runtime.distributed import World, fresh, join, ranks
 
 
 def test_ranks_are_those_of_torchrun(monkeypatch):
@@ -22,7 +22,7 @@ def test_ranks_are_those_of_torchrun(monkeypatch):
 
 
 def test_a_world_of_one_needs_nobody():
-    with joined() as world:
+    with join() as world:
         assert (world, world.first) == (World(0, 1), True)
         value = torch.ones(2)
         world.add_up([value])
@@ -36,7 +36,7 @@ def test_ranks_that_torchrun_did_not_give_cannot_train_together(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match="only under torchrun"), joined():
+    with pytest.raises(UserError, match="only under torchrun"), join():
         pass
 
 

@@ -3,21 +3,21 @@ from types import SimpleNamespace
 import pytest
 
 from fitv2.errors import UserError
-from fitv2.runtime.files import sha256, unused, whole_file, whole_folder, write_json
+from fitv2.runtime.files import atomic_file, atomic_folder, sha256, unused, write_json
 
 
 def test_folder_appears_whole(tmp_path):
-    with whole_folder(tmp_path / "a" / "out") as partial:
+    with atomic_folder(tmp_path / "a" / "out") as partial:
         (partial / "x").write_text("1")
         assert not (tmp_path / "a" / "out").exists()
     assert (tmp_path / "a" / "out" / "x").read_text() == "1"
 
 
 def test_failure_leaves_nothing_behind(tmp_path):
-    with pytest.raises(OSError, match="full"), whole_folder(tmp_path / "out") as partial:
+    with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "out") as partial:
         (partial / "x").write_text("1")
         raise OSError("disk is full")
-    with pytest.raises(OSError, match="full"), whole_file(tmp_path / "file") as partial:
+    with pytest.raises(OSError, match="full"), atomic_file(tmp_path / "file") as partial:
         partial.write_text("1")
         raise OSError("disk is full")
     assert not list(tmp_path.iterdir())
@@ -27,13 +27,13 @@ def test_failure_leaves_nothing_behind(tmp_path):
 def test_any_error_on_a_full_disk_says_so(tmp_path, monkeypatch, free):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     expected = (OSError, "No space left") if free == 0 else (RuntimeError, "unexpected pos")
-    with pytest.raises(expected[0], match=expected[1]), whole_folder(tmp_path / "out"):
+    with pytest.raises(expected[0], match=expected[1]), atomic_folder(tmp_path / "out"):
         raise RuntimeError("unexpected pos 1097344 vs 1097232")
 
 
 def test_what_is_there_is_never_overwritten_by_a_folder(tmp_path):
     (tmp_path / "mine").write_text("precious")
-    with pytest.raises(UserError, match="not empty"), whole_folder(tmp_path):
+    with pytest.raises(UserError, match="not empty"), atomic_folder(tmp_path):
         pass
     assert (tmp_path / "mine").read_text() == "precious"
 

@@ -38,7 +38,9 @@ def ended(number):
 
 
 def test_a_process_that_was_ended_is_one_line():
-    with pytest.raises(UserError, match=r"^a reading process was ended from outside.*goes on"):
+    with pytest.raises(
+        UserError, match=r"^a reading process was ended from outside.*run the same command again to"
+    ):
         list(read_ahead(ended, range(3), 1))
 
 

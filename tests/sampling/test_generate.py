@@ -47,7 +47,7 @@ def tensors(model, wanted, solver=None, steps=4, guidance=1.5, **options):
 
 
 def pictures(model, wanted, *arguments, **options):
-    """The same as pictures of 256 levels, by what was wanted."""
+    """The same as images of 256 levels, by what was wanted."""
     made = tensors(model, wanted, *arguments, **options)
     return {one: np.array(to_image(pixels)) for one, pixels in zip(wanted, made, strict=True)}
 
@@ -77,7 +77,7 @@ def test_pictures_have_the_size_asked_for_and_differ(pixel_model):
 
 
 def test_any_size_is_the_middle_of_the_next_larger_grid(pixel_model):
-    """Exactly so many pixels, as many cut on either side, of the picture that the whole grid would be."""
+    """Exactly so many pixels, as many cut on either side, of the image that the whole grid would be."""
     sampling, guidance = Sampling(steps=4), Guidance(1.5)
     sizes = [(8, 12), (7, 11), (5, 9), (6, 10)]
     requests = [request(0, pixels, 3) for pixels in sizes]

@@ -11,11 +11,11 @@ from fitv2.model import FiT
 from fitv2.runtime.distributed import World
 from fitv2.training.checkpointing import (
     Saver,
-    in_background,
     read_state,
-    require_whole_state,
-    staged,
+    run_in_background,
+    stage,
     state_of,
+    verify_state,
     write_state,
 )
 
@@ -126,7 +126,7 @@ def test_what_a_kill_left_is_removed(tmp_path):
 
 def test_work_in_the_background_gives_its_error():
     with pytest.raises(ZeroDivisionError):
-        in_background(lambda: 1 // 0).result(10)
+        run_in_background(lambda: 1 // 0).result(10)
 
 
 SHAPE = {"depth": 1, "width": 16, "heads": 2, "patch_size": 1, "in_channels": 4, "num_classes": 3}
@@ -150,7 +150,7 @@ def trained(seed, steps=2, width=16):
 @pytest.fixture
 def folder(tmp_path):
     model, optimizers = trained(0)
-    write_state(staged(state_of(model, optimizers)), tmp_path)
+    write_state(stage(state_of(model, optimizers)), tmp_path)
     return tmp_path
 
 
@@ -183,7 +183,7 @@ def test_optimizers_that_made_no_step_yet_are_read_too(folder):
 
 def test_a_staged_state_does_not_change_with_training():
     model, optimizers = trained(0)
-    copy = staged(state_of(model, optimizers))
+    copy = stage(state_of(model, optimizers))
     with torch.no_grad():
         model.patch_embed.weight.zero_()
     optimizers[0].state[model.patch_embed.weight]["exp_avg"].zero_()
@@ -209,10 +209,10 @@ def test_a_damaged_state_is_refused(folder, damage):
     else:
         (folder / "state.json").unlink()
     with pytest.raises(UserError, match=r"is missing or damaged|state\.json"):
-        require_whole_state(folder)
+        verify_state(folder)
     for rank in range(2):  # of two processes one finds it
         try:
-            require_whole_state(folder, rank, 2)
+            verify_state(folder, rank, 2)
         except UserError:
             break
     else:
@@ -231,7 +231,7 @@ def test_a_state_read_in_part_leaves_nothing_behind(folder, tmp_path_factory):
     """Optimizers forget what a checkpoint gave them that then could not be read."""
     before = tmp_path_factory.mktemp("before")
     model, optimizers = trained(3, steps=0)
-    write_state(staged(state_of(model, optimizers)), before)
+    write_state(stage(state_of(model, optimizers)), before)
     (path,) = folder.glob("*.safetensors")
     shutil.copy(next(before.glob("*.safetensors")), path)
     read_state(before, model, optimizers)

@@ -3,14 +3,14 @@ import torch
 
 from fitv2.config import Training
 from fitv2.model import FiT
-from fitv2.training.muon import Muon, orthogonal
+from fitv2.training.muon import Muon, orthogonalize
 from fitv2.training.optim import build_optimizers
 
 
 def test_singular_values_come_near_to_one_and_directions_stay():
     matrix = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
     for given in (matrix, matrix.mT):
-        made = orthogonal(given)
+        made = orthogonalize(given)
         assert torch.linalg.svdvals(made).sub(1).abs().max() < 0.35
         u, _, vh = torch.linalg.svd(given, full_matrices=False)
         inside = u.mT @ made @ vh.mT  # diagonal, if the directions are the same
@@ -18,7 +18,7 @@ def test_singular_values_come_near_to_one_and_directions_stay():
 
 
 def test_a_step_equals_that_of_torch_in_its_precision(monkeypatch):
-    monkeypatch.setattr("fitv2.training.muon.multiplies_bfloat16", lambda _: True)
+    monkeypatch.setattr("fitv2.training.muon.has_bfloat16_matmuls", lambda _: True)
     rng = torch.Generator().manual_seed(0)
     start = torch.randn(24, 40, generator=rng)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))

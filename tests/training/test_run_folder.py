@@ -9,7 +9,7 @@ from fitv2.data.format import About, DatasetCard
 from fitv2.errors import UserError
 from fitv2.presets import Architecture, Training, preset
 from fitv2.runtime.serialization import from_dict, read_json
-from fitv2.training.run_folder import code_state, cut_log, note_start, read_log, settle
+from fitv2.training.run_folder import cut_log, describe_code, note_start, read_log, settle
 
 DEBUG = preset("debug")
 ABOUT = About(("a", "b"), "pixels", 1.0, 0.0, 16, 3, 64, {"shard_size": 9})
@@ -97,7 +97,7 @@ def test_the_state_of_the_code_is_that_of_its_repository(tmp_path, monkeypatch):
     module.parent.mkdir()
     module.write_text("x")
     monkeypatch.setattr(fitv2.training.run_folder, "__file__", str(module))
-    assert code_state() is None
+    assert describe_code() is None
 
     def git(*command):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
@@ -105,7 +105,7 @@ def test_the_state_of_the_code_is_that_of_its_repository(tmp_path, monkeypatch):
 
     for command in (["init"], ["add", "."], ["commit", "-m", "one"]):
         git(*command)
-    commit = code_state()
+    commit = describe_code()
     assert len(commit) == 40
     module.write_text("y")
-    assert code_state() == f"{commit} with changes"
+    assert describe_code() == f"{commit} with changes"

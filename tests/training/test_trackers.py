@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from fitv2.errors import UserError
-from fitv2.training.trackers import trackers
+from fitv2.training.trackers import build_trackers
 
 
 def events(run):
@@ -17,7 +17,7 @@ def events(run):
 
 
 def test_a_line_for_each_call_and_curves_for_tensorboard(tmp_path):
-    made = trackers(["tensorboard"], tmp_path, 0, {})
+    made = build_trackers(["tensorboard"], tmp_path, 0, {})
     for step in (1, 2):
         for tracker in made:
             tracker.scalars(step, {"loss": 1 / step, "speed/images_per_second": 3.0})
@@ -33,7 +33,7 @@ def test_a_line_for_each_call_and_curves_for_tensorboard(tmp_path):
 
 def test_what_was_logged_after_the_checkpoint_is_hidden(tmp_path):
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        (_, board) = trackers(["tensorboard"], tmp_path, start, {})
+        (_, board) = build_trackers(["tensorboard"], tmp_path, start, {})
         for step in steps:
             board.scalars(step, {"loss": 10.0 * start + step})
         board.close()
@@ -53,7 +53,7 @@ def test_hosted_trackers_get_one_run_for_a_folder(tmp_path, monkeypatch, name):
     )
     monkeypatch.setitem(sys.modules, name, service)
     for _ in range(2):
-        _, tracker = trackers([name], tmp_path / "mine", 0, {"model": {"depth": 2}})
+        _, tracker = build_trackers([name], tmp_path / "mine", 0, {"model": {"depth": 2}})
         tracker.scalars(3, {"loss": 0.5})
         tracker.image(3, "samples", Image.new("RGB", (8, 4)))
         tracker.close()
@@ -73,7 +73,7 @@ def test_a_service_that_fails_is_left_alone(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: None, log=fail, finish=fail))
-    _, service = trackers(["wandb"], tmp_path, 0, {})
+    _, service = build_trackers(["wandb"], tmp_path, 0, {})
     with pytest.warns(UserWarning, match="wandb gets nothing more: no network"):
         service.scalars(1, {"loss": 1.0})
     service.scalars(2, {"loss": 1.0})
@@ -81,10 +81,10 @@ def test_a_service_that_fails_is_left_alone(tmp_path, monkeypatch):
     assert len(calls) == 1
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail))
     with pytest.raises(UserError, match="`track` wandb cannot begin: no network"):
-        trackers(["wandb"], tmp_path, 0, {})
+        build_trackers(["wandb"], tmp_path, 0, {})
 
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(UserError, match="`track` trackio needs it: pip install trackio"):
-        trackers(["trackio"], tmp_path, 0, {})
+        build_trackers(["trackio"], tmp_path, 0, {})

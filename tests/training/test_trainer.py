@@ -77,7 +77,7 @@ def test_a_stop_signal_saves_and_leaves(tokens, tmp_path):
 
 
 def test_it_learns(tokens, tmp_path):
-    """Four pictures, many steps: the loss of the same batch must fall far below where it began."""
+    """Four images, many steps: the loss of the same batch must fall far below where it began."""
     losses = []
     train(
         settings(steps=150, warmup_steps=5, learning_rate=3e-3, save_every=1000, sample_every=1000),
@@ -393,7 +393,7 @@ def to_released_name(name):
 
 
 def test_batch_does_not_depend_on_its_size(tokens, tmp_path):
-    """What a picture meets (time, noise, dropped label) follows from its position alone."""
+    """What a image meets (time, noise, dropped label) follows from its position alone."""
     trainer = Trainer(settings(steps=1), TokenDataset(tokens), tokens, tmp_path / "run", None)
     eights, fours = (
         Steps(trainer.dataset, FixedCount(trainer.dataset.images(), count, seed=0)) for count in (8, 4)
@@ -594,7 +594,7 @@ def newest_step(run):
 
 @pytest.mark.parametrize("has_it", [True, False])
 def test_precision_is_chosen_by_what_the_processor_has(tokens, tmp_path, monkeypatch, has_it):
-    monkeypatch.setattr("fitv2.training.trainer.multiplies_bfloat16", lambda _: has_it)
+    monkeypatch.setattr("fitv2.training.trainer.has_bfloat16_matmuls", lambda _: has_it)
     for precision, bfloat16 in (("auto", has_it), ("bfloat16", True), ("float32", False)):
         chosen = settings(steps=1, precision=precision)
         trainer = Trainer(chosen, TokenDataset(tokens), tokens, tmp_path / precision, None)

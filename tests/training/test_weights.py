@@ -7,7 +7,7 @@ from conftest import randomized, together
 from fitv2.conditioning import Condition
 from fitv2.errors import UserError
 from fitv2.model import FiT
-from fitv2.runtime.distributed import World, joined, local, whole
+from fitv2.runtime.distributed import World, gather, join, local
 from fitv2.tokens import Layout
 from fitv2.training.weights import Weights
 
@@ -86,14 +86,14 @@ def test_gradients_of_several_processes_are_summed_in_float32(size, fsdp_size, d
     sum(loss_of(expected, rank) for rank in range(size)).backward()
 
     def work(_):
-        with joined() as world:
+        with join() as world:
             weights = Weights(fresh(), CPU, dtype, world, fsdp_size)
             loss_of(weights.model, world.rank).backward()
             weights.collect()
             tolerance = 1e-5 if dtype == torch.float32 else 0.05
             for mine, theirs in zip(weights.master.parameters(), expected.parameters(), strict=True):
                 assert mine.grad.dtype == torch.float32
-                difference = torch.linalg.norm(whole(mine.grad) - theirs.grad)
+                difference = torch.linalg.norm(gather(mine.grad) - theirs.grad)
                 assert difference <= tolerance * torch.linalg.norm(theirs.grad)
             # What processes share, each holds a part of.
             for held in (weights.master, weights.ema):

@@ -141,10 +141,10 @@ def convert(options: Convert) -> int:
 def export(options: Export) -> int:
     """Run `fitv2 export`."""
     from fitv2.checkpoint import load_model, save_model
-    from fitv2.runtime.files import whole_folder
+    from fitv2.runtime.files import atomic_folder
 
     model, card = load_model(options.model)
-    with whole_folder(options.out) as partial:
+    with atomic_folder(options.out) as partial:
         save_model(model, card, partial)
     print(f"{options.out}: the model of {options.model}")
     return 0
@@ -152,14 +152,14 @@ def export(options: Export) -> int:
 
 def inspect(options: Inspect) -> int:
     """Run `fitv2 inspect`."""
-    from fitv2.data.dataset import require_whole
+    from fitv2.data.dataset import verify_files
     from fitv2.data.storage import Store
     from fitv2.encoding.inspect import draw, sheet, survey, table
 
     at_least(0, samples=options.samples, seed=options.seed)
     card, splits = survey(options.data)
     print(table(card, splits))
-    require_whole(Store(options.data), card, checking)
+    verify_files(Store(options.data), card, checking)
     draw(card, splits, options.out / "plots.png", options.data)
     if options.samples:
         sheet(options.data, card, options.samples, options.seed, options.out / "samples.png")

@@ -25,7 +25,7 @@ TRAINED = ((16, 16), (10, 20), (8, 24))
 BEYOND = ((20, 20), (14, 28), (10, 30))
 CLIPART_LIMITS = (64, 36, 16)  # what the shipped model was trained on
 LABELS = ("flags", "smilies", "roadsigns", "fruit")
-STEPS = 14  # so that the first picture is there within 20 seconds on two cores
+STEPS = 14  # so that the first image is there within 20 seconds on two cores
 
 Bar = Callable[..., AbstractContextManager[Callable[..., None]]]
 
@@ -39,11 +39,11 @@ def demo(out: Path, data: Path, minutes: float, share_bar: Bar, training_bar: Ba
     encode(data, tokens, Encoding(max_tokens=CLIPART_LIMITS, mirror=False))
     chosen = preset("clipart")
     run = out / "run"
-    training = continued(chosen.training, minutes)
+    training = continue_training(chosen.training, minutes)
     with training_bar(training) as report:
         train(replace(chosen, training=training), tokens, run, init="clipart", report=report)
     print(
-        f"\nimages         {out}/pictures/\ncontact sheet  {sheet}\n"
+        f"\nimages         {out}/images/\ncontact sheet  {sheet}\n"
         f"loss curve     {run}/loss.png\ntrained model  {run}  (fitv2 sample {run} --label flags)"
     )
 
@@ -63,7 +63,7 @@ def make_sheet(pipeline: FiTPipeline, out: Path, share_bar: Bar) -> Path:
         )  # fmt: skip
         for (label, *grid), image in zip(wanted, made, strict=True):
             pixels = image.height, image.width
-            save_image(image, out / "pictures" / file_name(card, label, pixels, 0))
+            save_image(image, out / "images" / file_name(card, label, pixels, 0))
             row = rows.setdefault((grid[0], grid[1]), [])
             note = "" if grid[0] * grid[1] <= card.max_tokens else ", beyond training"
             size = "" if row else f" {pixels[0]}x{pixels[1]}{note}"
@@ -79,7 +79,7 @@ def scale_grid(grid: Size, card: Card) -> Size:
     return max(1, grid[0] * side // 16), max(1, grid[1] * side // 16)
 
 
-def continued(training: Training, minutes: float) -> Training:
+def continue_training(training: Training, minutes: float) -> Training:
     """For a trained model: a tenth of the learning rate, and no decay, as the end is not known."""
     return replace(
         training, learning_rate=training.learning_rate / 10, decay_steps=0, minutes=minutes, log_every=1,

@@ -12,7 +12,7 @@ from fitv2.presets import PRESETS
 
 @dataclass(frozen=True)
 class Encode:
-    """Turn a collection of images into training tokens, or carry on where it was interrupted.
+    """Turn a collection of images into training tokens, or resume where it was interrupted.
 
     SOURCE is a folder of images in folders named by their label (in train/ and val/, if there are splits),
     Parquet files, WebDataset tars, or a folder of the library `datasets`: a path, a pattern such as
@@ -99,7 +99,7 @@ class Convert:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run's averaged model as a folder of its own.
+    """Write a run's EMA model as a folder of its own.
 
     What is in it: config.json, safetensors, card.json. `fitv2 sample` opens it, and so does
     FiT.from_pretrained.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fitv2.checkpoint import Card
-from fitv2.runtime.files import whole_file
+from fitv2.runtime.files import atomic_file
 
 
 def file_name(card: Card, label: int, pixels: tuple[int, int], seed: int) -> str:
@@ -19,5 +19,5 @@ def file_name(card: Card, label: int, pixels: tuple[int, int], seed: int) -> str
 
 def save_image(image: Any, path: Path) -> None:
     """Write an image, whole or not at all."""
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         image.save(partial)

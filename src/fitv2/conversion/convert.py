@@ -23,11 +23,11 @@ from fitv2.data.format import About, Shard, ShardRows, finish, shard_name
 from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.presets import POST_TRAINED
-from fitv2.runtime.files import whole_file, whole_folder, write_json
+from fitv2.runtime.files import atomic_file, atomic_folder, write_json
 from fitv2.runtime.serialization import read_json
 from fitv2.tokens import Layout
 
-READ_AHEAD = 512  # pictures
+READ_AHEAD = 512  # images
 AUTOENCODER = "stabilityai/sd-vae-ft-ema"
 LATENT_SCALE = 0.18215  # of the released latents
 SHARD_BYTES = 64 << 20
@@ -73,7 +73,7 @@ def convert_checkpoint(
         labels = tuple(str(i) for i in range(architecture.num_classes))
     tokens = 1024 if post_trained else 256
     card = Card(labels, autoencoder, tokens, known[0].guidance if known else 1.5)
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         with torch.device("meta"):
             write_config(FiT(**asdict(architecture)), folder)
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
@@ -97,7 +97,7 @@ def convert_to_released(name: str | Path, out: Path) -> None:
     if out.exists():
         raise UserError(f"{out} already exists: remove it or choose another")
     weights = read_weights(find_model(name))
-    with whole_file(out) as partial:
+    with atomic_file(out) as partial:
         save_file(to_released(weights), partial, metadata={"format": "pt"})
         partial.chmod(0o644)
 
@@ -149,7 +149,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Latents:
-    """Released latents: for each picture its files, resized and where there is one cropped."""
+    """Released latents: for each image its files, resized and where there is one cropped."""
 
     max_tokens: int
     pictures: list[list[Path]]
@@ -158,7 +158,7 @@ class Latents:
 def find_latents(source: Path) -> Latents | None:
     """The released latents in a folder: `from_16_to_L`, `greater_than_L_resize`, `greater_than_L_crop`.
 
-    A picture that is in both of the latter is one picture with two ways to see it, as in the
+    A image that is in both of the latter is one image with two ways to see it, as in the
     released code. None when there are no such folders. Raises UserError when they disagree on L.
     """
     found = [re.fullmatch(r"from_16_to_(\d+)|greater_than_(\d+)_(resize|crop)", p.name)
@@ -184,14 +184,14 @@ def convert_latents(
     autoencoder: str = AUTOENCODER,
     progress: Progress = lambda pictures, _: pictures,
 ) -> tuple[int, int]:
-    """Released latents as the new token dataset `out`: how many pictures, and how many were left out.
+    """Released latents as the new token dataset `out`: how many images, and how many were left out.
 
-    A picture's variants are its files in order, each with both flips. Files that cannot be used are
+    A image's variants are its files in order, each with both flips. Files that cannot be used are
     listed in out/skipped.jsonl. Raises UserError when none can.
     """
     skipped, kept = [], 0
     labels = imagenet_labels()
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         about = About(labels, autoencoder, LATENT_SCALE, 0.0, 2, 4, latents.max_tokens)
         shards: dict[str, Shard] = {}
         collected = ShardRows()
@@ -226,7 +226,7 @@ def _written(folder: Path, about: About, shards: dict[str, Shard], rows: ShardRo
 
 
 def _read_ahead(pictures: list[list[Path]]) -> Iterator[list[dict[str, Tensor] | UserError]]:
-    """The files of each picture, read by several threads: there is one small file a picture."""
+    """The files of each image, read by several threads: there is one small file a image."""
 
     def read(picture: list[Path]) -> list[dict[str, Tensor] | UserError]:
         return [_or_error(path) for path in picture]

@@ -292,7 +292,7 @@ def _heads(width: int) -> int:
 
 
 def _plain(architecture: Architecture) -> Architecture:
-    """The same with sizes that are the defaults left out, so that it equals a preset where it is one."""
+    """The architecture without sizes that are the defaults, so that it equals a preset where it is one."""
     width = architecture.width
     mlp_width = None if architecture.mlp_width == 2 * 4 * width // 3 else architecture.mlp_width
     lora_rank = None if architecture.lora_rank == width // 4 else architecture.lora_rank

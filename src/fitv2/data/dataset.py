@@ -37,7 +37,7 @@ class TokenDataset:
         self.card = open_card(self.store)
         self.shards = shards_of(self.card.shards, split)
         if not self.shards:
-            raise UserError(f"{folder} has no {split} pictures")
+            raise UserError(f"{folder} has no {split} images")
         index = self.store.read(index_name(split))
         if wrong := difference(self.store, index_name(split), self.card.indexes[index_name(split)], index):
             raise UserError(wrong)
@@ -45,7 +45,7 @@ class TokenDataset:
         column = {name: rows.column(name).to_numpy() for name in rows.schema.names}
         self.sizes = np.stack([column["rows"], column["columns"]], axis=1)  # (rows of the dataset, 2)
         self.labels: np.ndarray = column["label"]
-        self.first_rows = np.flatnonzero(column["variant"] == 0)  # of each picture
+        self.first_rows = np.flatnonzero(column["variant"] == 0)  # of each image
         self.cropped: np.ndarray = column["crop"]
         self.lengths = self.sizes.prod(axis=1, dtype=np.int32)
         shards = [self.card.shards[name] for name in self.shards]
@@ -63,7 +63,7 @@ class TokenDataset:
 
     @property
     def _bytes(self) -> int:
-        """Of one token."""
+        """Bytes of one token."""
         return 2 * self.token_channels
 
     @property
@@ -72,7 +72,7 @@ class TokenDataset:
         return self.card.about.token_channels
 
     def images(self, crop_probability: float = 0.5) -> Images:
-        """What planning needs to know of the pictures."""
+        """What planning needs to know of the images."""
         return Images(self.first_rows, self.lengths, self.cropped, crop_probability)
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[PackedTokens, Condition]:
@@ -107,7 +107,7 @@ class TokenDataset:
         return np.argsort(self.lengths[rows], kind="stable")
 
     def sources(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """Where the pictures of these rows came from."""
+        """Where the images of these rows came from."""
         import pyarrow as pa
 
         rows = np.asarray(rows)
@@ -142,7 +142,7 @@ def open_card(store: Store) -> DatasetCard:
     return card
 
 
-def require_whole(
+def verify_files(
     store: Store,
     card: DatasetCard,
     progress: Progress = lambda names, _: names,

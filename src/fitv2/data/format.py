@@ -1,6 +1,6 @@
 """The format of token datasets: Arrow IPC shards, an index of each split, and a json card.
 
-docs/data.md describes it for those who read or write it by other means.
+docs/guides/data.md describes it for those who read or write it by other means.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fitv2.runtime.files import sha256, whole_file, write_json, write_text
+from fitv2.runtime.files import atomic_file, sha256, write_json, write_text
 
 CARD = "dataset.json"
 SKIPPED = "skipped.jsonl"
@@ -50,7 +50,7 @@ class About:
 
     @property
     def token_channels(self) -> int:
-        """Numbers a token: (channel, row in patch, column in patch)."""
+        """Channels per token: (channel, row in patch, column in patch)."""
         return self.patch_size**2 * self.in_channels
 
 
@@ -89,7 +89,7 @@ def index_name(split: str) -> str:
 
 
 class ShardRows:
-    """The rows of one shard, as they are collected. A row is one variant of one picture."""
+    """The rows of one shard, as they are collected. A row is one variant of one image."""
 
     def __init__(self) -> None:
         self.bytes = 0  # of tokens collected
@@ -99,7 +99,7 @@ class ShardRows:
         }
 
     def add(self, tokens: np.ndarray, label: int, source: str, variant: int, crop: bool = False) -> None:
-        """One variant, tokens (rows, columns, C) float16; a picture's variants come in order from 0."""
+        """One variant, tokens (rows, columns, C) float16; a image's variants come in order from 0."""
         rows, columns, channels = tokens.shape
         self.tokens.append(tokens.reshape(-1, channels))
         self.bytes += tokens.nbytes
@@ -117,7 +117,7 @@ class ShardRows:
         pieces = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field("tokens").type.value_type)
         tokens = pa.ListArray.from_arrays(ends, pieces, type=schema.field("tokens").type)
         table = pa.table({"tokens": tokens, **self.columns}, schema=schema)
-        with whole_file(path, scratch) as partial:
+        with atomic_file(path, scratch) as partial:
             with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
                 stream.write_table(table)
             written = described(partial)
@@ -211,7 +211,7 @@ def write_index(path: Path, index: Any, scratch: Path | None) -> File:
     """Write a split's index, one record batch."""
     import pyarrow as pa
 
-    with whole_file(path, scratch) as partial:
+    with atomic_file(path, scratch) as partial:
         with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, index.schema) as stream:
             stream.write_table(index)
         return described(partial)
@@ -249,19 +249,19 @@ tags:
 ---
 # Image tokens for fitv2
 
-Pictures of many sizes as tokens, to train a diffusion transformer on. {latents}
+Images of many sizes as tokens, to train a diffusion transformer on. {latents}
 A token is a patch of {patch}×{patch} latent pixels of {channels} channels: {numbers} numbers, ordered
-(channel, row, column). A picture has at most {limit} tokens.
+(channel, row, column). A image has at most {limit} tokens.
 
-| split | pictures | rows | tokens |
+| split | images | rows | tokens |
 |---|---|---|---|
 {counts}
 
 {labels}
 
-A row is one variant of a picture (as it is, mirrored, smaller, cropped): `tokens` (rows · columns
+A row is one variant of a image (as it is, mirrored, smaller, cropped): `tokens` (rows · columns
 lists of {numbers} float16, row by row), `rows`, `columns`, `label`, `source`, `variant` (counted from 0
-for each picture), `crop`.
+for each image), `crop`.
 
 ```python
 from datasets import load_dataset  # or pyarrow.ipc.open_stream on any shard
@@ -273,6 +273,6 @@ from fitv2.data.dataset import TokenDataset  # single rows, in constant memory, 
 pack, labels = TokenDataset("PATH OF THIS FOLDER", "{split}").batch([0, 1, 2])
 ```
 
-Pictures that could not be used are listed with the reason in `{skipped}`; `{card}` holds the
+Images that could not be used are listed with the reason in `{skipped}`; `{card}` holds the
 SHA-256 of every file.
 {made}"""

@@ -1,6 +1,6 @@
 """Which images a step takes: a fixed number, or as many as fill a budget of tokens.
 
-Both are functions of (seed, step) alone, so a run may stop anywhere and go on with any number of
+Both are functions of (seed, step) alone, so a run may stop anywhere and resume with any number of
 processes. Every image comes once an epoch. A dataset row is one variant of an image (its mirror
 image, a crop); each epoch takes one variant of each image.
 """

@@ -93,7 +93,7 @@ class NoisePrediction:
 class DataPrediction:
     """The output is the clean image, and the loss stays on velocity ("Back to Basics"); linear path.
 
-    Noise has no low-dimensional structure, images have: with few numbers a token inside the model
+    Noise has no low-dimensional structure, images have: with few channels per token inside the model
     and many outside (large pixel patches), only the image can be predicted.
     """
 

@@ -25,7 +25,7 @@ def log_likelihood(
     probes: int = 1,
     progress: Progress = lambda _: None,
 ) -> Tensor:
-    """log p(data) of each image of tokens `x_TC`, (B,) in nats, by the instantaneous change of variables.
+    """log p(data) of each image of tokens `x_TC`, (B,), natural, by the instantaneous change of variables.
 
     log p(x1) = log N(x0; 0, I) − ∫ div v dt along the ODE (Chen et al., arXiv 1806.07366). The divergence
     is Hutchinson's estimate with `probes` random signs a number, fixed along the way and drawn from

@@ -71,7 +71,7 @@ class GVP:
         return math.pi / 2 / torch.tan(t * (math.pi / 2))
 
     def score_rate(self, t: Tensor) -> Tensor:
-        """The same."""
+        """Equal to the growth."""
         return self.growth(t)
 
 
@@ -96,7 +96,7 @@ class VP:
         return (self.beta_min + (1 - t) * (self.beta_max - self.beta_min)) / 2
 
     def score_rate(self, t: Tensor) -> Tensor:
-        """The same."""
+        """Equal to the growth."""
         return self.growth(t)
 
     def _log_alpha(self, t: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ def stochastic_heun(
     draw: Callable[[], Tensor],
     progress: Progress = _quiet,
 ) -> Tensor:
-    """The same with Heun's step for the drift, after the noise of the step is in (SiT's)."""
+    """Euler-Maruyama with Heun's step for the drift, after the noise of the step is in (SiT's)."""
     for i, (t, dt) in enumerate(zip(times[:-1], times.diff(), strict=True), 1):
         x = x + (2 * strength(t) * dt.abs()).sqrt() * draw()
         slope = drift(x, t)

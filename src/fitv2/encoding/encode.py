@@ -1,6 +1,6 @@
-"""Pictures into a token dataset: read and resize by several processes, autoencode, patchify, write.
+"""Images into a token dataset: read and resize by several processes, autoencode, patchify, write.
 
-The work is cut into shards, each a fixed slice of the source's list of pictures, and a shard is
+The work is cut into shards, each a fixed slice of the source's list of images, and a shard is
 encoded the same way whoever does it: so what was interrupted can be finished by any number of
 processes, to the same bytes. A shard is done when its note in OUT/.encode says so.
 """
@@ -27,7 +27,7 @@ from fitv2.data.dataset import open_card
 from fitv2.data.format import CARD, SKIPPED, About, Shard, described, finish, shard_name
 from fitv2.data.storage import Store
 from fitv2.encoding.kinds import open_source
-from fitv2.encoding.manifest import Listing, list_pictures, load_listing
+from fitv2.encoding.manifest import Manifest, list_images, load_manifest
 from fitv2.encoding.shard_encoder import Reader, ShardEncoder
 from fitv2.encoding.sources import Source
 from fitv2.errors import UserError
@@ -48,16 +48,16 @@ Progress = Callable[[str, int, int | None], None]  # the stage, how many are don
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the pictures."""
+    """What became of the images."""
 
     encoded: dict[str, int]  # of each split
     skipped: int
-    others: int  # files that are no pictures by their names
+    others: int  # files that are no images by their names
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The pictures that become one shard: rows of the listing."""
+    """The images that become one shard: rows of the manifest."""
 
     name: str
     rows: range
@@ -65,12 +65,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to become of a listing, and where."""
+    """What is to become of a manifest, and where."""
 
     out: Path
     about: About
     encoding: Encoding
-    listing: Listing
+    manifest: Manifest
     pieces: list[Piece]
 
     @property
@@ -109,11 +109,11 @@ def encode(
     workers: int | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Report | None:
-    """Encode a source of pictures (see `fitv2.encoding.sources`) into the folder `out`, or carry on there.
+    """Encode a source of images (see `fitv2.encoding.sources`) into the folder `out`, or resume there.
 
     Under torchrun each process does its share; the one that finishes last makes the dataset
-    whole, and for the others the result is None. `workers` processes read pictures [default: as many
-    as there are processors; with 0 they are read here]. Pictures that cannot be used are
+    whole, and for the others the result is None. `workers` processes read images [default: as many
+    as there are processors; with 0 they are read here]. Images that cannot be used are
     listed in out/skipped.jsonl. Raises UserError when nothing can be encoded (then `out` is not
     made), and when `out` holds other things or was begun with other settings.
     """
@@ -152,9 +152,9 @@ def share(
     """The part of process `place` (which, of how many); and the end, if it is the last to finish."""
     if (out / CARD).exists():
         return finished(out)
-    listing = load_listing(out / WORK / LISTED)
+    manifest = load_manifest(out / WORK / LISTED)
     about = About(
-        labels=listing.labels,
+        labels=manifest.labels,
         autoencoder=codec.name,
         scale=codec.scale,
         shift=codec.shift,
@@ -163,7 +163,7 @@ def share(
         max_tokens=max(encoding.max_tokens),
         encoding=read_json(out / WORK / PLAN),
     )
-    job = Job(out, about, encoding, listing, pieces_of(listing, encoding.shard_size))
+    job = Job(out, about, encoding, manifest, pieces_of(manifest, encoding.shard_size))
     reader = Reader(out / WORK / LISTED, encoding, patch * codec.downsample)
     rank, world = place
     mine = replace(job, pieces=job.pieces[rank::world])
@@ -207,35 +207,35 @@ def settings_of(out: Path) -> dict[str, Any] | None:
 
 
 def list_once(out: Path, opened: Source, settings: dict[str, Any], begins: bool, progress: Progress) -> None:
-    """Have the pictures listed, by the process that begins; if there are none, leave no folder behind."""
+    """Have the images listed, by the process that begins; if there are none, leave no folder behind."""
     path = out / WORK / LISTED
     if begins and not path.exists() and not (out / CARD).exists():
         try:
-            list_pictures(opened, lambda found: progress("list", found, None)).save(path, path.parent)
+            list_images(opened, lambda found: progress("list", found, None)).save(path, path.parent)
         except UserError:
             shutil.rmtree(out)
             raise
     seconds, begun = 0.0, False
     while not (path.exists() or (out / CARD).exists()):
         if begun and not (out / WORK / PLAN).exists() and not (out / CARD).exists():
-            raise UserError("process 1 found no pictures: see what it says")
+            raise UserError("process 1 found no images: see what it says")
         if not begun and seconds > PATIENCE:
             raise UserError(
                 f"process 1 has not begun in {out} for {PATIENCE:.0f} seconds: all need the same folder"
             )
         begun = begun or (out / WORK / PLAN).exists()
-        progress("wait for process 1 to list the pictures", int(seconds), None)
+        progress("wait for process 1 to list the images", int(seconds), None)
         time.sleep(WAIT)
         seconds += WAIT
     if not begins:
         settle(out, settings, begins)  # only now there is something to compare with
 
 
-def pieces_of(listing: Listing, size: int) -> list[Piece]:
-    """The shards of a listing, `size` pictures each."""
+def pieces_of(manifest: Manifest, size: int) -> list[Piece]:
+    """The shards of a manifest, `size` images each."""
     return [
         Piece(shard_name(split, number), range(first, min(first + size, stop)))
-        for split, (start, stop) in listing.splits.items()
+        for split, (start, stop) in manifest.splits.items()
         for number, first in enumerate(range(start, stop, size))
     ]
 
@@ -251,7 +251,7 @@ def work(
     todo = [piece for piece in job.pieces if job.note_of(piece, checked=True) is None]
     done = job.pictures - sum(len(piece.rows) for piece in todo)
     progress(done, job.pictures)
-    chunks = {piece.name: job.listing.chunks(piece.rows) for piece in todo}
+    chunks = {piece.name: job.manifest.chunks(piece.rows) for piece in todo}
     read = read_ahead(reader.read, [chunk for piece in todo for chunk in chunks[piece.name]], workers)
     writing: Future[None] | None = None
     with single_threaded() as cores, contextlib.closing(read):
@@ -275,7 +275,7 @@ def work(
 def conclude(job: Job) -> Report | None:
     """Make the dataset whole if every shard is done. Several processes may do so at once.
 
-    Raises UserError, and removes the folder, when not one picture could be used.
+    Raises UserError, and removes the folder, when not one image could be used.
     """
     notes = {piece.name: job.note_of(piece) for piece in job.pieces}
     done = {name: note for name, note in notes.items() if note}
@@ -286,8 +286,8 @@ def conclude(job: Job) -> Report | None:
     if not shards:
         shutil.rmtree(job.out)
         first = f"{skipped[0]['source']}: {skipped[0]['reason']}"
-        raise UserError(f"none of the {job.pictures} pictures can be used; the first, {first}")
-    finish(job.out, job.about, shards, [*job.listing.others, *skipped], job.out / WORK)
+        raise UserError(f"none of the {job.pictures} images can be used; the first, {first}")
+    finish(job.out, job.about, shards, [*job.manifest.others, *skipped], job.out / WORK)
     return finished(job.out)
 
 

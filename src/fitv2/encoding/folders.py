@@ -4,15 +4,15 @@ import os
 from collections.abc import Iterable, Iterator
 
 from fitv2.data.storage import filesystem
-from fitv2.encoding.sources import NO_LABEL, SPLITS, WHOLE, Picture, Source, is_image_name, readable
+from fitv2.encoding.sources import NO_LABEL, SPLITS, WHOLE, ImageRef, Source, is_image_name, readable
 
 
-def list_folders(source: Source) -> tuple[tuple[str, ...], Iterable[Picture]]:
+def list_folders(source: Source) -> tuple[tuple[str, ...], Iterable[ImageRef]]:
     """The images of a folder; it has no list of labels."""
     return (), in_folders(source)
 
 
-def in_folders(source: Source) -> Iterator[Picture]:
+def in_folders(source: Source) -> Iterator[ImageRef]:
     """Folders are labels; top-level ones named train, val, … are splits, if all are."""
     names = {path: readable(source.name(path)) for path in source.files if is_image_name(path)}
     tops = {name.split("/")[0] for name in names.values() if "/" in name}
@@ -21,9 +21,9 @@ def in_folders(source: Source) -> Iterator[Picture]:
         folders = names[path].split("/")[:-1]
         split = SPLITS[folders.pop(0).lower()] if in_splits and folders else "train"
         label = folders[0] if folders else NO_LABEL
-        yield Picture(split, label, names[path], os.fsencode(path), WHOLE, source.files[path])
+        yield ImageRef(split, label, names[path], os.fsencode(path), WHOLE, source.files[path])
 
 
-def read_file(url: str, picture: Picture) -> bytes:
+def read_file(url: str, picture: ImageRef) -> bytes:
     """The bytes of an image that is a file of its own."""
     return filesystem(url)[0].cat_file(os.fsdecode(picture.path))

@@ -1,4 +1,4 @@
-"""Pictures and their sizes: reading any image as RGB, and resizing under a token budget."""
+"""Images and their sizes: reading any image as RGB, and resizing under a token budget."""
 
 import math
 import warnings
@@ -19,7 +19,7 @@ FORMATS = (
 
 
 class UnusableImage(Exception):  # noqa: N818 (the noun reads better where it is caught)
-    """A picture that cannot be used, with the reason as its message."""
+    """A image that cannot be used, with the reason as its message."""
 
 
 def resized(width: int, height: int, max_tokens: int, unit: int) -> tuple[int, int]:
@@ -44,7 +44,7 @@ def resized(width: int, height: int, max_tokens: int, unit: int) -> tuple[int, i
 
 
 def load_rgb(source: Path | IO[bytes]) -> Image.Image:
-    """A picture as RGB, upright; transparent pixels become white. Raises UnusableImage with the reason.
+    """A image as RGB, upright; transparent pixels become white. Raises UnusableImage with the reason.
 
     Pillow itself refuses decompression bombs, above 179 megapixels.
     """
@@ -109,10 +109,10 @@ def center_crop(image: Image.Image, side: int) -> Image.Image:
 def views(
     image: Image.Image, max_tokens: Sequence[int], unit: int, crop: bool
 ) -> list[tuple[Image.Image, bool]]:
-    """What is stored of a picture: resized for each limit, then cropped ones; and whether each is cropped.
+    """What is stored of a image: resized for each limit, then cropped ones; and whether each is cropped.
 
-    Only a picture with both sides above the square of a limit is cropped to it (FiTv2's mixed
-    preprocessing), so every picture has at least its resized view.
+    Only a image with both sides above the square of a limit is cropped to it (FiTv2's mixed
+    preprocessing), so every image has at least its resized view.
     """
     resized_views = [(flexible_resize(image, limit, unit), False) for limit in max_tokens]
     sides = [math.isqrt(limit) * unit for limit in max_tokens if crop]

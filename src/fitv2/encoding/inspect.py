@@ -15,7 +15,7 @@ from fitv2.data.storage import Store
 from fitv2.figures import contact_sheet, dataset_plots
 from fitv2.pipeline import to_image
 from fitv2.runtime.device import default_device
-from fitv2.runtime.files import whole_file
+from fitv2.runtime.files import atomic_file
 from fitv2.sampling.generate import decode
 from fitv2.tokens import unpack
 
@@ -25,11 +25,11 @@ THUMBNAIL = 288  # pixels, the longest side on the sheet
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The pictures of one split, without their tokens."""
+    """The images of one split, without their tokens."""
 
     name: str
     sizes: np.ndarray  # (rows, 2) of the dataset: rows and columns of tokens
-    labels: np.ndarray  # of each picture
+    labels: np.ndarray  # of each image
     cropped: np.ndarray  # of each row
 
     @property
@@ -75,7 +75,7 @@ def table(card: DatasetCard, splits: list[Split]) -> str:
 
 
 def label_lines(labels: tuple[str, ...], splits: list[Split]) -> Iterator[str]:
-    """Pictures of each label in each split; of many labels the commonest and the rarest."""
+    """Images of each label in each split; of many labels the commonest and the rarest."""
     counts = {split.name: np.bincount(split.labels, minlength=len(labels)) for split in splits}
     order = np.argsort(-sum(counts.values()), kind="stable").tolist()  # the commonest first
     width = 2 + max(len(name[:40]) for name in labels)
@@ -104,7 +104,7 @@ def draw(card: DatasetCard, splits: list[Split], out: Path, title: str) -> None:
 
 @torch.inference_mode()
 def sheet(folder: Path | str, card: DatasetCard, count: int, seed: int, out: Path) -> None:
-    """A sheet of decoded pictures chosen at random. Raises UserError without the autoencoder."""
+    """A sheet of decoded images chosen at random. Raises UserError without the autoencoder."""
     codec = load_autoencoder(card.about.autoencoder, default_device())
     split = next(name for name, pictures in card.pictures.items() if pictures)
     dataset = TokenDataset(folder, split)
@@ -117,5 +117,5 @@ def sheet(folder: Path | str, card: DatasetCard, count: int, seed: int, out: Pat
     for picture in pictures:
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
     made = list(zip(captions, pictures, strict=True))
-    with whole_file(out) as partial:
+    with atomic_file(out) as partial:
         contact_sheet([made[i : i + 8] for i in range(0, len(made), 8)], f"{folder}: {split}").save(partial)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fitv2.data.storage import filesystem, is_local
 from fitv2.encoding.folders import list_folders, read_file
 from fitv2.encoding.parquet import datasets_row, datasets_tables, in_tables, parquet_row, parquet_tables
-from fitv2.encoding.sources import IMAGES, Picture, Source, files_below
+from fitv2.encoding.sources import IMAGES, ImageRef, Source, files_below
 from fitv2.encoding.webdataset import in_tars, tar_member
 from fitv2.errors import UserError
 
@@ -22,8 +22,8 @@ class Kind:
     """How sources of a kind are handled."""
 
     endings: tuple[str, ...]  # of its files, in lower case
-    list: Callable[[Source], tuple[tuple[str, ...], Iterable[Picture]]]  # labels, where it says them; images
-    read: Callable[[str, Picture], bytes]  # the bytes of one image, given the source's URL
+    list: Callable[[Source], tuple[tuple[str, ...], Iterable[ImageRef]]]  # labels, where it says them; images
+    read: Callable[[str, ImageRef], bytes]  # the bytes of one image, given the source's URL
 
 
 KINDS = {
@@ -38,7 +38,7 @@ COMPRESSED = {"compressed archives": (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", 
 def open_source(url: str, image_column: str | None = None, label_column: str | None = None) -> Source:
     """What lies at a path, a URL or a pattern such as folder/*.tar.
 
-    Raises UserError when it is nothing that holds pictures.
+    Raises UserError when it is nothing that holds images.
     """
     if not url:
         raise UserError("the source has no name")
@@ -56,7 +56,7 @@ def open_source(url: str, image_column: str | None = None, label_column: str | N
             if re.fullmatch(r"[\w.-]+/[\w.-]+", url)
             else ""
         )
-        raise UserError(f"{url} {'has no pictures' if there else 'does not exist'}{hint}")
+        raise UserError(f"{url} {'has no images' if there else 'does not exist'}{hint}")
     single = len(files) == 1 and path in files
     root = posixpath.dirname(path) if single or "*" in path else path
     while "*" in root:

@@ -1,6 +1,6 @@
-"""Every picture of a source, listed once in a table that all processes map to memory, and read by its row.
+"""Every image of a source, listed once in a table that all processes map to memory, and read by its row.
 
-What a picture is, and whether it can be used, is found out when it is read.
+What a image is, and whether it can be used, is found out when it is read.
 """
 
 import errno
@@ -19,45 +19,45 @@ from PIL import Image
 
 from fitv2.encoding.images import UnusableImage, load_rgb
 from fitv2.encoding.kinds import KINDS
-from fitv2.encoding.sources import BROKEN, Picture, Source, is_image_name, readable
+from fitv2.encoding.sources import BROKEN, ImageRef, Source, is_image_name, readable
 from fitv2.errors import UserError
-from fitv2.runtime.files import whole_file
+from fitv2.runtime.files import atomic_file
 
-Report = Callable[[int], None]  # how many pictures were found so far
+Report = Callable[[int], None]  # how many images were found so far
 PLACES = {
     "source": "large_string", "path": "large_binary", "at": "int64", "size": "int64", "detail": "string",
     "group": "int32",
 }  # fmt: skip
-CHUNK = 16  # pictures that one process reads at once
+CHUNK = 16  # images that one process reads at once
 ROW_GROUP_CHUNK = 128  # the same of a Parquet file, so that others need not read their group
 
 
 @dataclass(frozen=True)
-class Listing:
-    """Every picture of a source, split by split, each in the order of the source."""
+class Manifest:
+    """Every image of a source, split by split, each in the order of the source."""
 
     kind: str
     url: str
     labels: tuple[str, ...]
     splits: dict[str, tuple[int, int]]  # the rows of each
-    others: list[dict[str, Any]]  # files that are no pictures
-    table: Any  # Arrow: label (int32, −1 for none) and the rest of a Picture
+    others: list[dict[str, Any]]  # files that are no images
+    table: Any  # Arrow: label (int32, −1 for none) and the rest of a ImageRef
 
     def save(self, path: Path, scratch: Path) -> None:
         """Write it as one Arrow file."""
         import pyarrow as pa
 
         about = {name: getattr(self, name) for name in ("kind", "url", "labels", "splits", "others")}
-        table = self.table.replace_schema_metadata({"listing": json.dumps(about)})
-        with whole_file(path, scratch) as partial, pa.ipc.new_file(str(partial), table.schema) as writer:
+        table = self.table.replace_schema_metadata({"manifest": json.dumps(about)})
+        with atomic_file(path, scratch) as partial, pa.ipc.new_file(str(partial), table.schema) as writer:
             writer.write_table(table)
 
-    def picture(self, row: int) -> Picture:
-        """One of its pictures."""
+    def picture(self, row: int) -> ImageRef:
+        """One of its images."""
         values = {name: self.table[name][row].as_py() for name in PLACES}
         label = self.table["label"][row].as_py()
         split = next(split for split, (start, stop) in self.splits.items() if start <= row < stop)
-        return Picture(split, self.labels[label] if label >= 0 else "", **values)
+        return ImageRef(split, self.labels[label] if label >= 0 else "", **values)
 
     def chunks(self, rows: range) -> list[range]:
         """These rows in pieces for one process to read: some files, or what lies in one row group."""
@@ -72,19 +72,19 @@ class Listing:
         return [range(*pair) for pair in pairwise([*starts, rows.stop])]
 
 
-def load_listing(path: Path) -> Listing:
-    """A listing that `Listing.save` wrote, memory-mapped."""
+def load_manifest(path: Path) -> Manifest:
+    """A manifest that `Manifest.save` wrote, memory-mapped."""
     import pyarrow as pa
 
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    about = json.loads(table.schema.metadata[b"listing"])
+    about = json.loads(table.schema.metadata[b"manifest"])
     splits = {split: tuple(rows) for split, rows in about["splits"].items()}
     kind = {"files": "images"}.get(about["kind"], about["kind"])  # its name before
-    return Listing(kind, about["url"], tuple(about["labels"]), splits, about["others"], table)
+    return Manifest(kind, about["url"], tuple(about["labels"]), splits, about["others"], table)
 
 
-def list_pictures(source: Source, report: Report = lambda _: None) -> Listing:
-    """List a source. Raises UserError when it holds no picture or cannot be understood."""
+def list_images(source: Source, report: Report = lambda _: None) -> Manifest:
+    """List a source. Raises UserError when it holds no image or cannot be understood."""
     import pyarrow as pa
 
     names, found = KINDS[source.kind].list(source)
@@ -98,7 +98,7 @@ def list_pictures(source: Source, report: Report = lambda _: None) -> Listing:
     if not labels:
         expected = "expected folders of images, named by label"
         reason = f"{pictures[0].source}: {pictures[0].detail}" if pictures else expected
-        raise UserError(f"{source.url} has no pictures: {reason}")
+        raise UserError(f"{source.url} has no images: {reason}")
     pictures.sort(key=lambda picture: picture.split)  # stable: within a split the source's order
     counts = Counter(picture.split for picture in pictures)
     splits = dict(zip(counts, pairwise([0, *accumulate(counts.values())]), strict=True))
@@ -108,7 +108,7 @@ def list_pictures(source: Source, report: Report = lambda _: None) -> Listing:
         **{name: pa.array([getattr(p, name) for p in pictures], getattr(pa, kind)())
            for name, kind in PLACES.items()},
     })  # fmt: skip
-    return Listing(source.kind, source.url, labels, splits, others(source), table)
+    return Manifest(source.kind, source.url, labels, splits, others(source), table)
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:
@@ -119,7 +119,7 @@ def sorted_labels(labels: Iterable[str]) -> list[str]:
 
 
 def others(source: Source) -> list[dict[str, Any]]:
-    """Files of a folder that are no pictures by their names, counted by how they end, with one of each."""
+    """Files of a folder that are no images by their names, counted by how they end, with one of each."""
     by_ending: dict[str, list[str]] = {}
     for path in source.files if source.kind == "images" else ():
         if not is_image_name(path):
@@ -134,11 +134,11 @@ def others(source: Source) -> list[dict[str, Any]]:
     ]
 
 
-def read_picture(listing: Listing, picture: Picture) -> Image.Image:
-    """A picture as RGB, upright.
+def read_image(manifest: Manifest, picture: ImageRef) -> Image.Image:
+    """A image as RGB, upright.
 
     Raises UnusableImage with the reason, and UserError when its store cannot be reached for a while:
-    then it is not the picture's fault, and it is not to be left out.
+    then it is not the image's fault, and it is not to be left out.
     """
     if picture.at == BROKEN:
         raise UnusableImage(f"the archive is damaged: {picture.detail}")
@@ -146,7 +146,7 @@ def read_picture(listing: Listing, picture: Picture) -> Image.Image:
         raise UnusableImage("it has no label")
     for pause in (*PAUSES, None):
         try:
-            content = KINDS[listing.kind].read(listing.url, picture)
+            content = KINDS[manifest.kind].read(manifest.url, picture)
         except (UnusableImage, UserError):
             raise
         except Exception as error:  # libraries of remote stores have errors of their own

@@ -1,4 +1,4 @@
-"""Pictures in tables: Parquet files, and folders that the library `datasets` saved."""
+"""Images in tables: Parquet files, and folders that the library `datasets` saved."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fitv2.data.storage import filesystem
 from fitv2.encoding.images import UnusableImage
-from fitv2.encoding.sources import NO_LABEL, SPLITS, Picture, Source, readable, split_of
+from fitv2.encoding.sources import NO_LABEL, SPLITS, ImageRef, Source, readable, split_of
 from fitv2.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel_values")
@@ -18,7 +18,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label", "category", "t
 
 
 class Table(NamedTuple):
-    """Rows of pictures, of one file or of one split of a `datasets` folder."""
+    """Rows of images, of one file or of one split of a `datasets` folder."""
 
     split: str
     name: str
@@ -30,14 +30,14 @@ class Table(NamedTuple):
     groups: list[int]  # rows of each group of a Parquet file
 
 
-def in_tables(tables: list[Table]) -> tuple[tuple[str, ...], Iterator[Picture]]:
-    """The names of the labels, where the tables say them, and the pictures."""
+def in_tables(tables: list[Table]) -> tuple[tuple[str, ...], Iterator[ImageRef]]:
+    """The names of the labels, where the tables say them, and the images."""
 
-    def pictures() -> Iterator[Picture]:
+    def pictures() -> Iterator[ImageRef]:
         for table in tables:
             places = ((group, at) for group, rows in enumerate(table.groups) for at in range(rows))
             for label, source, (group, at) in zip(table.labels, table.sources, places, strict=True):
-                yield Picture(
+                yield ImageRef(
                     table.split, label, source, table.path, at, detail=table.image_column, group=group
                 )
 
@@ -74,7 +74,7 @@ def parquet_tables(source: Source) -> list[Table]:
 
 
 def names_of(rows: Any, name: str, count: int) -> list[str]:
-    """What the pictures are called: a column `source`, if that is text and tells them apart; else row."""
+    """What the images are called: a column `source`, if that is text and tells them apart; else row."""
     import pyarrow as pa
 
     if "source" in rows.column_names and pa.types.is_string(rows.schema.field("source").type):
@@ -157,8 +157,8 @@ def label_texts(labels: list[Any], names: tuple[str, ...]) -> list[str]:
     return [text(label) for label in labels]
 
 
-def parquet_row(url: str, picture: Picture) -> bytes:
-    """The bytes of a picture in a Parquet file. Neighbours come from the same row group, read once."""
+def parquet_row(url: str, picture: ImageRef) -> bytes:
+    """The bytes of a image in a Parquet file. Neighbours come from the same row group, read once."""
     images = _images_of(url, picture.path, picture.group, picture.detail, os.getpid())
     return image_bytes(images[picture.at].as_py())
 
@@ -178,8 +178,8 @@ def _parquet(url: str, path: bytes, process: int) -> Any:
     return pq.ParquetFile(filesystem(url)[0].open(os.fsdecode(path), "rb"))
 
 
-def datasets_row(url: str, picture: Picture) -> bytes:
-    """The bytes of a picture in a `datasets` folder."""
+def datasets_row(url: str, picture: ImageRef) -> bytes:
+    """The bytes of a image in a `datasets` folder."""
     row = _datasets_part(url, picture.path.decode(), os.getpid())[picture.at]
     return image_bytes(row[picture.detail][0].as_py())
 

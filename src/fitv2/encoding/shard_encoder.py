@@ -1,4 +1,4 @@
-"""The pictures of a shard: read and resized by several processes, encoded in batches of equal shape."""
+"""The images of a shard: read and resized by several processes, encoded in batches of equal shape."""
 
 from collections import defaultdict
 from concurrent.futures import Executor, Future
@@ -15,8 +15,8 @@ from fitv2.autoencoder import Autoencoder
 from fitv2.config import Encoding
 from fitv2.data.format import About, ShardRows
 from fitv2.encoding.images import UnusableImage, views
-from fitv2.encoding.manifest import Listing, load_listing, read_picture
-from fitv2.encoding.sources import Picture
+from fitv2.encoding.manifest import Manifest, load_manifest, read_image
+from fitv2.encoding.sources import ImageRef
 from fitv2.runtime.device import default_device
 from fitv2.runtime.rng import generator
 from fitv2.tokens import patchify
@@ -26,37 +26,37 @@ SAMPLES = 7  # first number of the keys that a sampled latent's noise is derived
 
 @dataclass(frozen=True)
 class Fitted:
-    """A picture as it was read: its views as (pixels, cropped), or why it cannot be used."""
+    """A image as it was read: its views as (pixels, cropped), or why it cannot be used."""
 
     row: int
-    picture: Picture
+    picture: ImageRef
     views: list[tuple[np.ndarray, bool]]
     reason: str | None = None
 
 
 class Reader:
-    """Pictures of a listing, resized; sent to the processes that read."""
+    """Images of a manifest, resized; sent to the processes that read."""
 
-    def __init__(self, listing: Path, encoding: Encoding, unit: int) -> None:
-        self.path, self.encoding, self.unit = listing, encoding, unit
+    def __init__(self, manifest: Path, encoding: Encoding, unit: int) -> None:
+        self.path, self.encoding, self.unit = manifest, encoding, unit
 
     @cached_property
-    def listing(self) -> Listing:
+    def manifest(self) -> Manifest:
         """Opened in each process."""
-        return load_listing(self.path)
+        return load_manifest(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "listing"}
+        return {name: value for name, value in self.__dict__.items() if name != "manifest"}
 
     def read(self, rows: range) -> list[Fitted]:
-        """The pictures of these rows of the listing."""
+        """The images of these rows of the manifest."""
         return [self.fitted(row) for row in rows]
 
     def fitted(self, row: int) -> Fitted:
-        """One picture."""
-        picture, chosen = self.listing.picture(row), self.encoding
+        """One image."""
+        picture, chosen = self.manifest.picture(row), self.encoding
         try:
-            image = read_picture(self.listing, picture)
+            image = read_image(self.manifest, picture)
             found = views(image, chosen.max_tokens, self.unit, chosen.preprocess == "mixed")
         except UnusableImage as error:
             return Fitted(row, picture, [], str(error))
@@ -65,14 +65,14 @@ class Reader:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a view belongs: a picture of the shard, and which of its views."""
+    """Where a view belongs: a image of the shard, and which of its views."""
 
     picture: int
     view: int
 
 
 class ShardEncoder:
-    """The pictures of one shard, encoded in batches of equal shape by the threads of `pool`."""
+    """The images of one shard, encoded in batches of equal shape by the threads of `pool`."""
 
     def __init__(
         self, about: About, encoding: Encoding, codec: Autoencoder, pool: Executor, ahead: int
@@ -86,7 +86,7 @@ class ShardEncoder:
         self._made: list[tuple[list[Place], Future[Tensor]]] = []
 
     def add(self, fitted: Fitted) -> None:
-        """One picture more; encodes a batch if there are enough of its shape."""
+        """One image more; encodes a batch if there are enough of its shape."""
         if fitted.reason is not None:
             self.skipped.append({"source": fitted.picture.source, "reason": fitted.reason})
             return
@@ -135,7 +135,7 @@ class ShardEncoder:
         return torch.stack([torch.randn(size, generator=generator(SAMPLES, *key)) for key in keys])
 
     def rows(self) -> ShardRows:
-        """The rows of the shard: pictures in order, of each its views in order, as they are and mirrored.
+        """The rows of the shard: images in order, of each its views in order, as they are and mirrored.
 
         Notes those whose latents float16 cannot hold as skipped.
         """

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fitv2.data.storage import is_local
 
-# Endings of pictures, also of such as cannot be read: those are to be missed.
+# Endings of images, also of such as cannot be read: those are to be missed.
 IMAGES = frozenset([
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".webp", ".avif", ".bmp", ".dib",
     ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".pcx", ".sgi", ".qoi",
@@ -24,11 +24,11 @@ NO_LABEL = "image"
 WHOLE, BROKEN = -1, -2  # places in a file: all of it, or none
 
 
-class Picture(NamedTuple):
-    """One picture of a source, not yet read."""
+class ImageRef(NamedTuple):
+    """One image of a source, not yet read."""
 
     split: str
-    label: str  # empty for none where others have one: such a picture is not used
+    label: str  # empty for none where others have one: such a image is not used
     source: str  # its name, as a person would look for it
     path: bytes  # of the file that holds it, as the operating system has it
     at: int  # its first byte or its row there
@@ -78,7 +78,10 @@ def files_below(system: Any, path: str) -> Iterator[tuple[str, int]]:
 
 
 def _local_files(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, int]]:
-    """The same for a folder of this machine. Follows links to folders, but not to one that it is in."""
+    """All files below a folder of this machine and their sizes, as `files_below`.
+
+    Follows links to folders, but not to one that it is in.
+    """
     status = os.stat(folder)  # noqa: PTH116 (here and below a path may be no text)
     here = (status.st_dev, status.st_ino)
     if here in above:

@@ -1,4 +1,4 @@
-"""Pictures in tar archives, as WebDataset lays them out; read in place."""
+"""Images in tar archives, as WebDataset lays them out; read in place."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from fitv2.encoding.sources import (
     BROKEN,
     NO_LABEL,
     SPLITS,
-    Picture,
+    ImageRef,
     Source,
     is_hidden,
     is_image_name,
@@ -30,11 +30,11 @@ class Sample:
     label: str | None = None
 
 
-def in_tars(source: Source) -> Iterator[Picture]:
-    """WebDataset: members that share a name up to its first dot are one picture and what is said of it.
+def in_tars(source: Source) -> Iterator[ImageRef]:
+    """WebDataset: members that share a name up to its first dot are one image and what is said of it.
 
     The label is that of NAME.cls, of "label" in NAME.json, or the member's folder. An archive that
-    breaks off gives what it holds before, and a picture that is BROKEN.
+    breaks off gives what it holds before, and a image that is BROKEN.
     """
     system, _ = filesystem(source.url)
     for path in sorted(source.files):
@@ -43,7 +43,7 @@ def in_tars(source: Source) -> Iterator[Picture]:
             yield from _pictures(file, *place)
 
 
-def _pictures(file: IO[bytes], split: str, name: str, path: bytes) -> Iterator[Picture]:
+def _pictures(file: IO[bytes], split: str, name: str, path: bytes) -> Iterator[ImageRef]:
     samples: dict[str, Sample] = defaultdict(Sample)  # by name up to the first dot
     files: dict[str, tarfile.TarInfo] = {}
     broken = None
@@ -62,7 +62,7 @@ def _pictures(file: IO[bytes], split: str, name: str, path: bytes) -> Iterator[P
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError("it breaks off")
     except (tarfile.TarError, EOFError) as error:
-        broken = Picture(split, NO_LABEL, name, path, BROKEN, detail=str(error))
+        broken = ImageRef(split, NO_LABEL, name, path, BROKEN, detail=str(error))
     for sample in samples.values():
         yield from _labelled(sample, split, name, path)
     if broken:
@@ -82,15 +82,15 @@ def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, Sampl
         samples[f"{folder}/{stem}"].pictures.append(member)
 
 
-def _labelled(sample: Sample, split: str, name: str, path: bytes) -> Iterator[Picture]:
-    """The pictures of a sample: a.jpg rather than a.mask.png, if there are both."""
+def _labelled(sample: Sample, split: str, name: str, path: bytes) -> Iterator[ImageRef]:
+    """The images of a sample: a.jpg rather than a.mask.png, if there are both."""
     plain = [m for m in sample.pictures if m.name.rpartition("/")[2].count(".") < 2]
     for member in plain or sample.pictures:
         *above, folder = member.name.removeprefix("./").split("/")[:-1] or [""]
         inside = SPLITS.get(above[0].lower(), split) if above else split
         source = f"{name}/{readable(member.name)}"
         stated = sample.label or readable(folder) or NO_LABEL
-        yield Picture(inside, stated, source, path, member.offset_data, member.size)
+        yield ImageRef(inside, stated, source, path, member.offset_data, member.size)
 
 
 def _stated_label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> str | None:
@@ -106,7 +106,7 @@ def _stated_label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) ->
     return str(label) if isinstance(label, str | int) else None
 
 
-def tar_member(url: str, picture: Picture) -> bytes:
-    """The bytes of a picture in an archive."""
+def tar_member(url: str, picture: ImageRef) -> bytes:
+    """The bytes of a image in an archive."""
     end = picture.at + picture.size
     return read_range(filesystem(url)[0], os.fsdecode(picture.path), picture.at, end)

@@ -1,4 +1,4 @@
-"""What computes: the device, its products, its threads."""
+"""What computes: the device, its matmuls, its threads."""
 
 import os
 import platform
@@ -24,8 +24,8 @@ def default_device() -> torch.device:
     return found
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has products in bfloat16: a CPU that emulates them takes 20 times as long."""
+def has_bfloat16_matmuls(device: torch.device) -> bool:
+    """Whether the device has matmuls in bfloat16: a CPU that emulates them takes 20 times as long."""
     if device.type != "cpu":
         return True
     if platform.machine().lower() in ("x86_64", "amd64"):

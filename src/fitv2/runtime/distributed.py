@@ -44,7 +44,7 @@ class World:
     group: dist.ProcessGroup | None = None
     """For messages beside those of training, from another thread."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Of messages."""
+    """The device that messages are sent from."""
     patience: timedelta = field(default_factory=lambda: timedelta(minutes=10))
     """How long one waits for the others."""
 
@@ -72,7 +72,7 @@ class World:
         return bool(self.gather(torch.tensor(here, device=self.device, dtype=torch.int32)).any())
 
     def ranks(self) -> range:
-        """Of all processes."""
+        """The ranks of all processes."""
         return range(self.size)
 
     def wait(self) -> None:
@@ -81,7 +81,7 @@ class World:
 
 
 @contextmanager
-def joined(stall_minutes: float = 10) -> Iterator[World]:
+def join(stall_minutes: float = 10) -> Iterator[World]:
     """The world that torchrun started this process in; of one process, if it did not.
 
     Raises UserError when something else set its rank, when another process ends, and when one waits for
@@ -101,7 +101,7 @@ def joined(stall_minutes: float = 10) -> Iterator[World]:
     store = fresh(store, rank, size, patience.total_seconds())
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
-    with partner_named():
+    with name_lost_process():
         group = dist.new_group(backend="gloo", timeout=patience)
         yield World(rank, size, group, device, patience)
     # Not after an error: NCCL would wait for the others, who may wait for this one. They see it end.
@@ -140,7 +140,7 @@ def fresh(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store
 
 
 @contextmanager
-def partner_named() -> Iterator[None]:
+def name_lost_process() -> Iterator[None]:
     """Turn an error in talking to another process into a UserError that says so."""
     try:
         yield
@@ -156,7 +156,7 @@ def partner_named() -> Iterator[None]:
         raise UserError(f"another process of this run {done}") from error
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """The whole of a tensor that processes share; all of them have to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -177,7 +177,7 @@ def part(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def interrupted() -> Iterator[Callable[[], bool]]:
+def catch_interrupts() -> Iterator[Callable[[], bool]]:
     """Whether SIGINT or SIGTERM came since; a second one acts as usual."""
     received: list[int] = []
     before: dict[int, Any] = {}

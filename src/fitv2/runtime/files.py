@@ -19,7 +19,7 @@ FULL = 1 << 20  # bytes free, below which an error is put down to the disk
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target`, renamed to it on success and removed on any failure.
 
     Raises UserError when `target` already holds something.
@@ -29,7 +29,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        with full_disk_named(target):
+        with name_full_disk(target):
             yield partial
             partial.chmod(0o755)  # mkdtemp makes folders that only their owner can read
             partial.rename(target)
@@ -38,7 +38,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_file(target: Path, scratch: Path | None = None) -> Iterator[Path]:
+def atomic_file(target: Path, scratch: Path | None = None) -> Iterator[Path]:
     """A path to write to, renamed to `target` on success and removed on any failure.
 
     It lies in `scratch`, a folder on the same disk [default: beside `target`], where it is left
@@ -49,7 +49,7 @@ def whole_file(target: Path, scratch: Path | None = None) -> Iterator[Path]:
     # A random name: processes of several machines may have one number, and write one file.
     partial = (scratch or target.parent) / f".{secrets.token_hex(4)}.{target.name}"
     try:
-        with full_disk_named(target):
+        with name_full_disk(target):
             yield partial
             with partial.open("rb") as written:  # on the disk before it has its name: power may fail
                 os.fsync(written.fileno())
@@ -59,7 +59,7 @@ def whole_file(target: Path, scratch: Path | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def full_disk_named(target: Path) -> Iterator[None]:
+def name_full_disk(target: Path) -> Iterator[None]:
     """Turn any error while the disk is full into the OSError that says so.
 
     torch and safetensors hide a full disk behind errors of their own.
@@ -86,7 +86,7 @@ def unused(path: Path) -> Path:
 
 def write_text(path: Path, text: str, scratch: Path | None = None) -> None:
     """Write `text` to `path`, whole or not at all."""
-    with whole_file(path, scratch) as partial:
+    with atomic_file(path, scratch) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

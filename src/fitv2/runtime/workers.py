@@ -40,8 +40,8 @@ def read_ahead(read: Callable[[Key], Item], keys: Iterable[Key], workers: int) -
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            "a reading process was ended from outside, perhaps for want of memory:"
-            " the same command goes on, with fewer `workers`"
+            "a reading process was ended from outside; perhaps it ran out of memory:"
+            " run the same command again to resume, with fewer `workers`"
         ) from error
 
 

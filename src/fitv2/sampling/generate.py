@@ -66,7 +66,7 @@ def default_tokens_per_pack(device: torch.device) -> int:
     """How many tokens to compute together, before guidance doubles them.
 
     On a CPU buffers above 32 MB are mapped anew and cleared by the system at every use (glibc's
-    largest mmap threshold): smaller packs were a sixth faster (docs/log.md). An accelerator
+    largest mmap threshold): smaller packs were a sixth faster (docs/lab-notes/log.md). An accelerator
     wants many.
     """
     return 2_048 if device.type == "cpu" else 16_384

@@ -1,7 +1,7 @@
-"""Checkpoints of a run, written while training goes on: whole or not at all.
+"""Checkpoints of a run, written while training continues: whole or not at all.
 
-A checkpoint is a folder `step-NNNNNNN` with the averaged model in `ema/`, which samples, and in `state/`
-what training carries on from. It is written as `.step-NNNNNNN`; only what is whole gets its name.
+A checkpoint is a folder `step-NNNNNNN` with the EMA model in `ema/`, which samples, and in `state/`
+what training resumes from. It is written as `.step-NNNNNNN`; only what is whole gets its name.
 """
 
 import os
@@ -30,7 +30,7 @@ from fitv2.checkpoint import Card, checkpoints, save_model, step_of
 from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.runtime.distributed import World
-from fitv2.runtime.files import full_disk_named, sha256, write_json
+from fitv2.runtime.files import name_full_disk, sha256, write_json
 from fitv2.runtime.serialization import read_json
 
 MANIFEST = "state.json"
@@ -55,15 +55,15 @@ class Saver:
         for partial in self.run.glob("checkpoints/.step-*"):
             shutil.rmtree(partial)
 
-    def save(self, step: int, state: State, average: FiT | None) -> None:
+    def save(self, step: int, state: State, ema: FiT | None) -> None:
         """Begin to write a checkpoint, after the one before is written.
 
-        `state` and `average` (of the first process; in the others None) may not change any more.
+        `state` and `ema` (of the first process; in the others None) may not change any more.
         """
         self.finish()
         partial = self._folder(step, ".")
         self.last = step
-        self.writing = step, in_background(lambda: self._write(partial, state, average))
+        self.writing = step, run_in_background(lambda: self._write(partial, state, ema))
 
     def look(self) -> None:
         """Give a checkpoint its name if it is written by now. Raises as `finish`."""
@@ -108,16 +108,16 @@ class Saver:
     def _folder(self, step: int, prefix: str = "") -> Path:
         return self.run / "checkpoints" / f"{prefix}step-{step:07d}"
 
-    def _write(self, partial: Path, state: State, average: FiT | None) -> None:
+    def _write(self, partial: Path, state: State, ema: FiT | None) -> None:
         if self.world.device.index is not None:
             torch.accelerator.set_device_index(self.world.device.index)  # each thread has its own
-        with full_disk_named(self.run):
+        with name_full_disk(self.run):
             if self.world.first:
                 (partial / "state").mkdir(parents=True)
             if self.world.group is not None:
                 dist.barrier(self.world.group)
-            if average is not None:
-                save_model(average, self.card, partial / "ema")
+            if ema is not None:
+                save_model(ema, self.card, partial / "ema")
             weights = sorted((partial / "ema").glob("*.safetensors")) if self.world.first else []
             write_state(state, partial / "state", self.world.group, weights)
 
@@ -128,7 +128,7 @@ class Saver:
                 shutil.rmtree(old)
 
 
-def in_background(work: Callable[[], None]) -> Future[None]:
+def run_in_background(work: Callable[[], None]) -> Future[None]:
     """The result of `work` in a thread that does not keep the process alive."""
     future: Future[None] = Future()
 
@@ -153,7 +153,7 @@ def state_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> S
     return state
 
 
-def staged(state: State) -> State:
+def stage(state: State) -> State:
     """A copy in the memory of the host, which training does not change."""
     copied: State = HuggingFaceStorageWriter("").stage(state)
     return copied
@@ -168,7 +168,7 @@ def write_state(
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     writer.per_thread_copy_ahead = 0  # what is staged lies on the host; else a stream of GPU 0 is asked for
-    with unwrapped():
+    with unwrap_errors():
         dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
     rank = 0 if group is None else dist.get_rank(group)
     written = [*folder.glob(f"shard-{rank + 1:05d}-*.safetensors"), *beside]
@@ -181,7 +181,7 @@ def write_state(
         write_json(folder / MANIFEST, {"files": dict(ChainMap(*everyone))})
 
 
-def require_whole_state(folder: Path, rank: int = 0, ranks: int = 1) -> None:
+def verify_state(folder: Path, rank: int = 0, ranks: int = 1) -> None:
     """UserError if one of this process's share of the files is missing, cut or changed."""
     for name, expected in sorted(read_json(folder / MANIFEST)["files"].items())[rank::ranks]:
         path = folder / name
@@ -206,12 +206,12 @@ def read_state(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.
     if state.keys() != stored.keys():
         odd = sorted(state.keys() ^ stored.keys())[0]
         raise UserError(f"{folder} is the state of another model or optimizer: {odd} is only in one of them")
-    with unwrapped():
+    with unwrap_errors():
         dcp.load(state, storage_reader=reader, no_dist=True)
 
 
 @contextmanager
-def unwrapped() -> Iterator[None]:
+def unwrap_errors() -> Iterator[None]:
     """Raise what went wrong in place of torch's own error, which is no Exception."""
     try:
         yield

@@ -6,8 +6,8 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor
 
-from fitv2.runtime.device import multiplies_bfloat16
-from fitv2.runtime.distributed import local, part, whole
+from fitv2.runtime.device import has_bfloat16_matmuls
+from fitv2.runtime.distributed import gather, local, part
 
 # Of the quintic iteration: singular values end between 0.7 and 1.2, which serves as well as 1.
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
@@ -56,16 +56,16 @@ class Muon(torch.optim.Optimizer):
         gradient, momentum = cast(Tensor, matrix.grad), group["momentum"]
         average = memory["momentum_buffer"].lerp_(gradient, 1 - momentum)
         ahead = gradient.lerp(average, momentum)  # Nesterov's
-        pieces = whole(ahead).unflatten(0, (group["pieces"], -1))
-        dtype = torch.bfloat16 if multiplies_bfloat16(pieces.device) else torch.float32
-        change = orthogonal(pieces.to(dtype)).to(matrix.dtype).flatten(0, 1)
+        pieces = gather(ahead).unflatten(0, (group["pieces"], -1))
+        dtype = torch.bfloat16 if has_bfloat16_matmuls(pieces.device) else torch.float32
+        change = orthogonalize(pieces.to(dtype)).to(matrix.dtype).flatten(0, 1)
         size = 0.2 * max(pieces.shape[1:]) ** 0.5  # that of a change of AdamW: 0.2 a number
         mine = local(matrix)
         mine.mul_(1 - group["lr"] * group["weight_decay"])
         mine.add_(part(change, matrix), alpha=-group["lr"] * size)
 
 
-def orthogonal(matrix_NRC: Tensor) -> Tensor:
+def orthogonalize(matrix_NRC: Tensor) -> Tensor:
     """The nearest matrices with singular values of about 1, (N, R, C), by Newton's iteration."""
     wide = matrix_NRC.shape[1] <= matrix_NRC.shape[2]
     x = matrix_NRC if wide else matrix_NRC.mT

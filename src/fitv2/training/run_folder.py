@@ -18,7 +18,7 @@ from fitv2.config import FREE, Architecture, Training
 from fitv2.data.format import DatasetCard
 from fitv2.errors import UserError
 from fitv2.presets import Preset
-from fitv2.runtime.files import whole_file, write_json
+from fitv2.runtime.files import atomic_file, write_json
 from fitv2.runtime.serialization import from_dict, read_json
 
 
@@ -29,7 +29,7 @@ def settle(run: Path, preset: Preset, data: DatasetCard, init: str | None) -> No
     """
     path = run / "run.json"
     tokens = asdict(data.about) | {"pictures": data.pictures, "rows": data.rows}
-    del tokens["encoding"]  # the same pictures encoded elsewhere, in other shards, are the same data
+    del tokens["encoding"]  # the same images encoded elsewhere, in other shards, are the same data
     described = {
         "data": json.loads(json.dumps(tokens)),
         "init": init,
@@ -62,21 +62,21 @@ def note_start(run: Path, step: int, processes: int) -> None:
             "python": platform.python_version(),
             **{name: version(name) for name in ("fitv2", "torch", "diffusers")},
         },
-        "machine": machine(),
-        "code": code_state(),
+        "machine": describe_machine(),
+        "code": describe_code(),
     }
     with (run / "starts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def machine() -> str:
+def describe_machine() -> str:
     """What a run computes on, in words."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
     return f"{os.cpu_count()} cores, {platform.machine()} {platform.system()}"
 
 
-def code_state() -> str | None:
+def describe_code() -> str | None:
     """The commit of the package's own repository, and whether files differ from it; None if it has none."""
     asked = []
     for question in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
@@ -116,5 +116,5 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def cut_log(path: Path, step: int) -> None:
     """Drop what was logged after the checkpoint that a run resumes from."""
     lines = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step]
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text("".join(lines), encoding="utf-8")

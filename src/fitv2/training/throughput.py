@@ -91,7 +91,7 @@ def memory_gib(device: torch.device) -> float:
     return most / 2**30 if sys.platform == "darwin" else most / 2**20
 
 
-# Dense bfloat16 products, in 10¹² operations a second, from the makers' data sheets.
+# Dense bfloat16 matmuls, in 10¹² operations a second, from the makers' data sheets.
 PEAKS = {
     "A100": 312, "A10G": 70, "L4": 121, "L40": 181, "L40S": 362,
     "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 210,
@@ -100,7 +100,7 @@ PEAKS = {
 
 
 class TrainingFlops:
-    """Operations of the matrix products in a forward and backward pass over images of some lengths.
+    """Operations of the matmuls in a forward and backward pass over images of some lengths.
 
     Elementwise operations are not counted, nor what is computed again to save memory: as in MFU (PaLM,
     arXiv 2204.02311, appendix B). A frozen matrix needs no gradient of its own.
@@ -127,7 +127,7 @@ class TrainingFlops:
 
 @cache
 def peak_flops(device: torch.device) -> float:
-    """Operations a second that products of large matrices could reach at most.
+    """Operations a second that matmuls of large matrices could reach at most.
 
     From the data sheet where the accelerator is known; else measured, in float32 on a CPU.
     """

@@ -1,4 +1,4 @@
-"""Where the numbers and pictures of a run go: log.jsonl always, and what people watch it with."""
+"""Where the numbers and images of a run go: log.jsonl always, and what people watch it with."""
 
 import hashlib
 import json
@@ -17,13 +17,13 @@ Scalars = Mapping[str, float]
 
 
 class Tracker(Protocol):
-    """Takes the numbers of a step, and its pictures. Names have a / between group and quantity."""
+    """Takes the numbers of a step, and its images. Names have a / between group and quantity."""
 
     def scalars(self, step: int, values: Scalars) -> None:
         """Some numbers of a step."""
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
-        """A picture of a step."""
+        """A image of a step."""
 
     def close(self) -> None:
         """The run has ended."""
@@ -41,7 +41,7 @@ class JsonLines:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
-        """Nothing: pictures lie beside the file."""
+        """Nothing: images lie beside the file."""
 
     def close(self) -> None:
         """Nothing."""
@@ -60,7 +60,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
-        """A slider of pictures."""
+        """A slider of images."""
         self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class Hosted:
         self._try(lambda: self.module.log(dict(values), step=step))
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
-        """A picture."""
+        """A image."""
         self._try(lambda: self.module.log({name: self.module.Image(image)}, step=step))
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ class Hosted:
             warnings.warn(f"{self.name} gets nothing more: {error}", stacklevel=2)
 
 
-def trackers(names: Iterable[str], run: Path, step: int, config: Mapping[str, Any]) -> list[Tracker]:
+def build_trackers(names: Iterable[str], run: Path, step: int, config: Mapping[str, Any]) -> list[Tracker]:
     """The log, and one tracker for each name. Raises UserError when its package is not installed."""
     chosen: list[Tracker] = [JsonLines(run / "log.jsonl")]
     for name in names:

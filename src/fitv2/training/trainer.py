@@ -17,7 +17,7 @@ from torch import Tensor
 from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint, step_of
 from fitv2.conditioning import Condition
 from fitv2.config import Training
-from fitv2.data.dataset import Batch, Steps, TokenDataset, batches, require_whole
+from fitv2.data.dataset import Batch, Steps, TokenDataset, batches, verify_files
 from fitv2.data.packing import FixedCount, Sampler, TokenBudget
 from fitv2.diffusion.noise import NoisySample
 from fitv2.diffusion.objective import objective_of
@@ -25,25 +25,25 @@ from fitv2.errors import UserError
 from fitv2.figures import loss_curve
 from fitv2.pipeline import FiTPipeline
 from fitv2.presets import Preset
-from fitv2.runtime.device import default_device, multiplies_bfloat16
-from fitv2.runtime.distributed import World, interrupted, joined, ranks
-from fitv2.runtime.files import unused, whole_file
+from fitv2.runtime.device import default_device, has_bfloat16_matmuls
+from fitv2.runtime.distributed import World, catch_interrupts, join, ranks
+from fitv2.runtime.files import atomic_file, unused
 from fitv2.runtime.rng import NOISING, ORDER, derive_seed
 from fitv2.sampling.preview import preview
 from fitv2.training.checkpointing import (
     DAMAGE,
     Saver,
     read_state,
-    require_whole_state,
-    staged,
+    stage,
     state_of,
+    verify_state,
 )
 from fitv2.training.initialize import initialize
 from fitv2.training.noising import add_noise
 from fitv2.training.optim import build_optimizers, learning_rate
 from fitv2.training.run_folder import cut_log, note_start, read_log, settle
 from fitv2.training.throughput import ByTime, Rates, TrainingFlops, memory_gib, peak_flops
-from fitv2.training.trackers import Tracker, trackers
+from fitv2.training.trackers import Tracker, build_trackers
 from fitv2.training.validation import HeldOut
 from fitv2.training.weights import Weights, compile_blocks
 
@@ -78,8 +78,8 @@ def train(
     minutes = preset.training.minutes
     deadline = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
     if preset.training.check_data and dataset.store.is_local:
-        require_whole(dataset.store, dataset.card, check, *ranks())
-    with joined(preset.training.stall_minutes) as world, interrupted() as signalled:
+        verify_files(dataset.store, dataset.card, check, *ranks())
+    with join(preset.training.stall_minutes) as world, catch_interrupts() as signalled:
 
         def stop() -> bool:
             return signalled() or time.monotonic() >= deadline
@@ -139,7 +139,7 @@ class Trainer:
             self.saver.clean()
             cut_log(run / "log.jsonl", self.step)
             note_start(run, self.step, world.size)
-            self.trackers = trackers(self.config.track, run, self.step, asdict(preset))
+            self.trackers = build_trackers(self.config.track, run, self.step, asdict(preset))
         if self.config.compile:
             compile_blocks(self.weights.model)
         self.by_time = ByTime(self.device)
@@ -281,7 +281,7 @@ class Trainer:
             return
         if not self.world.first:
             return
-        with whole_file(self.run / "samples" / f"step-{self.step:07d}.png") as partial:
+        with atomic_file(self.run / "samples" / f"step-{self.step:07d}.png") as partial:
             sheet.save(partial)
         for tracker in self.trackers:
             tracker.image(self.step, "samples", sheet)
@@ -296,7 +296,7 @@ class Trainer:
         if self.step == self.saver.last:
             return
         self.saver.finish()  # so that the host never holds two
-        state = staged(state_of(self.weights.master, self.optimizers))
+        state = stage(state_of(self.weights.master, self.optimizers))
         self.saver.save(self.step, state, self.weights.gather_ema(self.world))
 
     @contextmanager
@@ -315,9 +315,9 @@ class Trainer:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the matmuls."""
+        """The dtype of the matmuls."""
         precision = self.config.precision
-        fast = precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(self.device))
+        fast = precision == "bfloat16" or (precision == "auto" and has_bfloat16_matmuls(self.device))
         return torch.bfloat16 if fast else torch.float32
 
     @property
@@ -357,7 +357,7 @@ class Trainer:
     def _load(self, checkpoint: Path) -> str | None:
         """Put a checkpoint into the weights and optimizers; what is wrong with it if it cannot be read."""
         try:
-            require_whole_state(checkpoint / "state", self.world.rank, self.world.size)
+            verify_state(checkpoint / "state", self.world.rank, self.world.size)
             ema = load_model(checkpoint / "ema")[0]
             read_state(checkpoint / "state", self.weights.master, self.optimizers)
             self.weights.restore(ema)

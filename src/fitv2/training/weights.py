@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fitv2.errors import UserError
 from fitv2.model import FiT
-from fitv2.runtime.distributed import World, local, part, whole
+from fitv2.runtime.distributed import World, gather, local, part
 
 
 class Weights:
@@ -73,12 +73,12 @@ class Weights:
     def clip(self, max_norm: float) -> float:
         """Scale the gradients down to a norm of at most this; returns their norm before."""
         norm = nn.utils.clip_grad_norm_([weight for weight, *_ in self.trained], max_norm)
-        return float(whole(norm))
+        return float(gather(norm))
 
     @torch.no_grad()
     def norm(self) -> float:
         """The norm of all weights."""
-        return float(whole(nn.utils.get_total_norm(list(self.master.parameters()))))
+        return float(gather(nn.utils.get_total_norm(list(self.master.parameters()))))
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
@@ -95,7 +95,7 @@ class Weights:
         """
         copies = {}
         for name, weight in self.ema.named_parameters():
-            everything = whole(weight)
+            everything = gather(weight)
             if world.first:
                 copies[name] = everything.to("cpu", copy=True)
         if not world.first:
