@@ -10,6 +10,7 @@ demo: .venv
 # OMP_NUM_THREADS=1: two OpenMP teams on one busy machine run many times slower than one thread each.
 test: .venv lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python tools/check_docs.py
 
 lint: .venv
 	$(BIN)/ruff check .

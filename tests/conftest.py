@@ -23,14 +23,14 @@ os.environ["FITV2_DEVICE"] = "cpu"  # tests marked gpu name theirs
 
 
 def picture(width, height, seed=0):
-    """A image with some structure: two colours and a diagonal between them."""
+    """An image with some structure: two colours and a diagonal between them."""
     colours = np.random.default_rng(seed).integers(0, 256, (2, 3))
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.where((x * height > y * width)[..., None], *colours).astype(np.uint8))
 
 
 def encoded_picture(width=16, height=16, seed=0):
-    """Such a image as the bytes of a PNG."""
+    """Such an image as the bytes of a PNG."""
     file = io.BytesIO()
     picture(width, height, seed).save(file, "PNG")
     return file.getvalue()
@@ -126,7 +126,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokens(folder, tmp_path_factory) -> Path:
-    """That folder, encoded in pixels, at most 16 tokens a image."""
+    """That folder, encoded in pixels, at most 16 tokens an image."""
     out = tmp_path_factory.mktemp("tokens") / "set"
     encode(folder, out, Encoding(max_tokens=(16,)), workers=0)
     return out

@@ -1,6 +1,7 @@
 """One picture of every way to go beyond the trained size, from the same seeds.
 
-python tools/extrapolation_sheet.py clipart docs/guides/extrapolation.png --size 160x320 --label smilies --seed 1
+python tools/extrapolation_sheet.py clipart docs/guides/extrapolation.png
+    --size 160x320 --label smilies --seed 1
 """
 
 from dataclasses import dataclass, replace

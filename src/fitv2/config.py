@@ -166,7 +166,7 @@ class Encoding:
     """Larger images are shrunk to this many tokens (the paper: 256, and 1024 in post-training). Several,
     such as 64 36 16: each image is stored at all of them, and a model learns all."""
     preprocess: Literal["flexible", "mixed"] = "flexible"
-    """flexible: resized, as in FiT. mixed, as in FiTv2: a image larger than the square of its tokens is
+    """flexible: resized, as in FiT. mixed, as in FiTv2: an image larger than the square of its tokens is
     also stored cropped to that square; training chooses by --crop-probability."""
     mirror: bool = True
     """Also store every image mirrored."""

@@ -72,7 +72,7 @@ def loss_curve(lines: Sequence[dict[str, Any]], out: Path, title: str) -> None:
 def dataset_plots(
     tokens: np.ndarray, aspects: np.ndarray, labels: dict[str, int], out: Path, title: str
 ) -> None:
-    """Plot what a dataset holds: tokens a image, aspect ratios (columns over rows), images a label."""
+    """Plot what a dataset holds: tokens an image, aspect ratios (columns over rows), images a label."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 4.5), layout="constrained")

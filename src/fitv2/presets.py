@@ -120,7 +120,7 @@ PRESETS = {
         replace(_SMALL, learning_rate=5e-4, steps=100_000, decay_steps=20_000),
     ),
     "clipart": Preset(
-        "The shipped model: 5.6M parameters on pixels, an hour on two CPU cores; see docs/results/models/clipart.",
+        "The shipped model: 5.6M parameters, an hour on two CPU cores (docs/results/models/clipart).",
         _on_pixels(depth=5, width=256, heads=4),
         replace(_SMALL, batch_size=48, steps=8_000, decay_steps=2_000),
     ),

@@ -74,7 +74,7 @@ def test_broken_pictures_are_listed_and_the_rest_goes_on(folder, tmp_path):
     (source / "a" / "good.png").write_bytes(whole)
     (source / "a" / "cut.png").write_bytes(whole[:60])
     (source / "a" / "empty.png").write_bytes(b"")
-    (source / "a" / "text.jpg").write_text("not a image")
+    (source / "a" / "text.jpg").write_text("not an image")
     (source / "a" / "notes.txt").write_text("not meant as one")
     report = encode(source, tmp_path / "set", workers=0)
     listed = [json.loads(line) for line in (tmp_path / "set" / "skipped.jsonl").read_text().splitlines()]

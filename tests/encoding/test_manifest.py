@@ -157,7 +157,7 @@ SKIPPED = {
     "cut.png": (saved(picture(64, 64))[:60], "truncated|cut|broken|cannot"),
     "cut.jpg": (saved(Image.effect_noise((64, 64), 50), "JPEG")[:900], "truncated"),
     "empty.png": (b"", "empty"),
-    "text.jpg": (b"not a image", "not an image"),
+    "text.jpg": (b"not an image", "not an image"),
     "drawing.svg": (b"<svg/>", "not an image"),
     "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     "bomb.png": (bomb(), "exceeds limit"),
@@ -184,7 +184,7 @@ def test_a_file_that_went_away_has_a_reason(listed, tmp_path):
 
 @pytest.mark.parametrize("error", [ConnectionResetError("reset"), TimeoutError(), OSError(24, "Too many")])
 def test_what_may_pass_is_tried_again_and_then_stops_all(listed, monkeypatch, error):
-    """A image is not left out because its store could not be reached for a while."""
+    """An image is not left out because its store could not be reached for a while."""
     manifest, failing = listed({"a/1.png": encoded_picture()}), [error, error]
     waited = []
     monkeypatch.setattr("fitv2.encoding.manifest.time.sleep", waited.append)

@@ -69,7 +69,7 @@ def whole(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "left"),
     [
-        (lambda content, at: content[: at[3] + 10], 4),  # inside a image
+        (lambda content, at: content[: at[3] + 10], 4),  # inside an image
         (lambda content, at: content[: at[3] - 100], 3),  # inside a header
         (lambda content, at: content[: at[3] - 512], 3),  # where a header should begin
         (lambda content, at: content[: at[3] - 500] + b"?" + content[at[3] - 499 :], 3),  # a changed header

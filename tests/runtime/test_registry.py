@@ -74,8 +74,8 @@ def test_reading_names_loads_nothing_heavy():
 def test_one_of_is_a_literal_of_all_names_each_once(module):
     module('ONE = {"a": 1, "b": 2}\nTWO = {"b": 3, "c": 4}')
     assert one_of("package.tables:ONE", "package.tables:TWO") == typing.Literal["a", "b", "c"]
-    both = one_of("package.tables:TWO", first=("none",))
-    assert typing.get_args(both) == ("none", "b", "c")
+    more = one_of("package.tables:TWO", first=("none",), last=("z", "c"))
+    assert typing.get_args(more) == ("none", "b", "c", "z")
 
 
 @pytest.mark.parametrize("source", [

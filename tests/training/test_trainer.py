@@ -393,7 +393,7 @@ def to_released_name(name):
 
 
 def test_batch_does_not_depend_on_its_size(tokens, tmp_path):
-    """What a image meets (time, noise, dropped label) follows from its position alone."""
+    """What an image meets (time, noise, dropped label) follows from its position alone."""
     trainer = Trainer(settings(steps=1), TokenDataset(tokens), tokens, tmp_path / "run", None)
     eights, fours = (
         Steps(trainer.dataset, FixedCount(trainer.dataset.images(), count, seed=0)) for count in (8, 4)

@@ -158,7 +158,7 @@ class Latents:
 def find_latents(source: Path) -> Latents | None:
     """The released latents in a folder: `from_16_to_L`, `greater_than_L_resize`, `greater_than_L_crop`.
 
-    A image that is in both of the latter is one image with two ways to see it, as in the
+    An image that is in both of the latter is one image with two ways to see it, as in the
     released code. None when there are no such folders. Raises UserError when they disagree on L.
     """
     found = [re.fullmatch(r"from_16_to_(\d+)|greater_than_(\d+)_(resize|crop)", p.name)
@@ -186,7 +186,7 @@ def convert_latents(
 ) -> tuple[int, int]:
     """Released latents as the new token dataset `out`: how many images, and how many were left out.
 
-    A image's variants are its files in order, each with both flips. Files that cannot be used are
+    An image's variants are its files in order, each with both flips. Files that cannot be used are
     listed in out/skipped.jsonl. Raises UserError when none can.
     """
     skipped, kept = [], 0
@@ -226,7 +226,7 @@ def _written(folder: Path, about: About, shards: dict[str, Shard], rows: ShardRo
 
 
 def _read_ahead(pictures: list[list[Path]]) -> Iterator[list[dict[str, Tensor] | UserError]]:
-    """The files of each image, read by several threads: there is one small file a image."""
+    """The files of each image, read by several threads: there is one small file an image."""
 
     def read(picture: list[Path]) -> list[dict[str, Tensor] | UserError]:
         return [_or_error(path) for path in picture]

@@ -99,7 +99,7 @@ class ShardRows:
         }
 
     def add(self, tokens: np.ndarray, label: int, source: str, variant: int, crop: bool = False) -> None:
-        """One variant, tokens (rows, columns, C) float16; a image's variants come in order from 0."""
+        """One variant, tokens (rows, columns, C) float16; an image's variants come in order from 0."""
         rows, columns, channels = tokens.shape
         self.tokens.append(tokens.reshape(-1, channels))
         self.bytes += tokens.nbytes
@@ -251,7 +251,7 @@ tags:
 
 Images of many sizes as tokens, to train a diffusion transformer on. {latents}
 A token is a patch of {patch}×{patch} latent pixels of {channels} channels: {numbers} numbers, ordered
-(channel, row, column). A image has at most {limit} tokens.
+(channel, row, column). An image has at most {limit} tokens.
 
 | split | images | rows | tokens |
 |---|---|---|---|
@@ -259,7 +259,7 @@ A token is a patch of {patch}×{patch} latent pixels of {channels} channels: {nu
 
 {labels}
 
-A row is one variant of a image (as it is, mirrored, smaller, cropped): `tokens` (rows · columns
+A row is one variant of an image (as it is, mirrored, smaller, cropped): `tokens` (rows · columns
 lists of {numbers} float16, row by row), `rows`, `columns`, `label`, `source`, `variant` (counted from 0
 for each image), `crop`.
 

@@ -19,7 +19,7 @@ FORMATS = (
 
 
 class UnusableImage(Exception):  # noqa: N818 (the noun reads better where it is caught)
-    """A image that cannot be used, with the reason as its message."""
+    """An image that cannot be used, with the reason as its message."""
 
 
 def resized(width: int, height: int, max_tokens: int, unit: int) -> tuple[int, int]:
@@ -44,7 +44,7 @@ def resized(width: int, height: int, max_tokens: int, unit: int) -> tuple[int, i
 
 
 def load_rgb(source: Path | IO[bytes]) -> Image.Image:
-    """A image as RGB, upright; transparent pixels become white. Raises UnusableImage with the reason.
+    """An image as RGB, upright; transparent pixels become white. Raises UnusableImage with the reason.
 
     Pillow itself refuses decompression bombs, above 179 megapixels.
     """
@@ -109,9 +109,9 @@ def center_crop(image: Image.Image, side: int) -> Image.Image:
 def views(
     image: Image.Image, max_tokens: Sequence[int], unit: int, crop: bool
 ) -> list[tuple[Image.Image, bool]]:
-    """What is stored of a image: resized for each limit, then cropped ones; and whether each is cropped.
+    """What is stored of an image: resized for each limit, then cropped ones; and whether each is cropped.
 
-    Only a image with both sides above the square of a limit is cropped to it (FiTv2's mixed
+    Only an image with both sides above the square of a limit is cropped to it (FiTv2's mixed
     preprocessing), so every image has at least its resized view.
     """
     resized_views = [(flexible_resize(image, limit, unit), False) for limit in max_tokens]

@@ -1,6 +1,6 @@
 """Every image of a source, listed once in a table that all processes map to memory, and read by its row.
 
-What a image is, and whether it can be used, is found out when it is read.
+What an image is, and whether it can be used, is found out when it is read.
 """
 
 import errno
@@ -135,7 +135,7 @@ def others(source: Source) -> list[dict[str, Any]]:
 
 
 def read_image(manifest: Manifest, picture: ImageRef) -> Image.Image:
-    """A image as RGB, upright.
+    """An image as RGB, upright.
 
     Raises UnusableImage with the reason, and UserError when its store cannot be reached for a while:
     then it is not the image's fault, and it is not to be left out.

@@ -158,7 +158,7 @@ def label_texts(labels: list[Any], names: tuple[str, ...]) -> list[str]:
 
 
 def parquet_row(url: str, picture: ImageRef) -> bytes:
-    """The bytes of a image in a Parquet file. Neighbours come from the same row group, read once."""
+    """The bytes of an image in a Parquet file. Neighbours come from the same row group, read once."""
     images = _images_of(url, picture.path, picture.group, picture.detail, os.getpid())
     return image_bytes(images[picture.at].as_py())
 
@@ -179,7 +179,7 @@ def _parquet(url: str, path: bytes, process: int) -> Any:
 
 
 def datasets_row(url: str, picture: ImageRef) -> bytes:
-    """The bytes of a image in a `datasets` folder."""
+    """The bytes of an image in a `datasets` folder."""
     row = _datasets_part(url, picture.path.decode(), os.getpid())[picture.at]
     return image_bytes(row[picture.detail][0].as_py())
 

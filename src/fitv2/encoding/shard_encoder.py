@@ -26,7 +26,7 @@ SAMPLES = 7  # first number of the keys that a sampled latent's noise is derived
 
 @dataclass(frozen=True)
 class Fitted:
-    """A image as it was read: its views as (pixels, cropped), or why it cannot be used."""
+    """An image as it was read: its views as (pixels, cropped), or why it cannot be used."""
 
     row: int
     picture: ImageRef
@@ -65,7 +65,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a view belongs: a image of the shard, and which of its views."""
+    """Where a view belongs: an image of the shard, and which of its views."""
 
     picture: int
     view: int

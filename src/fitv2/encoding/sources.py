@@ -28,7 +28,7 @@ class ImageRef(NamedTuple):
     """One image of a source, not yet read."""
 
     split: str
-    label: str  # empty for none where others have one: such a image is not used
+    label: str  # empty for none where others have one: such an image is not used
     source: str  # its name, as a person would look for it
     path: bytes  # of the file that holds it, as the operating system has it
     at: int  # its first byte or its row there

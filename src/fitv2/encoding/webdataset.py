@@ -34,7 +34,7 @@ def in_tars(source: Source) -> Iterator[ImageRef]:
     """WebDataset: members that share a name up to its first dot are one image and what is said of it.
 
     The label is that of NAME.cls, of "label" in NAME.json, or the member's folder. An archive that
-    breaks off gives what it holds before, and a image that is BROKEN.
+    breaks off gives what it holds before, and an image that is BROKEN.
     """
     system, _ = filesystem(source.url)
     for path in sorted(source.files):
@@ -107,6 +107,6 @@ def _stated_label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) ->
 
 
 def tar_member(url: str, picture: ImageRef) -> bytes:
-    """The bytes of a image in an archive."""
+    """The bytes of an image in an archive."""
     end = picture.at + picture.size
     return read_range(filesystem(url)[0], os.fsdecode(picture.path), picture.at, end)

@@ -23,7 +23,7 @@ class Tracker(Protocol):
         """Some numbers of a step."""
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
-        """A image of a step."""
+        """An image of a step."""
 
     def close(self) -> None:
         """The run has ended."""
@@ -90,7 +90,7 @@ class Hosted:
         self._try(lambda: self.module.log(dict(values), step=step))
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
-        """A image."""
+        """An image."""
         self._try(lambda: self.module.log({name: self.module.Image(image)}, step=step))
 
     def close(self) -> None:
