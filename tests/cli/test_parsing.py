@@ -51,10 +51,16 @@ def test_former_names_are_those_of_settings_today():
 
 
 def test_a_former_name_is_replaced_with_a_hint(capsys):
-    assert rename("--clip=2") == "--max-grad-norm=2"
+    known = ["--max-grad-norm", "--no-gradient-checkpointing"]
+    assert rename("--clip=2", known) == "--max-grad-norm=2"
     assert capsys.readouterr().err == "fitv2: --clip is now --max-grad-norm\n"
-    assert [rename(text) for text in ("clip", "--depth", "2")] == ["clip", "--depth", "2"]
+    assert rename("--no-recompute", known) == "--no-gradient-checkpointing"
+    assert rename("--clip", ["--label"]) == "--clip"
+    assert [rename(text, known) for text in ("clip", "--depth", "2")] == ["clip", "--depth", "2"]
 
 
 def test_fields_of_an_error_are_shown_as_flags():
-    assert name_flags("`max_grad_norm` is 0; see `X` and a`b") == "--max-grad-norm is 0; see `X` and a`b"
+    assert (
+        name_flags("`max_grad_norm` is 0; see `X`, `datasets`, a`b", ["--max-grad-norm"])
+        == "--max-grad-norm is 0; see `X`, `datasets`, a`b"
+    )

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fitv2 import __version__
 from fitv2.cli.options import Convert, Demo, Encode, Export, Inspect, Sample, Train
-from fitv2.cli.parsing import name_flags, parse
+from fitv2.cli.parsing import name_flags, option_names, parse
 from fitv2.cli.progress import share_bar, stages_bar, training_bar
 from fitv2.config import Architecture, Network, at_least
 from fitv2.errors import UserError, nearest
@@ -206,6 +206,11 @@ def train_defaults(arguments: list[str]) -> Train:
     return Train(tyro.MISSING, tyro.MISSING, tyro.MISSING, None, network, chosen.training)
 
 
+def all_options() -> set[str]:
+    """The options of all commands."""
+    return {name for kind, _ in COMMANDS.values() for name in option_names(kind)}
+
+
 def overview() -> str:
     """What `fitv2 --help` prints."""
     lines = [
@@ -251,5 +256,5 @@ def main() -> None:
         message = f"{error.name} is not installed: pip install 'fitv2[train]'"
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"fitv2: {name_flags(' '.join(message.split()))}", file=sys.stderr)
+    print(f"fitv2: {name_flags(' '.join(message.split()), all_options())}", file=sys.stderr)
     sys.exit(2)

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TypeVar, cast
 
 import tyro
@@ -19,7 +19,7 @@ Options = TypeVar("Options")
 def parse(kind: type[Options], arguments: list[str], default: Options | None) -> Options:
     """The options of a command. Every mistake becomes a UserError of one line."""
     known = list(dict.fromkeys(option_names(kind)))
-    arguments = [rename(argument) for argument in arguments]
+    arguments = [rename(argument, known) for argument in arguments]
     if "--help" in arguments or "-h" in arguments:
         arguments = ["--help"]  # with arguments that were given tyro lists fewer
     for argument in arguments:
@@ -69,17 +69,26 @@ RENAMED = {
 }
 
 
-def rename(argument: str) -> str:
-    """An argument with the name that its option has today, and a hint if that is another."""
+def rename(argument: str, known: Collection[str]) -> str:
+    """An argument with the name that its option has today, and a hint if that is another.
+
+    Only `known` options are meant: those that the command has.
+    """
     name, equals, value = argument.partition("=")
-    new = RENAMED.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
-    if new is None:
+    prefix = "--no-" if name.startswith("--no-") else "--"
+    new = RENAMED.get(name.removeprefix(prefix).replace("-", "_")) if name.startswith("--") else None
+    flag = f"{prefix}{(new or '').replace('_', '-')}"
+    if flag not in known:
         return argument
-    flag = f"--{new.replace('_', '-')}"
     print(f"fitv2: {name} is now {flag}", file=sys.stderr)
     return f"{flag}{equals}{value}"
 
 
-def name_flags(message: str) -> str:
-    """A message of the library, which names fields as `max_grad_norm`, with flags: --max-grad-norm."""
-    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda field: f"--{field[1].replace('_', '-')}", message)
+def name_flags(message: str, options: Collection[str]) -> str:
+    """A message of the library, which names fields as `max_grad_norm`, with the flags of these options."""
+
+    def flag(field: re.Match[str]) -> str:
+        name = f"--{field[1].replace('_', '-')}"
+        return name if name in options else field[0]
+
+    return re.sub(r"`([a-z][a-z0-9_]*)`", flag, message)

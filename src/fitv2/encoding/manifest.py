@@ -77,7 +77,8 @@ def load_manifest(path: Path) -> Manifest:
     import pyarrow as pa
 
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    about = json.loads(table.schema.metadata[b"manifest"])
+    metadata = table.schema.metadata
+    about = json.loads(metadata.get(b"manifest") or metadata[b"listing"])  # its name before
     splits = {split: tuple(rows) for split, rows in about["splits"].items()}
     kind = {"files": "images"}.get(about["kind"], about["kind"])  # its name before
     return Manifest(kind, about["url"], tuple(about["labels"]), splits, about["others"], table)

@@ -18,10 +18,8 @@ from fitv2.encoding.images import UnusableImage, views
 from fitv2.encoding.manifest import Manifest, load_manifest, read_image
 from fitv2.encoding.sources import ImageRef
 from fitv2.runtime.device import default_device
-from fitv2.runtime.rng import generator
+from fitv2.runtime.rng import LATENTS, generator
 from fitv2.tokens import patchify
-
-SAMPLES = 7  # first number of the keys that a sampled latent's noise is derived from
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ class ShardEncoder:
         keys = [(self.pictures[p.picture].row, p.view, mirrored) for mirrored in (0, 1) for p in places][
             :images
         ]
-        return torch.stack([torch.randn(size, generator=generator(SAMPLES, *key)) for key in keys])
+        return torch.stack([torch.randn(size, generator=generator(LATENTS, *key)) for key in keys])
 
     def rows(self) -> ShardRows:
         """The rows of the shard: images in order, of each its views in order, as they are and mirrored.

@@ -23,5 +23,7 @@ def keys_of(table: str) -> tuple[str, ...]:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         named = any(isinstance(target, ast.Name) and target.id == name for target in targets)
         if named and isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
-            return tuple(ast.literal_eval(key) for key in node.value.keys if key is not None)
+            if None in node.value.keys:
+                raise LookupError(f"{name} of {module} takes in another table, which is not read")
+            return tuple(ast.literal_eval(key) for key in node.value.keys if key)
     raise LookupError(f"{module} has no table {name} that is written out")

@@ -13,7 +13,7 @@ A key begins with the seed of the run, or where there is none with the purpose; 
 import numpy as np
 import torch
 
-WEIGHTS, ORDER, NOISING, VALIDATION = 0, 1, 2, 3
+WEIGHTS, ORDER, NOISING, VALIDATION, LATENTS = 0, 1, 2, 3, 7
 
 
 def derive_seed(*key: int) -> int:

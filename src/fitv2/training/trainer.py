@@ -279,6 +279,9 @@ class Trainer:
                 raise
             warnings.warn(f"no sheet of samples at step {self.step}: not enough memory", stacklevel=2)
             return
+        except FloatingPointError as error:  # in all processes that draw: they make the same images
+            warnings.warn(f"no sheet of samples at step {self.step}: {error}", stacklevel=2)
+            return
         if not self.world.first:
             return
         with atomic_file(self.run / "samples" / f"step-{self.step:07d}.png") as partial:
