@@ -1,6 +1,13 @@
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 
 from fitv2.autoencoder import load_autoencoder
 from fitv2.errors import UserError
@@ -31,3 +38,21 @@ def test_unknown_autoencoder_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded") as raised:
         load_autoencoder(str(tmp_path))
     assert "\n" not in str(raised.value)
+
+
+def test_the_shipped_autoencoder_keeps_drawings_it_never_saw():
+    """The first held-out concepts of data/emoji: see docs/results/models/emoji-autoencoder."""
+    codec = load_autoencoder("emoji")
+    assert (codec.name, codec.channels, codec.downsample) == ("emoji", 8, 8)
+    table = pq.read_table(Path(__file__).parents[1] / "data" / "emoji" / "validation.parquet")
+    errors, latents = [], []
+    for cell, caption in zip(table["image"], table["caption"].to_pylist(), strict=True):
+        if hashlib.sha256(caption.encode()).digest()[0] < 5:  # as tools/train_autoencoder.py holds them out
+            image = Image.open(io.BytesIO(cell["bytes"].as_py())).convert("RGB").resize((128, 128))
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+            latents.append(codec.encode(pixels))
+            errors.append((codec.decode(latents[-1]).clamp(-1, 1) - pixels).square().mean() / 4)
+    assert len(errors) >= 5
+    assert -10 * torch.stack(errors).log10().mean() > 29
+    deviation = torch.cat(latents).std((0, 2, 3))
+    assert 0.7 < deviation.min() < deviation.max() < 1.4

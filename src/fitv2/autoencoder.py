@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 
+SHIPPED = Path(__file__).parent / "autoencoders"
+
+
 class Autoencoder(Protocol):
     """Pixels (B, 3, H, W) in [−1, 1] to latents (B, channels, H/downsample, W/downsample), and back."""
 
@@ -78,7 +81,7 @@ class KLAutoencoder:
 def load_autoencoder(
     name: str, device: torch.device | str = "cpu", precision: Literal["float32", "bfloat16"] = "float32"
 ) -> Autoencoder:
-    """`"pixels"`, or a diffusers `AutoencoderKL` from a local folder or a hub name.
+    """`"pixels"`, a shipped autoencoder (`"emoji"`), or a diffusers `AutoencoderKL` from a folder or a hub name.
 
     Raises UserError when there is none of that name.
     """
@@ -88,13 +91,15 @@ def load_autoencoder(
         raise UserError(f"autoencoder {name}: there is no such folder")
     from diffusers import AutoencoderKL
 
+    shipped = SHIPPED / name
+    ours = "/" not in name and shipped.is_dir()
     try:
         model = AutoencoderKL.from_pretrained(
-            name, use_safetensors=True, torch_dtype=getattr(torch, precision)
+            shipped if ours else name, use_safetensors=True, torch_dtype=getattr(torch, precision)
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"autoencoder {name!r} cannot be loaded: {reason}") from error
     # A local folder by its full path: a run may be sampled from anywhere.
-    model = model.to(device)
-    return KLAutoencoder(model, str(Path(name).resolve()) if Path(name).is_dir() else name)
+    local = Path(name).is_dir() and not ours
+    return KLAutoencoder(model.to(device), str(Path(name).resolve()) if local else name)

@@ -161,7 +161,7 @@ class Encoding:
     """How images become tokens. Every part of it decides what a dataset holds."""
 
     autoencoder: str = "pixels"
-    """"pixels", or a diffusers AutoencoderKL: a local folder or a hub name."""
+    """"pixels"; "emoji", which is shipped; or a diffusers AutoencoderKL: a local folder or a hub name."""
     max_tokens: tuple[int, ...] = (64,)
     """Larger images are shrunk to this many tokens (the paper: 256, and 1024 in post-training). Several,
     such as 64 36 16: each image is stored at all of them, and a model learns all."""
