@@ -174,8 +174,8 @@ def presets_page() -> str:
     """Every preset, its size, and its settings."""
     lines = [NOTE, "", "# Presets", ""]
     lines += [
-        "`fitv2 train PRESET` trains one, and `fitv2.FiT.from_preset` builds its model. A dataset decides the",
-        "size of a token and the number of labels: parameters are counted with the 1000 labels of ImageNet",
+        "`fitv2 train PRESET` trains one, and `fitv2.FiT.from_preset` builds its model. A dataset decides",
+        "the size of a token and the number of labels. Parameters are counted with ImageNet's 1000 labels",
         "and the tokens of its latents, or with the 19 labels and the pixels of the clip-art set. FIDs are",
         "the papers', not measured here.",
         "",
@@ -197,11 +197,9 @@ def presets_page() -> str:
     ]
     usual = asdict(Architecture(1, 4, 1))
     for name, preset in PRESETS.items():
-        model, training = (
-            differing(asdict(preset.model), usual),
-            differing(asdict(preset.training), asdict(Training())),
-        )
-        lines.append(f"| `{name}` | {model} | {training} |")
+        network = differing(asdict(preset.model), usual)
+        training = differing(asdict(preset.training), asdict(Training()))
+        lines.append(f"| `{name}` | {network} | {training} |")
     return "\n".join([*lines, ""])
 
 

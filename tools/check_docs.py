@@ -223,12 +223,17 @@ def check_links(page: Page, root: Path = ROOT) -> Iterator[str]:
 
 
 def resolve(name: str) -> str | None:
-    """What is wrong with a dotted name, if it is neither a module nor a name in one."""
-    module, _, last = name.rpartition(".")
-    if importlib.util.find_spec(module) is None:
-        return f"there is no module {module}"
-    missing = look_up(module, last)
-    return missing and look_up(name, None) and missing
+    """What is wrong with a dotted name, if it is neither a module nor something in one."""
+    parts, count = name.split("."), 1
+    found: Any = importlib.import_module(parts[0])
+    while count < len(parts):
+        path = ".".join(parts[: count + 1])
+        if not hasattr(found, parts[count]):
+            if not hasattr(found, "__path__") or importlib.util.find_spec(path) is None:
+                return f"there is no {path}"
+            importlib.import_module(path)
+        found, count = getattr(found, parts[count]), count + 1
+    return None
 
 
 def dead_link(target: str, here: Path, page: Page, root: Path) -> str | None:

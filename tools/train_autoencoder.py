@@ -312,23 +312,39 @@ def standardized(model: AutoencoderKL, images: Sequence[np.ndarray]) -> tuple[Au
     return made, latent.std(1) / deviation
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write the state, whole or not at all."""
-    torch.save(state, path.with_suffix(".partial"))
-    path.with_suffix(".partial").replace(path)
-
-
 def batches(pictures: Pictures, options: Options, first: int) -> Iterator[tuple[int, Tensor]]:
     """Steps and their crops, under a progress bar."""
     for step in tqdm(range(first, options.steps), "train", options.steps, initial=first, mininterval=10):
         yield step, crops(pictures, options, step)
 
 
-def main(options: Options) -> None:
-    """Train, or carry on."""
-    torch.set_num_threads(options.threads)
+@dataclass
+class Run:
+    """What changes while training."""
+
+    model: AutoencoderKL
+    average: AutoencoderKL
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    hours: float = 0.0
+
+    def load(self, path: Path) -> None:
+        """Carry on from a state that `save` wrote."""
+        state = torch.load(path, weights_only=True)
+        for name in ("model", "average", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.step, self.hours = state["step"], state["hours"]
+
+    def save(self, path: Path) -> None:
+        """Write the state, whole or not at all."""
+        held = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
+        torch.save(held | {"step": self.step, "hours": self.hours}, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+
+
+def begin(options: Options) -> tuple[Run, Features]:
+    """A run with random weights, or as it was saved; and the features of the perceptual distance."""
     torch.manual_seed(options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
     model = build(options)
     average = deepcopy(model).requires_grad_(False)
     use_fast_norms(model)
@@ -336,52 +352,62 @@ def main(options: Options) -> None:
     for net in (model, average, features):
         nn.Module.to(net, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
-    first, hours = 0, 0.0
+    run = Run(model, average, optimizer)
     if (options.out / "state.pt").exists():
-        state = torch.load(options.out / "state.pt", weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, hours = state["step"], state["hours"]
-    pictures, held_out = load(options.data)
-    print(f"{len(pictures.small)} pictures, {len(held_out)} held out, {platform.machine()}", flush=True)
-    weights = {name: getattr(options, name) for name in ("l1", "means", "perceptual", "unit_variance")}
-    sums: dict[str, float] = dict.fromkeys(weights, 0.0)
-    started = time.monotonic()
-    for step, pixels in batches(pictures, options, first):
-        torch.manual_seed(hash((options.seed, step)) & 0x7FFFFFFF)
-        parts = losses(model, features, pixels, options)
-        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(options, step)
-        optimizer.step()
-        decay = min(options.ema_decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        sums = {name: sums[name] + float(part) for name, part in parts.items()}
-        done = step + 1
-        if done % options.save_every and done != options.steps:
-            continue
-        now = hours + (time.monotonic() - started) / 3600
-        line = {"step": done, "hours": round(now, 4)}
-        line |= {name: round(total / options.save_every, 5) for name, total in sums.items()}
-        line |= {"psnr": round(psnr(average, held_out[::4]), 3)}
-        with (options.out / "log.jsonl").open("a") as log:
-            log.write(json.dumps(line) + "\n")
-        print(line, flush=True)
-        sums = dict.fromkeys(weights, 0.0)
-        sheet(average, held_out[::5][:30]).save(options.out / f"sheet-{done:06d}.png")
-        states = {"model": model, "average": average, "optimizer": optimizer}
-        save(
-            options.out / "state.pt",
-            {k: v.state_dict() for k, v in states.items()} | {"step": done, "hours": now},
-        )
-    finished, deviations = standardized(average, pictures.small[::20])
+        run.load(options.out / "state.pt")
+    return run, features
+
+
+def update(run: Run, features: Features, pixels: Tensor, options: Options) -> dict[str, float]:
+    """One step; every part of its loss."""
+    torch.manual_seed(hash((options.seed, run.step)) & 0x7FFFFFFF)
+    parts = losses(run.model, features, pixels, options)
+    loss = torch.stack([getattr(options, name) * part for name, part in parts.items()]).sum()
+    run.optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(options, run.step)
+    run.optimizer.step()
+    decay = min(options.ema_decay, (run.step + 1) / (run.step + 10))
+    torch._foreach_lerp_(list(run.average.parameters()), list(run.model.parameters()), 1 - decay)
+    run.step += 1
+    return {name: float(part) for name, part in parts.items()}
+
+
+def finish(run: Run, options: Options, images: Sequence[np.ndarray], held_out: Sequence[np.ndarray]) -> None:
+    """Write the EMA model in float16, and say how good it is."""
+    finished, deviations = standardized(run.average, images)
     nn.Module.to(finished, torch.float16).save_pretrained(options.out / "autoencoder")
     saved = AutoencoderKL.from_pretrained(options.out / "autoencoder", torch_dtype=torch.float32)
     print(f"PSNR {psnr(saved, held_out):.2f} dB; deviation of each channel {deviations.tolist()}")
+
+
+def main(options: Options) -> None:
+    """Train, or resume."""
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    run, features = begin(options)
+    pictures, held_out = load(options.data)
+    print(f"{len(pictures.small)} images, {len(held_out)} held out, {platform.machine()}", flush=True)
+    sums: dict[str, float] = {}
+    before, started = run.hours, time.monotonic()
+    for _, pixels in batches(pictures, options, run.step):
+        parts = update(run, features, pixels, options)
+        sums = {name: sums.get(name, 0.0) + part for name, part in parts.items()}
+        if run.step % options.save_every and run.step != options.steps:
+            continue
+        run.hours = before + (time.monotonic() - started) / 3600
+        line = {"step": run.step, "hours": round(run.hours, 4)}
+        line |= {name: round(total / options.save_every, 5) for name, total in sums.items()}
+        line |= {"psnr": round(psnr(run.average, held_out[::4]), 3)}
+        with (options.out / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        print(line, flush=True)
+        sums = {}
+        sheet(run.average, held_out[::5][:30]).save(options.out / f"sheet-{run.step:06d}.png")
+        run.save(options.out / "state.pt")
+    finish(run, options, pictures.small[::20], held_out)
 
 
 if __name__ == "__main__":

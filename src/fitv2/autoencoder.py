@@ -81,7 +81,7 @@ class KLAutoencoder:
 def load_autoencoder(
     name: str, device: torch.device | str = "cpu", precision: Literal["float32", "bfloat16"] = "float32"
 ) -> Autoencoder:
-    """`"pixels"`, a shipped autoencoder (`"emoji"`), or a diffusers `AutoencoderKL` from a folder or a hub name.
+    """`"pixels"`, the shipped `"emoji"`, or a diffusers `AutoencoderKL` from a folder or a hub name.
 
     Raises UserError when there is none of that name.
     """
