@@ -14,7 +14,8 @@ OBJECTIVE_OF_PATH = {"ddpm": "ddpm"}  # paths that are no flow's
 
 if TYPE_CHECKING:
     Extrapolation = str
-    Path = str
+    OwnExtrapolation = str
+    PathName = str
     Prediction = str
     LossWeight = str
     Times = str
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     Solver = str
 else:  # the one list of each is the registry itself
     Extrapolation = one_of("fitv2.rope:METHODS", first=("none",))
-    Path = one_of("fitv2.diffusion.paths:PATHS", last=tuple(OBJECTIVE_OF_PATH))
+    OwnExtrapolation = one_of("fitv2.rope:METHODS", first=("own", "none"))
+    PathName = one_of("fitv2.diffusion.paths:PATHS", last=tuple(OBJECTIVE_OF_PATH))
     Prediction = one_of("fitv2.diffusion.flow:PREDICTIONS")
     LossWeight = one_of("fitv2.diffusion.flow:WEIGHTS")
     Times = one_of("fitv2.diffusion.flow:TIMES")
@@ -91,7 +93,7 @@ class Network:
     """Attention heads; width/heads must be a multiple of 4."""
     prediction: Prediction = "velocity"
     """What the output means; see `fitv2.diffusion.flow`."""
-    path: Path = "linear"
+    path: PathName = "linear"
     """From noise to data; see `fitv2.diffusion.paths`. ddpm is FiT v1: noise and a variance are predicted."""
     objective: Objective | None = None
     """What is trained [default: flow, or ddpm with --path ddpm]; see `fitv2.diffusion.objective`."""
@@ -369,12 +371,12 @@ class Guidance:
 class Positions:
     """How positions are scaled on sizes beyond those trained on; what is left out is the model's own."""
 
-    extrapolation: Extrapolation | None = None
-    """pi: positions scaled down. ntk: a larger base. ntk-by-parts and yarn: per frequency. none: as they are
-    [default: the model's own]."""
-    attention_scale: AttentionScale | None = None
-    """Sharper attention on larger grids: the paper's Eq. 15, or the released code's pro1 and pro2 [default:
-    the model's own; none with --extrapolation]."""
+    extrapolation: OwnExtrapolation = "own"
+    """pi: positions scaled down. ntk: a larger base. ntk-by-parts and yarn: per frequency. none: as they are.
+    own: as the model has them."""
+    attention_scale: Literal["own", "none", "paper", "pro1", "pro2"] = "own"
+    """Sharper attention on larger grids: the paper's Eq. 15, or the released code's pro1 and pro2. own: as
+    the model has it, and none with --extrapolation."""
     per_axis: bool = True
     """Scale rows and columns each by its own length (the paper's Vision…); else both by the longer."""
     train_side: int | None = None
@@ -386,15 +388,15 @@ class Positions:
         `trained` is the side of the largest square trained on, in tokens of `unit` pixels. Raises UserError
         where nothing is scaled.
         """
-        if self.extrapolation is None and self.attention_scale is None:
+        if (self.extrapolation, self.attention_scale) == ("own", "own"):
             if self.train_side is not None or not self.per_axis:
                 raise UserError("`train_side` and `per_axis` do nothing without `extrapolation`")
             return own
         return replace(
             own,
-            extrapolation=own.extrapolation if self.extrapolation is None else self.extrapolation,
-            attention_scale=self.attention_scale or "none",
-            per_axis=own.per_axis if self.extrapolation is None else self.per_axis,
+            extrapolation=own.extrapolation if self.extrapolation == "own" else self.extrapolation,
+            attention_scale="none" if self.attention_scale == "own" else self.attention_scale,
+            per_axis=own.per_axis if self.extrapolation == "own" else self.per_axis,
             train_side=next(s for s in (self.train_side, own.train_side, trained) if s is not None),
             pixels_per_token=unit,
             grid=None,

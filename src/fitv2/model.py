@@ -16,7 +16,7 @@ from torch.nn.functional import layer_norm, silu
 
 from fitv2.attention import attention
 from fitv2.conditioning import EMBEDDERS, Condition
-from fitv2.config import Architecture, Path, Prediction, Rope
+from fitv2.config import Architecture, PathName, Prediction, Rope
 from fitv2.kernels import gated_silu, linear_parts, rotate, scaled_sum
 from fitv2.presets import preset
 from fitv2.rope import rotation
@@ -156,7 +156,7 @@ class FiT(ModelMixin, ConfigMixin):
         in_channels: int = 4,
         num_classes: int = 1000,
         prediction: Prediction = "velocity",
-        path: Path = "linear",
+        path: PathName = "linear",
         mlp_width: int | None = None,
         adaln: Literal["lora", "full"] = "lora",
         lora_rank: int | None = None,

@@ -31,7 +31,7 @@ READ_AHEAD = 512  # images
 AUTOENCODER = "stabilityai/sd-vae-ft-ema"
 LATENT_SCALE = 0.18215  # of the released latents
 SHARD_BYTES = 64 << 20
-Progress = Callable[[Iterable[list[Path]], int], Iterable[list[Path]]]
+ProgressBar = Callable[[Iterable[list[Path]], int], Iterable[list[Path]]]
 
 
 def imagenet_labels() -> tuple[str, ...]:
@@ -63,7 +63,7 @@ def convert_checkpoint(
     if post_trained is None:
         post_trained = any(re.search(r"(^|[^a-z])hr(ft)?([^a-z]|$)", name.lower())
                            for name in (source.stem, source.absolute().parent.name))  # fmt: skip
-    if post_trained and architecture.path == "ddpm":
+    if post_trained and architecture.objective_name != "flow":
         raise UserError(f"{source} is a FiT v1: none of them was post-trained")
     if post_trained:
         architecture = replace(architecture, rope=POST_TRAINED)
@@ -83,7 +83,7 @@ def convert_checkpoint(
 
 
 def _kind(architecture: Architecture) -> str:
-    kind = "FiT" if architecture.path == "ddpm" else "FiTv2"
+    kind = "FiT" if architecture.objective_name != "flow" else "FiTv2"
     return kind + (" post-trained" if architecture.rope != Rope() else "")
 
 
@@ -182,7 +182,7 @@ def convert_latents(
     out: Path,
     *,
     autoencoder: str = AUTOENCODER,
-    progress: Progress = lambda pictures, _: pictures,
+    progress: ProgressBar = lambda pictures, _: pictures,
 ) -> tuple[int, int]:
     """Released latents as the new token dataset `out`: how many images, and how many were left out.
 

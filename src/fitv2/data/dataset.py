@@ -20,7 +20,7 @@ from fitv2.runtime.workers import read_ahead
 from fitv2.tokens import Layout, PackedTokens
 
 REMEDY = ": remove the folder and encode again"
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+ProgressBar = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
 class TokenDataset:
@@ -145,7 +145,7 @@ def open_card(store: Store) -> DatasetCard:
 def verify_files(
     store: Store,
     card: DatasetCard,
-    progress: Progress = lambda names, _: names,
+    progress: ProgressBar = lambda names, _: names,
     rank: int = 0,
     ranks: int = 1,
 ) -> None:

@@ -43,7 +43,7 @@ PLAN, LISTED = "plan.json", "pictures.arrow"
 WAIT = 0.5  # seconds between looks for another process's list
 PATIENCE = 600.0  # seconds until it has to have begun
 
-Progress = Callable[[str, int, int | None], None]  # the stage, how many are done, of how many
+StageProgress = Callable[[str, int, int | None], None]  # the stage, how many are done, of how many
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def encode(
     encoding: Encoding | None = None,
     *,
     workers: int | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: StageProgress = lambda stage, done, total: None,
 ) -> Report | None:
     """Encode a source of images (see `fitv2.encoding.sources`) into the folder `out`, or resume there.
 
@@ -147,7 +147,7 @@ def share(
     patch: int,
     place: tuple[int, int],
     workers: int | None,
-    progress: Progress,
+    progress: StageProgress,
 ) -> Report | None:
     """The part of process `place` (which, of how many); and the end, if it is the last to finish."""
     if (out / CARD).exists():
@@ -206,7 +206,9 @@ def settings_of(out: Path) -> dict[str, Any] | None:
     return open_card(Store(out)).about.encoding if (out / CARD).exists() else None
 
 
-def list_once(out: Path, opened: Source, settings: dict[str, Any], begins: bool, progress: Progress) -> None:
+def list_once(
+    out: Path, opened: Source, settings: dict[str, Any], begins: bool, progress: StageProgress
+) -> None:
     """Have the images listed, by the process that begins; if there are none, leave no folder behind."""
     path = out / WORK / LISTED
     if begins and not path.exists() and not (out / CARD).exists():
