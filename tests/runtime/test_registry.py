@@ -86,3 +86,16 @@ def test_a_table_that_is_not_written_out_is_named(module, source):
     module(source)
     with pytest.raises(LookupError, match=r"package\.tables has no table TABLE that is written out"):
         keys_of("package.tables:TABLE")
+
+
+def test_a_name_that_was_added_later_is_accepted_in_a_configuration(monkeypatch):
+    from fitv2 import rope
+    from fitv2.config import Rope
+    from fitv2.errors import UserError
+    from fitv2.runtime.serialization import from_dict
+
+    settings = {"extrapolation": "halfway", "train_side": 4}
+    with pytest.raises(UserError, match="extrapolation of Rope is 'halfway'"):
+        from_dict(Rope, settings)
+    monkeypatch.setitem(rope.METHODS, "halfway", rope.ntk)
+    assert from_dict(Rope, settings).extrapolation == "halfway"

@@ -1,17 +1,30 @@
 """Names in registries, read without importing them: help is built from them, and must not import torch."""
 
 import ast
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 ROOT = Path(__file__).parents[2]
+TABLES: dict[Any, tuple[str, ...]] = {}  # of each type that `one_of` made
 
 
 def one_of(*tables: str, first: tuple[str, ...] = (), last: tuple[str, ...] = ()) -> Any:
     """The type of a string that is a key of one of the tables, each given as `module:NAME`."""
     names = [*first, *(name for table in tables for name in keys_of(table)), *last]
-    return Literal[tuple(dict.fromkeys(names))]
+    kind: Any = Literal[tuple(dict.fromkeys(names))]
+    TABLES[kind] = tables
+    return kind
+
+
+def is_registered(kind: Any, name: Any) -> bool:
+    """Whether one of the tables of a type of `one_of` has a name by now: code of your own may add some."""
+    for table in TABLES.get(kind, ()):
+        module, _, attribute = table.partition(":")
+        if name in getattr(sys.modules.get(module), attribute, ()):
+            return True
+    return False
 
 
 @cache

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fitv2.errors import UserError, nearest
+from fitv2.runtime.registry import is_registered
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -51,7 +52,7 @@ def _checked(name: str, value: Any, wanted: Any) -> Any:
     if origin is dict and isinstance(value, dict):
         return {key: _checked(f"{name}, {key}", item, arguments[1]) for key, item in value.items()}
     if origin is typing.Literal:
-        fits = value in arguments
+        fits = value in arguments or is_registered(wanted, value)
     elif origin in (types.UnionType, typing.Union):
         for option in arguments:
             with contextlib.suppress(UserError):
