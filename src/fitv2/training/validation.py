@@ -1,4 +1,4 @@
-"""The loss of a model on held-out images, with fixed times and noise."""
+"""The held-out images, each with its fixed time and noise."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
