@@ -70,7 +70,10 @@ class Condition:
 
 
 class LabelEmbedding(nn.Embedding):
-    """A row for each label, and after them one for none."""
+    """A row for each label, and after them one for none.
+
+    It is an embedding itself, with another signature: its weight keeps the name that saved models hold.
+    """
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture.num_classes + 1, architecture.width)
