@@ -86,7 +86,7 @@ def main() -> None:
     encoding = Encoding("timed", (256,), "mixed", shard_size=512)
     torch.set_num_threads(1)  # then one batch is encoded at a time, as on a GPU
     codec = Timed(options.milliseconds / 1000)
-    fitv2.encoding.encode.load_autoencoder = lambda *_: codec
+    fitv2.encoding.encode.load_autoencoder = lambda *_, **__: codec
     with tempfile.TemporaryDirectory() as temporary:
         source, work = Path(temporary) / "pictures", Path(temporary) / "work"
         source.mkdir()

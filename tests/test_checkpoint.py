@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -33,9 +34,20 @@ def weights_of(folder):
     return folder / "diffusion_pytorch_model.safetensors"
 
 
-@pytest.mark.parametrize("damage", ["missing", "extra", "misshapen", "truncated"])
+WRONG = {
+    "missing": "head.out.bias is missing",
+    "extra": "head.more is not one of its tensors",
+    "misshapen": r"head.out.bias is \(3,\) float32, not",
+    "whole numbers": "head.out.bias is .* int64, not",
+    "truncated": "is damaged or missing",
+    "another file": "is damaged or missing",
+}
+
+
+@pytest.mark.parametrize("damage", WRONG)
 def test_wrong_weights_are_refused(model, tmp_path, damage):
     save_model(model, CARD, tmp_path)
+    (tmp_path / "files.json").unlink()
     weights = load_file(weights_of(tmp_path))
     if damage == "missing":
         del weights["head.out.bias"]
@@ -43,12 +55,87 @@ def test_wrong_weights_are_refused(model, tmp_path, damage):
         weights["head.more"] = torch.zeros(3)
     elif damage == "misshapen":
         weights["head.out.bias"] = torch.zeros(3)
+    elif damage == "whole numbers":
+        weights["head.out.bias"] = weights["head.out.bias"].long()
     save_file(weights, weights_of(tmp_path))
     if damage == "truncated":
         weights_of(tmp_path).write_bytes(weights_of(tmp_path).read_bytes()[:-100])
-    with pytest.raises(UserError, match="holds no FiT" if damage == "truncated" else "head") as raised:
+    elif damage == "another file":
+        weights_of(tmp_path).write_bytes(b"<!DOCTYPE html>")
+    with pytest.raises(UserError, match=WRONG[damage]) as raised:
         load_model(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "card.json", "diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize("how", ["changed", "missing"])
+def test_a_file_that_is_not_the_one_written_is_refused(model, tmp_path, name, how):
+    save_model(model, CARD, tmp_path)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / name).unlink()
+    if how == "changed":
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is (damaged|missing)|has neither"):
+        load_model(tmp_path)
+
+
+def change_config(folder, **changes):
+    (folder / "files.json").unlink()
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not MISSING}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+MISSING = object()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"qk_norm": MISSING}, "lacks qk_norm"),
+        ({"depth": MISSING}, "lacks depth"),
+        ({"rope": {"extrapolation": "ntk", "train_side": 4}}, "Rope lacks attention_scale"),
+        ({"widht": 32}, "did you mean width"),
+        ({"depth": True}, "not of the right type"),
+        ({"depth": 10**9}, "`depth` is 1000000000"),
+        ({"time_shift": float("nan")}, "`time_shift` is nan"),
+        ({"conditions": ["label", "mood"]}, "mood"),
+        ({"_class_name": "UNet2DModel"}, "UNet2DModel"),
+        ({"_class_name": MISSING}, "not of a FiT"),
+    ],
+)
+def test_a_config_is_read_strictly(model, tmp_path, changes, said):
+    save_model(model, CARD, tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(UserError, match=said):
+        load_model(tmp_path)
+
+
+def test_what_came_later_to_a_config_may_be_missing(model, tmp_path):
+    save_model(model, CARD, tmp_path)
+    change_config(tmp_path, objective=MISSING, conditions=MISSING)
+    assert load_model(tmp_path)[0].architecture == model.architecture
+
+
+@pytest.mark.parametrize("content", ['"stabilityai/sd-vae-ft-ema"', "[" * 100_000, "1" * 5_000, "{", "\xff"])
+@pytest.mark.parametrize("name", ["config.json", "card.json", "files.json"])
+def test_json_of_any_kind_is_one_line(model, tmp_path, name, content):
+    save_model(model, CARD, tmp_path)
+    (tmp_path / "files.json").unlink()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["../other.safetensors", "/etc/passwd", "weights.bin", 3])
+def test_parts_of_a_model_lie_in_its_folder(model, tmp_path, part):
+    save_model(model, CARD, tmp_path)
+    (tmp_path / "files.json").unlink()
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"head.out.bias": part}}))
+    with pytest.raises(UserError, match="names no parts, or such as lie elsewhere"):
+        load_model(tmp_path)
 
 
 def test_labels_by_name_number_and_unambiguous_start():
@@ -70,6 +157,17 @@ def test_unknown_labels_name_the_nearest(text, said):
         CARD.label_index(text)
 
 
+def test_a_name_of_several_labels_asks_for_the_number():
+    with pytest.raises(UserError, match="is that of 0 and 2: give its number"):
+        Card(("crane", "dog", "crane"), "pixels", 16).label_index("crane")
+
+
+@pytest.mark.parametrize("label", ["caf\u00e9", "cafe\u0301"])
+@pytest.mark.parametrize("asked", ["caf\u00e9", "cafe\u0301"])
+def test_labels_are_compared_as_people_see_them(label, asked):
+    assert Card(("tea", label), "pixels", 16).label_index(asked) == 1
+
+
 def test_unknown_model_names_the_shipped_ones():
     with pytest.raises(UserError, match="did you mean clipart"):
         find_model("clip-art")
@@ -77,6 +175,7 @@ def test_unknown_model_names_the_shipped_ones():
 
 def test_a_pickle_is_never_opened(model, tmp_path):
     save_model(model, CARD, tmp_path)
+    (tmp_path / "files.json").unlink()
     weights_of(tmp_path).rename(tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match=r"no file named .*safetensors"):
+    with pytest.raises(UserError, match=r"safetensors is damaged or missing"):
         load_model(tmp_path)

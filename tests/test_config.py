@@ -74,7 +74,7 @@ def test_names_are_those_of_the_tables_they_choose_from():
     ("values", "said"),
     [
         ({"max_tokens": (64, 64)}, "names a limit twice"),
-        ({"max_tokens": ()}, "`max_tokens` is 0"),
+        ({"max_tokens": ()}, "names no limit"),
         ({"max_tokens": (40_000,)}, "at most 32767"),
         ({"patch_size": 0}, "`patch_size` is 0"),
         ({"patch_size": 500}, "at most 128"),

@@ -23,7 +23,7 @@ from tqdm import tqdm
 class Arrangement(NamedTuple):
     """How many copies, in which direction, and how a caption says so."""
 
-    count: int
+    copies: int
     upright: bool
     caption: str
 
@@ -39,9 +39,9 @@ COLUMNS = ("image", "caption", "concept", "artist", "source")
 
 def arranged(image: Image.Image, arrangement: Arrangement) -> Image.Image:
     """Copies of a drawing in a row or a column."""
-    across, down = (1, arrangement.count) if arrangement.upright else (arrangement.count, 1)
+    across, down = (1, arrangement.copies) if arrangement.upright else (arrangement.copies, 1)
     sheet = Image.new("RGB", (image.width * across, image.height * down), "white")
-    for copy in range(arrangement.count):
+    for copy in range(arrangement.copies):
         sheet.paste(image, (0, copy * image.height) if arrangement.upright else (copy * image.width, 0))
     return sheet
 

@@ -1,5 +1,7 @@
 """Between pixels and latents. An autoencoder owns its statistics: what it returns is ready to train on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fitv2.errors import UserError
+from fitv2.runtime.serialization import read_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -79,27 +82,65 @@ class KLAutoencoder:
 
 
 def load_autoencoder(
-    name: str, device: torch.device | str = "cpu", precision: Literal["float32", "bfloat16"] = "float32"
+    name: str,
+    device: torch.device | str = "cpu",
+    precision: Literal["float32", "bfloat16"] = "float32",
+    *,
+    allow_download: bool = False,
 ) -> Autoencoder:
     """`"pixels"`, the shipped `"emoji"`, or a diffusers `AutoencoderKL` from a folder or a hub name.
 
-    Raises UserError when there is none of that name.
+    One of the hub that was not fetched before is fetched with `allow_download` alone: a name that stands in
+    a file is no wish to use the network. Raises UserError when there is none of that name, and when its
+    tensors are not those of its config.
     """
     if name == Pixels.name:
         return Pixels()
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():  # else it would be looked for on the hub
         raise UserError(f"autoencoder {name}: there is no such folder")
-    from diffusers import AutoencoderKL
-
     shipped = SHIPPED / name
     ours = "/" not in name and shipped.is_dir()
-    try:
-        model = AutoencoderKL.from_pretrained(
-            shipped if ours else name, use_safetensors=True, torch_dtype=getattr(torch, precision)
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"autoencoder {name!r} cannot be loaded: {reason}") from error
+    model = load_kl(shipped if ours else name, getattr(torch, precision), allow_download)
     # A local folder by its full path: a run may be sampled from anywhere.
     local = Path(name).is_dir() and not ours
     return KLAutoencoder(model.to(device), str(Path(name).resolve()) if local else name)
+
+
+def load_kl(name: str | Path, dtype: torch.dtype, allow_download: bool) -> "AutoencoderKL":
+    """A diffusers `AutoencoderKL`, strictly."""
+    from diffusers import AutoencoderKL
+
+    local = Path(name).is_dir()
+    if local and (Path(name) / "config.json").exists():
+        read_json(Path(name) / "config.json")  # diffusers takes one that is a string for a name of the hub
+    try:
+        with offline(local or not allow_download):
+            model, report = AutoencoderKL.from_pretrained(
+                name, use_safetensors=True, torch_dtype=dtype, output_loading_info=True,
+                local_files_only=local or not allow_download,
+            )  # fmt: skip
+    except Exception as error:  # a file from elsewhere can be anything at all
+        if isinstance(error, MemoryError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not (local or allow_download):
+            reason = f"it is not on this machine; to fetch it from the hub, `allow_download` ({reason[:100]})"
+        raise UserError(f"autoencoder {str(name)!r} cannot be loaded: {reason[:300]}") from error
+    wrong = [f"{kind.replace('_', ' ')}: {', '.join(map(str, names))}"
+             for kind, names in report.items() if names]  # fmt: skip
+    if wrong:
+        raise UserError(f"autoencoder {str(name)!r} holds another model's weights: {'; '.join(wrong)[:300]}")
+    return model
+
+
+@contextmanager
+def offline(wanted: bool) -> Iterator[None]:
+    """Keep libraries from the hub meanwhile, whatever they make of what they find."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or wanted
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

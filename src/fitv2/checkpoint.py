@@ -1,7 +1,8 @@
 """Models in folders: saving and loading. The released weights come in through `fitv2.conversion.released`.
 
-A model folder holds what diffusers writes (config.json, diffusion_pytorch_model.safetensors) and
-card.json, which says how to use the weights: labels, autoencoder, token limit.
+A model folder holds what diffusers writes (config.json, diffusion_pytorch_model.safetensors),
+card.json, which says how to use the weights (labels, autoencoder, token limit), and files.json, the
+SHA-256 of these files.
 """
 
 import math
@@ -10,18 +11,27 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
-from fitv2.errors import UserError, nearest
+from fitv2.config import Architecture, Rope
+from fitv2.errors import UserError, in_one_line, nearest, reading
+from fitv2.limits import check_limits
 from fitv2.model import FiT
-from fitv2.runtime.files import write_json
+from fitv2.runtime.files import sha256, write_json
 from fitv2.runtime.serialization import from_dict, read_json
 from fitv2.tokens import Size
 
 SHIPPED = Path(__file__).parent / "models"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+CONFIG = "config.json"
 CARD = "card.json"
+FILES = "files.json"
+PART = re.compile(r"[\w.-]+\.safetensors")  # of a large model
 NAME = re.compile(r"step-\d{7,}")  # of a checkpoint
 
 
@@ -34,6 +44,10 @@ class Card:
     max_tokens: int  # the longest image it was trained on
     guidance: float = 1.5
 
+    def __post_init__(self) -> None:
+        """UserError for a number outside its range."""
+        check_limits(self)
+
     @property
     def square(self) -> Size:
         """The largest square of the training token limit."""
@@ -42,17 +56,24 @@ class Card:
     def label_index(self, text: str) -> int:
         """The index of a label given as its number, its name, or the unambiguous start of its name.
 
-        Raises UserError naming the nearest labels.
+        Names are compared as Unicode's NFC has them. Raises UserError naming the nearest labels, and
+        the numbers of a name that several labels have.
         """
-        if text in self.labels:
-            return self.labels.index(text)
-        if text.isdecimal() and int(text) < len(self.labels):
+        text = normalize("NFC", text)
+        labels = [normalize("NFC", label) for label in self.labels]
+        same = [i for i, label in enumerate(labels) if label == text]
+        if len(same) > 1:
+            raise UserError(f"label {text!r} is that of {' and '.join(map(str, same))}: give its number")
+        if same:
+            return same[0]
+        if text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < len(labels):
             return int(text)
-        starting = [i for i, label in enumerate(self.labels) if label.startswith(text)]
+        starting = [i for i, label in enumerate(labels) if label.startswith(text)]
         if len(starting) == 1:
             return starting[0]
         if starting:
-            raise UserError(f"label {text!r} could be {' or '.join(self.labels[i] for i in starting)}")
+            some = [labels[i] for i in starting[:10]] + ["…"] * (len(starting) > 10)
+            raise UserError(f"label {text!r} could be {' or '.join(some)}")
         if text.lstrip("-").isdecimal():
             raise UserError(f"unknown label {text}: numbers go from 0 to {len(self.labels) - 1}")
         raise nearest("label", text, self.labels)
@@ -61,46 +82,123 @@ class Card:
 def save_model(model: FiT, card: Card, folder: Path) -> None:
     """Write a model folder."""
     model.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):
+    for weights in weight_files(folder):
         weights.chmod(0o644)  # safetensors makes files that only their owner can read
     write_config(model, folder)
     write_json(folder / CARD, asdict(card))
+    note_files(folder)
 
 
 def write_config(model: FiT, folder: Path) -> None:
     """Write config.json, which rebuilds the model."""
     model.save_config(folder)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / CONFIG)
     config.pop("_name_or_path", None)  # where it was loaded from is nobody else's business
-    write_json(folder / "config.json", config)
+    write_json(folder / CONFIG, config)
+
+
+def note_files(folder: Path) -> None:
+    """Write files.json, the SHA-256 of every file of a model folder."""
+    index = folder / f"{WEIGHTS}.index.json"
+    files = [folder / CONFIG, folder / CARD, *weight_files(folder), *([index] if index.exists() else [])]
+    write_json(folder / FILES, {path.name: sha256(path) for path in files})
+
+
+def verify_model(folder: Path) -> None:
+    """UserError if a file is not the one that was written. What has no files.json is taken as it is."""
+    if not (folder / FILES).exists():
+        return
+    expected = read_json(folder / FILES)
+    if not {CONFIG, CARD} <= expected.keys():
+        raise UserError(f"{folder / FILES} is damaged: it names too few files")
+    for name, digest in expected.items():
+        path = folder / name
+        if not path.is_file() or sha256(path) != digest:
+            raise UserError(
+                f"{path} is damaged or was changed: its bytes are not those that were written"
+                f" (where the change is meant, remove {folder / FILES})"
+            )
 
 
 def load_model(name: str | Path) -> tuple[FiT, Card]:
     """A model in float32 and its card, from a model folder, a run folder or a shipped model's name.
 
-    Of a run folder it is the EMA model of the newest checkpoint. Raises UserError.
+    Of a run folder it is the EMA model of the newest checkpoint. Nothing is fetched from a network.
+    Raises UserError when a file is missing, damaged, or fits no other.
     """
     folder = find_model(name)
-    card = from_dict(Card, read_json(folder / CARD))
-    try:
-        model, report = FiT.from_pretrained(
-            folder,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, TypeError, RuntimeError, UserError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder} holds no FiT that can be loaded: {reason}") from error
-    wrong = [f"{kind}: {', '.join(map(str, names))}" for kind, names in report.items() if names]
-    if wrong:
-        raise UserError(f"{folder} holds another model's weights ({'; '.join(wrong)[:300]})")
-    if len(card.labels) != model.architecture.num_classes:
+    verify_model(folder)
+    with reading(folder / CARD):
+        card = from_dict(Card, read_json(folder / CARD), complete=True)
+    architecture = read_architecture(folder)
+    weights = read_weights(folder, architecture)
+    with torch.device("meta"):
+        model = FiT(**asdict(architecture))
+    copies = {key: tensor.to(torch.float32, copy=True) for key, tensor in weights.items()}
+    model.load_state_dict(copies, assign=True)
+    if len(card.labels) != architecture.num_classes:
         raise UserError(
-            f"{folder}/{CARD} has {len(card.labels)} labels, its model {model.architecture.num_classes}"
+            f"{folder}/{CARD} has {len(card.labels)} labels, its model {architecture.num_classes}"
         )
     return model.eval(), card
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """What config.json says. Raises UserError when a key is missing, unknown, or of another type."""
+    path = folder / CONFIG
+    values = read_json(path)
+    if values.get("_class_name") != FiT.__name__:
+        raise UserError(f"{path} is that of {values.get('_class_name')!r}, not of a {FiT.__name__}")
+    chosen = {
+        key: value for key, value in values.items() if not key.startswith("_")
+    }  # the rest is diffusers'
+    if "rope" in chosen and chosen["rope"] is None:
+        chosen["rope"] = asdict(Rope())
+    try:
+        with reading(path):
+            return from_dict(Architecture, chosen, complete=True)
+    except UserError as error:
+        raise UserError(f"{path} describes no model: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's tensors: one, or the parts of a large model. Raises UserError."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.exists():
+        return [folder / WEIGHTS]
+    parts = read_json(index).get("weight_map")
+    names = set(parts.values()) if isinstance(parts, dict) else set()
+    if not names or not all(isinstance(name, str) and PART.fullmatch(name) for name in names):
+        raise UserError(f"{index} is damaged: it names no parts, or such as lie elsewhere")
+    return [folder / name for name in sorted(names)]
+
+
+def read_weights(folder: Path, architecture: Architecture) -> dict[str, Tensor]:
+    """The tensors of a model as they lie in its folder, in any floating dtype.
+
+    Raises UserError naming those that are missing, extra, misshapen or of another kind.
+    """
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in FiT(**asdict(architecture)).state_dict().items()}
+    weights: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            held = load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged or missing: {in_one_line(error)}") from error
+        if twice := weights.keys() & held.keys():
+            raise UserError(f"{path} is damaged: {min(twice)} is in another part too")
+        weights |= held
+    wrong = [f"{name} is missing" for name in expected.keys() - weights.keys()]
+    for name, tensor in weights.items():
+        if name not in expected:
+            wrong.append(f"{name} is not one of its tensors")
+        elif tensor.shape != expected[name] or not tensor.is_floating_point():
+            is_now = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            wrong.append(f"{name} is {is_now}, not {tuple(expected[name])} of floating numbers")
+    if wrong:
+        raise UserError(f"{folder} holds another model's weights: {'; '.join(sorted(wrong))[:300]}")
+    return weights
 
 
 def find_model(name: str | Path) -> Path:

@@ -3,11 +3,11 @@
 Nothing heavy is imported here: the command line builds its help from these.
 """
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fitv2.errors import UserError
+from fitv2.limits import MAX_PARAMETERS, check_limits
 from fitv2.runtime.registry import keys_of, one_of
 
 OBJECTIVE_OF_PATH = {"ddpm": "ddpm"}  # paths that are no flow's
@@ -39,15 +39,6 @@ NOISY_SOLVERS = (*keys_of("fitv2.diffusion.solvers:STOCHASTIC"), *keys_of("fitv2
 AttentionScale = Literal["none", "paper", "pro1", "pro2"]
 
 OUTPUTS = {"ddpm": 2}  # by objective: how many a model has for each channel, where that is not one
-MAX_TOKENS = 32_767  # of an image: the sides of a token grid are stored in 16 bits
-MAX_PATCH = 128  # pixels of a latent
-
-
-def at_least(least: float, **values: float) -> None:
-    """UserError naming the setting whose value is less."""
-    for name, value in values.items():
-        if not value >= least:  # so that NaN is refused too
-            raise UserError(f"`{name}` is {value}; it must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -73,17 +64,19 @@ class Rope:
 
     def __post_init__(self) -> None:
         """UserError when there is nothing to scale from."""
+        check_limits(self)
         if (self.extrapolation, self.attention_scale) != ("none", "none") and self.train_side is None:
             raise UserError(
                 "extrapolation needs the size trained on: give `train_side`, the rows of the largest"
                 " square in tokens (16 for a model of 256 tokens)"
             )
-        at_least(2, train_side=2 if self.train_side is None else self.train_side)
 
 
 @dataclass(frozen=True)
 class Network:
     """The transformer, its conditions, and what it is trained to predict."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"objective", "conditions"})
 
     depth: int
     """Transformer blocks."""
@@ -114,16 +107,23 @@ class Network:
 
     def __post_init__(self) -> None:
         """UserError for a shape that no model can have."""
-        at_least(1, depth=self.depth, width=self.width, heads=self.heads)
-        at_least(1, mlp_width=self.mlp_width or 1, lora_rank=self.lora_rank or 1)
+        check_limits(self)
+        if self.parameters > MAX_PARAMETERS:
+            billions = f"{self.parameters / 1e9:,.0f} billion parameters"
+            raise UserError(f"`depth` {self.depth} and `width` {self.width} make a model of {billions}")
         if self.width % (4 * self.heads):
             raise UserError(
                 f"width {self.width} over {self.heads} heads is not a multiple of 4 channels each"
             )
         if self.width == 4 * self.heads and self.rope.extrapolation in ("ntk", "ntk-by-parts"):
             raise UserError(f"`extrapolation` {self.rope.extrapolation} needs heads of at least 8 channels")
-        if self.time_shift <= 0:
-            raise UserError(f"`time_shift` is {self.time_shift}; it must be above 0")
+
+    @property
+    def parameters(self) -> float:
+        """About how many there are: those of attention, SwiGLU and modulation."""
+        mlp = self.mlp_width or 2 * 4 * self.width // 3
+        modulation = 6 * self.width if self.adaln == "full" else 7 * (self.lora_rank or self.width // 4)
+        return float(self.depth * self.width * (4 * self.width + 3 * mlp + modulation))
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,6 @@ class Architecture(Network):
     """Channels of the latent."""
     num_classes: int = 1000
     """Labels, not counting the one for none."""
-
-    def __post_init__(self) -> None:
-        """UserError for a shape that no model can have."""
-        super().__post_init__()
-        at_least(1, patch_size=self.patch_size, in_channels=self.in_channels, num_classes=self.num_classes)
 
     @property
     def objective_name(self) -> str:
@@ -189,14 +184,11 @@ class Encoding:
 
     def __post_init__(self) -> None:
         """UserError for settings that cannot work."""
-        at_least(1, max_tokens=min(self.max_tokens, default=0), batch_size=self.batch_size)
-        at_least(1, shard_size=self.shard_size, patch_size=1 if self.patch_size is None else self.patch_size)
+        check_limits(self)
+        if not self.max_tokens:
+            raise UserError("`max_tokens` names no limit")
         if len(set(self.max_tokens)) < len(self.max_tokens):
             raise UserError(f"`max_tokens` {' '.join(map(str, self.max_tokens))} names a limit twice")
-        if max(self.max_tokens) > MAX_TOKENS:
-            raise UserError(f"`max_tokens` is {max(self.max_tokens)}; it can be at most {MAX_TOKENS}")
-        if (self.patch_size or 1) > MAX_PATCH:
-            raise UserError(f"`patch_size` is {self.patch_size}; it can be at most {MAX_PATCH}")
 
 
 def free(default: Any) -> Any:
@@ -322,20 +314,8 @@ class Training(Reporting, Compute, Noising, Optimization, Batching):
     }  # fmt: skip
 
     def __post_init__(self) -> None:
-        """UserError for settings that cannot work."""
-        at_least(1, steps=self.steps, batch_size=self.batch_size, keep=self.keep)
-        at_least(1, log_every=self.log_every, validate_every=self.validate_every)
-        at_least(1, sample_every=self.sample_every, save_every=self.save_every)
-        at_least(0, seed=self.seed, minutes=self.minutes or 0, learning_rate=self.learning_rate)
-        at_least(1, grad_accum_steps=self.grad_accum_steps, fsdp_size=self.fsdp_size)
-        at_least(1, milestone_every=1 if self.milestone_every is None else self.milestone_every)
-        if not 0 < self.stall_minutes < 1e6:
-            raise UserError(f"`stall_minutes` is {self.stall_minutes}; it must be above 0")
-        at_least(0, direction_weight=self.direction_weight)
-        at_least(1, tokens_per_step=1 if self.tokens_per_step is None else self.tokens_per_step)
-        at_least(0, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps, workers=self.workers)
-        if not 0 <= self.crop_probability <= 1:
-            raise UserError(f"`crop_probability` is {self.crop_probability}; it must lie between 0 and 1")
+        """UserError for a number outside its range."""
+        check_limits(self)
 
 
 FREE = frozenset(f.name for f in fields(Training) if f.metadata.get("free"))
@@ -357,14 +337,12 @@ class Guidance:
 
     def __post_init__(self) -> None:
         """UserError for an interval that is none."""
+        check_limits(self)
         start, stop = self.guidance_interval
         if not 0 <= start < stop <= 1:
             raise UserError(
                 f"`guidance_interval` is {start} {stop}; it must be two rising times, 0 (noise) to 1 (data)"
             )
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise UserError(f"`guidance_scale` is {self.guidance_scale}; it must be a finite number")
-        at_least(1, guidance_channels=1 if self.guidance_channels is None else self.guidance_channels)
 
 
 @dataclass(frozen=True)
@@ -381,6 +359,10 @@ class Positions:
     """Scale rows and columns each by its own length (the paper's Vision…); else both by the longer."""
     train_side: int | None = None
     """Rows of the largest square trained on, in tokens [default: the model's own]."""
+
+    def __post_init__(self) -> None:
+        """UserError for a number outside its range."""
+        check_limits(self)
 
     def apply(self, own: Rope, trained: int, unit: int) -> Rope:
         """A model's positions, scaled so.
@@ -428,11 +410,8 @@ class Sampling:
     """Noise of ddim: 0 is none, 1 that of ddpm."""
 
     def __post_init__(self) -> None:
-        """UserError for settings that cannot work."""
-        at_least(1, steps=1 if self.steps is None else self.steps)
-        at_least(0, rtol=self.rtol, atol=self.atol, diffusion_norm=self.diffusion_norm, eta=self.eta)
-        if not 0 <= self.last_step_size < 1:
-            raise UserError(f"`last_step_size` is {self.last_step_size}; it must lie between 0 and 1")
+        """UserError for a number outside its range."""
+        check_limits(self)
 
     def resolve(self, solver: str) -> tuple[str, int]:
         """Solver and steps, where they were not chosen: `solver` is what the objective uses by itself."""

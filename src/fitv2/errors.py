@@ -1,6 +1,7 @@
 """User-facing errors: one line, with a fix."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -19,3 +20,24 @@ def nearest(kind: str, name: str, choices: Iterable[str]) -> UserError:
         return UserError(f"unknown {kind} {name!r}: did you mean {' or '.join(close)}?")
     listed = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
     return UserError(f"unknown {kind} {name!r}: choose from {listed}")
+
+
+@contextmanager
+def reading(name: object) -> Iterator[None]:
+    """Turn any error while reading somebody's file into one line that names it.
+
+    What a file from elsewhere can do to a library is not known: each may raise anything at all. UserErrors
+    pass, and so does what says nothing of the file: a full memory, an interruption.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{name} cannot be read: {in_one_line(error)}") from error
+
+
+def in_one_line(error: BaseException, most: int = 300) -> str:
+    """What an error says, in one line; its kind, if it says nothing."""
+    said = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return said[:most] or type(error).__name__

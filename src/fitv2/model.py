@@ -17,6 +17,7 @@ from torch.nn.functional import layer_norm, silu
 from fitv2.attention import attention
 from fitv2.conditioning import EMBEDDERS, Condition
 from fitv2.config import Architecture, PathName, Prediction, Rope
+from fitv2.errors import nearest
 from fitv2.kernels import gated_silu, linear_parts, rotate, scaled_sum
 from fitv2.presets import preset
 from fitv2.rope import rotation
@@ -176,6 +177,8 @@ class FiT(ModelMixin, ConfigMixin):
         self.patch_embed = nn.Linear(self.token_channels, width)
         self.time_embed = TimeEmbedding(width)
         for name in conditions:
+            if name not in EMBEDDERS:
+                raise nearest("condition", name, EMBEDDERS)
             self.add_module(f"{name}_embed", EMBEDDERS[name](self.architecture))
         self.modulation = nn.Linear(width, 6 * width) if adaln == "lora" else None  # of all blocks
         self.blocks = nn.ModuleList([self._block() for _ in range(depth)])

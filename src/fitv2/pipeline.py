@@ -17,14 +17,17 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from torch import Generator, Tensor
 
-from fitv2.autoencoder import Autoencoder, KLAutoencoder, Pixels, load_autoencoder
+from fitv2.autoencoder import Autoencoder, KLAutoencoder, Pixels, load_autoencoder, offline
 from fitv2.checkpoint import Card, find_model, load_model
 from fitv2.conditioning import Condition
 from fitv2.config import Guidance, Positions, Sampling
 from fitv2.errors import UserError, nearest
+from fitv2.limits import MAX_TOKENS, check_limit
 from fitv2.model import FiT
+from fitv2.runtime.serialization import read_json
 from fitv2.sampling.generate import Request, generate
 
+INDEX = "model_index.json"
 OUTPUT_TYPES = ("pil", "np", "pt")
 
 
@@ -53,27 +56,41 @@ class FiTPipeline(DiffusionPipeline):
         self.card = Card(tuple(labels), "pixels" if vae is None else "vae", max_tokens, guidance_scale)
 
     @classmethod
-    def of(cls, model: FiT, card: Card, autoencoder: Autoencoder | None = None) -> FiTPipeline:
-        """The pipeline of a model and its card; the autoencoder is loaded by the card's name."""
-        autoencoder = autoencoder or load_autoencoder(card.autoencoder, model.device)
+    def of(
+        cls, model: FiT, card: Card, autoencoder: Autoencoder | None = None, *, allow_download: bool = False
+    ) -> FiTPipeline:
+        """The pipeline of a model and its card; the autoencoder is loaded by the card's name.
+
+        `allow_download` lets it come from the hub.
+        """
+        if autoencoder is None:
+            autoencoder = load_autoencoder(card.autoencoder, model.device, allow_download=allow_download)
         vae = autoencoder.model if isinstance(autoencoder, KLAutoencoder) else None
         return cls(model, vae, card.labels, card.max_tokens, card.guidance)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **options: Any) -> FiTPipeline:
+    def from_pretrained(
+        cls, name: str | Path, *, allow_download: bool = False, **options: Any
+    ) -> FiTPipeline:
         """A pipeline by the names the command line takes, or as diffusers saves it.
 
         `name` is a shipped model (`clipart`), a run folder, a model folder, or a folder or hub name
-        with a `model_index.json`. Raises UserError for a name that is nothing of these.
+        with a `model_index.json`. The network is used for a hub name alone; with `allow_download` also for
+        an autoencoder of the hub that a model names. Raises UserError for a name that is nothing of these.
         """
-        if (Path(name) / "model_index.json").exists() or _is_hub_name(name):
+        if _is_hub_name(name):
             return super().from_pretrained(str(name), **options)
+        if (Path(name) / INDEX).exists():
+            for config in (Path(name) / INDEX, *Path(name).glob("*/config.json")):
+                read_json(config)  # diffusers takes one that is a string for a name of the hub
+            with offline(not allow_download):
+                return super().from_pretrained(str(name), **options)
         model, card = load_model(find_model(name))
         if dtype := options.pop("torch_dtype", None):
             model = model.to(dtype)
         if options:
             raise UserError(f"{name} is opened without {', '.join(options)}")
-        return cls.of(model, card)
+        return cls.of(model, card, allow_download=allow_download)
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -155,11 +172,14 @@ class FiTPipeline(DiffusionPipeline):
         labels, heights, widths = _broadcast(
             class_labels, side if height is None else height, side if width is None else width
         )
+        sizes = [(_pixels("height", h), _pixels("width", w)) for h, w in zip(heights, widths, strict=True)]
         rngs = _generators(generator, len(labels))
         requests = [
-            Request(self._condition(label), (_pixels("height", h), _pixels("width", w)), rng)
-            for label, h, w, rng in zip(labels, heights, widths, rngs, strict=True)
+            Request(self._condition(label), size, rng)
+            for label, size, rng in zip(labels, sizes, rngs, strict=True)
         ]
+        for request in requests:
+            _check_tokens(request, self.unit)
         own = self.transformer.architecture.rope
         rope = positions.apply(own, self.card.square[0], self.unit)
         model = self.transformer if rope == own else self.transformer.with_rope(rope)
@@ -235,9 +255,19 @@ def _broadcast(*values: Any) -> list[list[Any]]:
 
 
 def _pixels(name: str, value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 1:
+    if isinstance(value, bool) or value != value // 1 or value < 1:  # NaN differs from itself
         raise UserError(f"{name} is {value}; it must be a whole number of pixels")
+    check_limit("size", int(value))
     return int(value)
+
+
+def _check_tokens(request: Request, unit: int) -> None:
+    rows, columns = request.grid(unit)
+    if rows * columns > MAX_TOKENS:
+        height, width = request.pixels
+        raise UserError(
+            f"an image of {height}x{width} pixels has {rows * columns} tokens; there can be {MAX_TOKENS}"
+        )
 
 
 def _generators(generator: Generator | Sequence[Generator] | None, count: int) -> list[Generator]:

@@ -5,10 +5,13 @@ from fitv2.checkpoint import Card
 from fitv2.cli.saving import file_name, save_image
 
 
+def names_of(*labels):
+    card = Card(labels, "pixels", 16)
+    return [file_name(card, number, (48, 96), 7) for number in range(len(labels))]
+
+
 def test_file_names_hold_label_size_and_seed():
-    card = Card(("road sign/1", "C#", "C+"), "pixels", 16)
-    names = [file_name(card, label, (48, 96), 7) for label in range(3)]
-    assert names == ["road-sign-1_48x96_7.png", "C--1_48x96_7.png", "C--2_48x96_7.png"]
+    assert names_of("road sign/1", "flags") == ["road-sign-1_48x96_7.png", "flags_48x96_7.png"]
 
 
 @pytest.mark.parametrize(("label", "name"), [
@@ -19,11 +22,30 @@ def test_odd_characters_become_one_dash(label, name):
     assert file_name(Card((label,), "pixels", 16), 0, (50, 97), 0) == f"{name}_50x97_0.png"
 
 
-def test_labels_that_collide_are_told_apart_by_their_number():
-    """Each, so that no file is named as one of a run with other labels; the rest keep their plain names."""
-    card = Card(("a b", "a/b", "a-b", "c"), "pixels", 16)
-    names = [file_name(card, label, (16, 16), 0) for label in range(4)]
-    assert names == [*(f"a-b-{label}_16x16_0.png" for label in range(3)), "c_16x16_0.png"]
+COLLIDING = {
+    "characters": ("a b", "a/b", "a-b", "a-b-0", "c"),
+    "twice": ("crane", "crane", "crane-0", "Crane"),
+    "case": ("Cat", "cat", "CAT"),
+    "long": ("x" * 240, "x" * 241, "x" * 240 + "/", "\u00e9" * 120, "\u00e9" * 121),
+    "captions": tuple(f"a photograph of {i} red apples, " * 20 for i in range(50)),
+    "nothing left": ("/", "?", "", "-", "//"),
+    "as if hashed": ("a b", "a/b", *(name.removesuffix("_48x96_7.png") for name in names_of("a b", "a/b"))),
+    "composed": ("caf\u00e9", "cafe\u0301"),
+    "no text": ("\ud800", "\udfff"),
+}
+
+
+@pytest.mark.parametrize("labels", COLLIDING.values(), ids=COLLIDING)
+def test_labels_that_differ_have_files_that_differ(labels, tmp_path):
+    names = names_of(*labels)
+    assert len({name.casefold() for name in names}) == len(names)
+    for name in names:
+        save_image(Image.new("RGB", (1, 1)), tmp_path / name)
+    assert len(list(tmp_path.iterdir())) == len(labels)
+
+
+def test_labels_of_plain_names_keep_them():
+    assert names_of("a b", "a/b", "c")[2] == "c_48x96_7.png"
 
 
 def test_an_image_is_saved_whole_or_not_at_all(tmp_path):

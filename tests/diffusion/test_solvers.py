@@ -143,3 +143,23 @@ def test_dopri5_runs_backwards():
 def test_dopri5_gives_up_by_saying_so():
     with pytest.raises(FloatingPointError, match=r"did not reach t=1\.0 in 3 steps"):
         solve(RATES_B, LENGTHS, rtol=1e-12, atol=1e-14, max_steps=3)
+
+
+def test_adaptive_solvers_stop_at_once_on_numbers_that_are_not_finite():
+    asked = []
+
+    def velocity(x, t_B):
+        asked.append(t_B)
+        return torch.where((t_B > 0.4)[0], torch.full_like(x, torch.nan), torch.ones_like(x))
+
+    with pytest.raises(FloatingPointError, match="not finite"):
+        solve(RATES_B[:1], LENGTHS[:1], velocity=velocity, max_steps=100_000)
+    assert len(asked) < 2_000
+
+
+def test_a_step_that_overflows_is_shortened_and_the_solution_is_reached():
+    def velocity(x, t_B):
+        return torch.where(x.abs() > 10, torch.full_like(x, torch.nan), 3 * torch.ones_like(x))
+
+    reached = solve(RATES_B[:1], LENGTHS[:1], velocity=velocity)
+    torch.testing.assert_close(reached, torch.full_like(reached, 3.3))

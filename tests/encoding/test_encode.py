@@ -350,7 +350,7 @@ def test_the_threads_of_the_autoencoder_compute_with_one_thread_each(many, tmp_p
             counted.add((threading.current_thread().name, torch.get_num_threads()))
             return pixels
 
-    monkeypatch.setattr("fitv2.encoding.encode.load_autoencoder", lambda *_: Counting())
+    monkeypatch.setattr("fitv2.encoding.encode.load_autoencoder", lambda *_, **__: Counting())
     torch.set_num_threads(2)
     encode(many, tmp_path / "set", SMALL, workers=0)
     assert torch.get_num_threads() == 2

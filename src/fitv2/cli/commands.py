@@ -14,8 +14,9 @@ from fitv2 import __version__
 from fitv2.cli.options import Convert, Demo, Encode, Export, Inspect, Sample, Train
 from fitv2.cli.parsing import name_flags, option_names, parse
 from fitv2.cli.progress import share_bar, stages_bar, training_bar
-from fitv2.config import Architecture, Network, at_least
+from fitv2.config import Architecture, Network
 from fitv2.errors import UserError, nearest
+from fitv2.limits import check_limit
 from fitv2.presets import PRESETS, Preset, preset
 
 FINISHED_WITH_SKIPS = 3  # exit status: all done, but images were left out
@@ -27,7 +28,6 @@ def encode(options: Encode) -> int:
     from fitv2.encoding.encode import encode
     from fitv2.runtime.distributed import ranks
 
-    at_least(0, workers=options.workers or 0)
     _, world = ranks()
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # one bar a machine
     with stages_bar("image", first_here) as progress:
@@ -61,7 +61,10 @@ def train(options: Train) -> int:
     tokens = {name: getattr(base.model, name) for name in FROM_DATA}
     chosen = Preset(base.about, Architecture(**vars(options.model) | tokens), training)
     with training_bar(training) as report:
-        newest = train(chosen, options.data, options.out, init=options.init, report=report, check=checking)
+        newest = train(
+            chosen, options.data, options.out, init=options.init, allow_download=options.allow_download,
+            report=report, check=checking,
+        )  # fmt: skip
     if ranks()[0] == 0:
         print(f"checkpoint {newest}, log {options.out}/log.jsonl, curve {options.out}/loss.png")
     return 0
@@ -75,22 +78,22 @@ def sample(options: Sample) -> int:
     from fitv2.runtime.device import default_device
     from fitv2.runtime.rng import generator
 
-    at_least(1, num=options.num)
-    at_least(0, seed=options.seed)
-    pipeline = FiTPipeline.from_pretrained(options.model).to(default_device())
+    chosen = [parse_size(text[:32]) for text in options.size]  # a longer one is too large in any case
+    for size in chosen:
+        check_limit("size", max(size))
+    pipeline = FiTPipeline.from_pretrained(options.model, allow_download=options.allow_download)
     card, side = pipeline.card, pipeline.card.square[0] * pipeline.unit
-    named = pipeline.get_label_ids(options.label) or range(len(card.labels))
-    sizes = [parse_size(text) for text in options.size] or [(side, side)]
-    wanted = [
-        (label, size, options.seed + i)
-        for label in dict.fromkeys(named) for size in dict.fromkeys(sizes) for i in range(options.num)
-    ]  # fmt: skip
-    labels, pixels, seeds = zip(*wanted, strict=True)
-    heights, widths = zip(*pixels, strict=True)
+    labels = dict.fromkeys(pipeline.get_label_ids(options.label) or range(len(card.labels)))
+    sizes = dict.fromkeys(chosen or [(side, side)])
+    check_limit("num", options.num * len(labels) * len(sizes))
+    seeds = range(options.seed, options.seed + options.num)
+    wanted = [(label, size, seed) for label in labels for size in sizes for seed in seeds]
     with share_bar("sample", len(wanted), "image") as progress:
-        made = pipeline.stream(
-            labels, heights, widths, [generator(seed) for seed in seeds], guidance=options.guidance,
-            sampling=options.sampling, positions=options.positions, progress=progress,
+        made = pipeline.to(default_device()).stream(
+            [label for label, _, _ in wanted], [height for _, (height, _), _ in wanted],
+            [width for _, (_, width), _ in wanted], [generator(seed) for *_, seed in wanted],
+            guidance=options.guidance, sampling=options.sampling, positions=options.positions,
+            progress=progress,
         )  # fmt: skip
         for (label, size, seed), image in zip(wanted, made, strict=True):
             save_image(image, options.out / file_name(card, label, size, seed))
@@ -156,13 +159,15 @@ def inspect(options: Inspect) -> int:
     from fitv2.data.storage import Store
     from fitv2.encoding.inspect import draw, sheet, survey, table
 
-    at_least(0, samples=options.samples, seed=options.seed)
     card, splits = survey(options.data)
     print(table(card, splits))
     verify_files(Store(options.data), card, checking)
     draw(card, splits, options.out / "plots.png", options.data)
     if options.samples:
-        sheet(options.data, card, options.samples, options.seed, options.out / "samples.png")
+        sheet(
+            options.data, card, options.samples, options.seed, options.out / "samples.png",
+            allow_download=options.allow_download,
+        )  # fmt: skip
     print(f"every shard is whole; images in {options.out}")
     return 0
 
@@ -203,7 +208,7 @@ def train_defaults(arguments: list[str]) -> Train:
             raise UserError(f"{argument} follows from the data: choose it in fitv2 encode")
     chosen = preset("clipart" if arguments[0].startswith("-") else arguments[0])
     network = Network(**{field.name: getattr(chosen.model, field.name) for field in fields(Network)})
-    return Train(tyro.MISSING, tyro.MISSING, tyro.MISSING, None, network, chosen.training)
+    return Train(tyro.MISSING, tyro.MISSING, tyro.MISSING, model=network, training=chosen.training)
 
 
 def all_options() -> set[str]:

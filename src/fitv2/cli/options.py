@@ -46,6 +46,8 @@ class Train:
     """Folder of the run."""
     init: str | None = None
     """Start from the weights of this model: a folder, a run, or a shipped model."""
+    allow_download: bool = False
+    """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
     model: Annotated[Network, tyro.conf.OmitArgPrefixes] = field(
         default_factory=lambda: PRESETS["clipart"].model
     )
@@ -68,6 +70,8 @@ class Sample:
     """Seed of the first image."""
     out: Path = Path("samples")
     """Folder for the images, LABEL_HEIGHTxWIDTH_SEED.png."""
+    allow_download: bool = False
+    """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
     guidance: Annotated[Guidance, tyro.conf.OmitArgPrefixes] = field(default_factory=Guidance)
     positions: Annotated[Positions, tyro.conf.OmitArgPrefixes] = field(default_factory=Positions)
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
@@ -126,6 +130,8 @@ class Inspect:
     """Images to decode; 0 needs no autoencoder."""
     seed: int = 0
     """Which images."""
+    allow_download: bool = False
+    """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
 
 
 @dataclass(frozen=True)

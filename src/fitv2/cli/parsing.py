@@ -6,12 +6,16 @@ import io
 import re
 import sys
 from collections.abc import Collection, Iterator
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import tyro
 
 from fitv2.config import Rope, Training
 from fitv2.errors import UserError, nearest
+from fitv2.limits import check_limits
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Options = TypeVar("Options")
 
@@ -30,11 +34,13 @@ def parse(kind: type[Options], arguments: list[str], default: Options | None) ->
     program = f"fitv2 {kind.__name__.lower()}"
     try:
         with contextlib.redirect_stderr(message):
-            return cast(Options, tyro.cli(kind, args=arguments, default=default, prog=program))
+            options = cast(Options, tyro.cli(kind, args=arguments, default=default, prog=program))
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UserError(f"{first_part(message.getvalue())} (see {program} --help)") from None
+    check_limits(cast("DataclassInstance", options))
+    return options
 
 
 def option_names(kind: type) -> Iterator[str]:

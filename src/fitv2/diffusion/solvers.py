@@ -3,6 +3,7 @@
 `x` is any float tensor. Times run from `times[0]` to `times[-1]`, in either direction.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -121,7 +122,8 @@ def adaptive(
 
     So a system's solution does not depend on its neighbours. `velocity` gets times (B,); `spread`
     repeats (B,) over a system's entries so that it broadcasts against `x`, `mean` averages `x` over
-    them to (B,). Only the ends of `times` count. Raises FloatingPointError after `max_steps` steps.
+    them to (B,). Only the ends of `times` count. Raises FloatingPointError after `max_steps` steps, at a
+    slope that is not finite, and where steps would have to be too small for `t` to change.
     Step control: Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, II.4.
     """
     start, stop = float(times[0]), float(times[-1])
@@ -133,11 +135,16 @@ def adaptive(
         remaining = stop - t
         last = step.abs() >= remaining.abs()
         step = torch.where(last, remaining, step)
+        if bool(((t + step == t) & (t != stop)).any()) or not bool(slope.isfinite().all()):
+            raise FloatingPointError(
+                "the model gives numbers that are not finite, or jump: the solver cannot follow"
+            )
         dt = spread(step)
         x_next, slopes = _step(method, velocity, x, t, step, dt, slope)
         next_slope = slopes[-1] if method.last_is_next else velocity(x_next, t + step)
         scale = atol + rtol * torch.maximum(x.abs(), x_next.abs())
-        error = norm(dt * _combine(method.error, slopes), scale)
+        # A step far too long may overflow: it is refused like any other.
+        error = norm(dt * _combine(method.error, slopes), scale).nan_to_num(math.inf, math.inf)
         accepted = error <= 1
         t = torch.where(accepted, torch.where(last, torch.full_like(t, stop), t + step), t)
         keep = spread(accepted)

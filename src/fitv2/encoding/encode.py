@@ -124,7 +124,8 @@ def encode(
     if out.is_relative_to(Path(source).absolute()):
         raise UserError(f"{out} lies in {source}, the source: choose a folder elsewhere")
     rank, world = ranks()
-    codec = load_autoencoder(encoding.autoencoder, default_device(), encoding.precision)
+    # Whoever asks for an autoencoder by name wants it fetched.
+    codec = load_autoencoder(encoding.autoencoder, default_device(), encoding.precision, allow_download=True)
     patch = encoding.patch_size or max(1, PIXELS_A_TOKEN // codec.downsample)
     opened = open_source(str(source), encoding.image_column, encoding.label_column)
     decided = {"autoencoder": codec.name, "patch_size": patch, "source": opened.fingerprint}

@@ -103,9 +103,11 @@ def draw(card: DatasetCard, splits: list[Split], out: Path, title: str) -> None:
 
 
 @torch.inference_mode()
-def sheet(folder: Path | str, card: DatasetCard, count: int, seed: int, out: Path) -> None:
+def sheet(
+    folder: Path | str, card: DatasetCard, count: int, seed: int, out: Path, *, allow_download: bool = False
+) -> None:
     """A sheet of decoded images chosen at random. Raises UserError without the autoencoder."""
-    codec = load_autoencoder(card.about.autoencoder, default_device())
+    codec = load_autoencoder(card.about.autoencoder, default_device(), allow_download=allow_download)
     split = next(name for name, pictures in card.pictures.items() if pictures)
     dataset = TokenDataset(folder, split)
     rng = np.random.default_rng(seed)

@@ -63,13 +63,15 @@ def train(
     run: Path,
     *,
     init: str | None = None,
+    allow_download: bool = False,
     report: Callable[[StepReport], None] = lambda _: None,
     check: Callable[[Iterable[Any], int], Iterable[Any]] = lambda names, _: names,
 ) -> Path:
     """Train `preset` on the token dataset `data` in the folder `run`, or resume there.
 
     Under torchrun all processes share each step; with any number of them the training is the same.
-    `init` starts from another model's weights. Ctrl-C and SIGTERM save and leave. Returns the
+    `init` starts from another model's weights; `allow_download` lets the autoencoder that decodes samples
+    come from the hub. Ctrl-C and SIGTERM save and leave. Returns the
     newest checkpoint. Raises UserError for input that does not fit or is damaged, and
     FloatingPointError when the loss is not finite; the last checkpoint stays. `check` may show how
     far the dataset is compared with its SHA-256.
@@ -84,7 +86,7 @@ def train(
         def stop() -> bool:
             return signalled() or time.monotonic() >= deadline
 
-        trainer = Trainer(preset, dataset, data, run, init, world)
+        trainer = Trainer(preset, dataset, data, run, init, world, allow_download)
         with trainer.watched():
             stopping = world.any(stop())
             while trainer.step < preset.training.steps and not stopping:
@@ -111,6 +113,7 @@ class Trainer:
         run: Path,
         init: str | None,
         world: World | None = None,
+        allow_download: bool = False,
     ) -> None:
         self.config, self.dataset, self.run = preset.training, dataset, run
         self.world = world = world or World()
@@ -122,7 +125,9 @@ class Trainer:
         self.objective = objective_of(model.architecture, self.config)
         # Which draw: the processes that hold the first copy of the model between them.
         self.draws = world.rank < self.config.fsdp_size
-        self.pipeline = FiTPipeline.of(self.weights.ema, self.card) if self.draws else None
+        self.pipeline = (
+            FiTPipeline.of(self.weights.ema, self.card, allow_download=allow_download) if self.draws else None
+        )
         self.held_out = HeldOut(data, self.tokens_at_once, self.objective, world.rank, world.size)
         self.optimizers = build_optimizers(self.weights.master, self.config)
         self.flops, self.rates = TrainingFlops(model), Rates(peak_flops(self.device))
