@@ -28,6 +28,7 @@ def test_run_json_rebuilds_the_preset(tmp_path):
 def test_only_when_may_change_not_what(tmp_path):
     run = tmp_path / "run"
     settle(run, DEBUG, DATA, None)
+    (run / "checkpoints" / "step-0000010").mkdir(parents=True)
     settle(run, replace(DEBUG, training=replace(DEBUG.training, steps=99)), DATA, None)
     assert read_json(run / "run.json")["training"]["steps"] == 99
     for changed in ({"seed": 1}, {"learning_rate": 1.0}):
@@ -49,6 +50,7 @@ OLD_NAMES = {
 def test_a_run_begun_when_settings_had_other_names_goes_on(tmp_path):
     run = tmp_path / "run"
     settle(run, DEBUG, DATA, None)
+    (run / "checkpoints" / "step-0000010").mkdir(parents=True)
     written = (run / "run.json").read_text()
     before = json.loads(written)
     before["training"] = {OLD_NAMES.get(key, key): value for key, value in before["training"].items()}
@@ -61,6 +63,12 @@ def test_a_run_begun_when_settings_had_other_names_goes_on(tmp_path):
     assert json.loads((run / "run.json").read_text()) == before
     settle(run, DEBUG, DATA, None)
     assert (run / "run.json").read_text() == written
+
+
+def test_a_run_that_has_no_checkpoint_yet_can_be_corrected(tmp_path):
+    settle(tmp_path, DEBUG, DATA, None)
+    settle(tmp_path, replace(DEBUG, training=replace(DEBUG.training, batch_size=2)), DATA, None)
+    assert read_json(tmp_path / "run.json")["training"]["batch_size"] == 2
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
@@ -90,22 +98,53 @@ def test_each_start_is_noted(tmp_path, monkeypatch):
     assert first["machine"]
 
 
-def test_the_state_of_the_code_is_that_of_its_repository(tmp_path, monkeypatch):
-    import fitv2.training.run_folder
-
-    module = tmp_path / "package" / "runs.py"
-    module.parent.mkdir()
+def repository(folder):
+    """A repository that holds the package, and a function that runs git in it."""
+    module = folder / "src" / "fitv2" / "training" / "run_folder.py"
+    module.parent.mkdir(parents=True)
     module.write_text("x")
-    monkeypatch.setattr(fitv2.training.run_folder, "__file__", str(module))
-    assert describe_code() is None
+    (folder / "pyproject.toml").write_text("[project]")
 
     def git(*command):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-        subprocess.run(["git", "-C", tmp_path, *identity, *command], check=True, capture_output=True)
+        subprocess.run(["git", "-C", folder, *identity, *command], check=True, capture_output=True)
 
+    return module, git
+
+
+def test_the_state_of_the_code_is_that_of_its_repository(tmp_path, monkeypatch):
+    module, git = repository(tmp_path)
+    monkeypatch.setattr("fitv2.training.run_folder.PACKAGE", tmp_path / "src" / "fitv2")
+    assert describe_code() is None
     for command in (["init"], ["add", "."], ["commit", "-m", "one"]):
         git(*command)
     commit = describe_code()
     assert len(commit) == 40
     module.write_text("y")
     assert describe_code() == f"{commit} with changes"
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    assert describe_code() == f"{commit} with changes"
+
+
+@pytest.mark.parametrize("place", ["site-packages/fitv2", "src/fitv2"])
+def test_no_repository_around_the_package_runs_or_is_recorded(tmp_path, monkeypatch, place):
+    _, git = repository(tmp_path)
+    hook = tmp_path / "hook.sh"
+    hook.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    hook.chmod(0o755)
+    for command in (["init"], ["add", "."], ["commit", "-m", "one"], ["config", "core.fsmonitor", str(hook)]):
+        git(*command)
+    monkeypatch.setattr("fitv2.training.run_folder.PACKAGE", tmp_path / place)
+    assert (describe_code() is not None) == (place == "src/fitv2")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["3", "null", '"text"', "[]", '{"loss": 1}', '{"step": "2"}', "[" * 9999, "1" * 9999]
+)
+def test_a_log_is_read_up_to_a_line_that_is_none(tmp_path, line):
+    log = tmp_path / "log.jsonl"
+    log.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    assert read_log(log) == [{"step": 1}]
+    cut_log(log, 9)
+    assert log.read_text() == '{"step": 1}\n'

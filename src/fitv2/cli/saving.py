@@ -32,7 +32,8 @@ def distinct_names(labels: tuple[str, ...]) -> list[str]:
     names = []
     for number, (label, name) in enumerate(zip(labels, plain, strict=True)):
         if alike[name.casefold()] > 1 or len(name.encode()) > LONGEST or HASHED.search(name):
-            name = f"{cut(name, LONGEST)}-{hashlib.sha256(label.encode(errors='surrogatepass')).hexdigest()[:12]}"
+            digest = hashlib.sha256(label.encode(errors="surrogatepass")).hexdigest()
+            name = f"{cut(name, LONGEST)}-{digest[:12]}"
         names.append(f"{name}-{number}" if often[label] > 1 else name)
     return names
 

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,13 +32,14 @@ from fitv2.encoding.sources import Source
 from fitv2.errors import UserError
 from fitv2.runtime.device import default_device, single_threaded
 from fitv2.runtime.distributed import ranks
-from fitv2.runtime.files import write_json
+from fitv2.runtime.files import only_writer, remove_own, write_json
 from fitv2.runtime.serialization import from_dict, read_json
 from fitv2.runtime.workers import read_ahead
 
 PIXELS_A_TOKEN = 16  # side; the paper's: downsampling 8, patch 2
 WORK = ".encode"  # folder in OUT for what is only needed until all is done
 PLAN, LISTED = "plan.json", "pictures.arrow"
+NOTE = re.compile(r".+-\d{5,}\.arrow\.json")  # that a shard is done
 WAIT = 0.5  # seconds between looks for another process's list
 PATIENCE = 600.0  # seconds until it has to have begun
 
@@ -130,15 +130,16 @@ def encode(
     opened = open_source(str(source), encoding.image_column, encoding.label_column)
     decided = {"autoencoder": codec.name, "patch_size": patch, "source": opened.fingerprint}
     settings = asdict(encoding) | decided
-    settle(out, settings, begins=rank == 0)
-    list_once(out, opened, settings, rank == 0, progress)
-    del opened  # names of all files, which every reading process would hold
-    try:
-        return share(out, encoding, codec, patch, (rank, world), workers, progress)
-    except (FileNotFoundError, UserError):  # another process may have made it whole, and cleared up
-        if not (out / CARD).exists():
-            raise
-        return finished(out)
+    with only_writer(out) if rank == 0 else contextlib.nullcontext():
+        settle(out, settings, begins=rank == 0)
+        list_once(out, opened, settings, rank == 0, progress)
+        del opened  # names of all files, which every reading process would hold
+        try:
+            return share(out, encoding, codec, patch, (rank, world), workers, progress)
+        except (FileNotFoundError, UserError):  # another process may have made it whole, and cleared up
+            if not (out / CARD).exists():
+                raise
+            return finished(out)
 
 
 def share(
@@ -216,7 +217,7 @@ def list_once(
         try:
             list_images(opened, lambda found: progress("list", found, None)).save(path, path.parent)
         except UserError:
-            shutil.rmtree(out)
+            clear_up(out)
             raise
     seconds, begun = 0.0, False
     while not (path.exists() or (out / CARD).exists()):
@@ -287,16 +288,23 @@ def conclude(job: Job) -> Report | None:
     skipped = [entry for note in done.values() for entry in note["skipped"]]
     shards = {name: from_dict(Shard, note["shard"]) for name, note in done.items() if note["shard"]}
     if not shards:
-        shutil.rmtree(job.out)
+        clear_up(job.out)
         first = f"{skipped[0]['source']}: {skipped[0]['reason']}"
         raise UserError(f"none of the {job.pictures} images can be used; the first, {first}")
     finish(job.out, job.about, shards, [*job.manifest.others, *skipped], job.out / WORK)
     return finished(job.out)
 
 
+def clear_up(out: Path) -> None:
+    """Remove what was only needed until now, and the folder if nothing is in it."""
+    remove_own(out / WORK, lambda name: name in (PLAN, LISTED) or NOTE.fullmatch(name) is not None)
+    with contextlib.suppress(OSError):  # not empty
+        out.rmdir()
+
+
 def finished(out: Path) -> Report:
     """Clear up in a folder that is whole, and say what it holds."""
-    shutil.rmtree(out / WORK, ignore_errors=True)
+    clear_up(out)
     lines = (out / SKIPPED).read_text(encoding="utf-8").splitlines() if (out / SKIPPED).exists() else []
     alike = [json.loads(line).get("files_like_it", 0) for line in lines]
     return Report(open_card(Store(out)).pictures, alike.count(0), sum(alike))

@@ -4,8 +4,9 @@ A checkpoint is a folder `step-NNNNNNN` with the EMA model in `ema/`, which samp
 what training resumes from. It is written as `.step-NNNNNNN`; only what is whole gets its name.
 """
 
+import json
 import os
-import shutil
+import re
 import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,14 +27,18 @@ from torch.distributed.checkpoint import (
     HuggingFaceStorageWriter,
 )
 
-from fitv2.checkpoint import Card, checkpoints, save_model, step_of
+from fitv2.checkpoint import FILES, Card, checkpoints, save_model, step_of
 from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.runtime.distributed import World
-from fitv2.runtime.files import name_full_disk, sha256, write_json
+from fitv2.runtime.files import flush_tree, name_full_disk, remove_own, sha256, write_json
 from fitv2.runtime.serialization import read_json
 
 MANIFEST = "state.json"
+OWN = re.compile(  # files of a checkpoint
+    r"ema/((config|card|files)\.json|diffusion_pytorch_model[\w.-]*\.(safetensors|json))"
+    r"|state/(state\.json|\.metadata|shard-[\w.-]+\.safetensors|model\.safetensors\.index\.json)"
+)
 # What libraries raise on files that are not whole.
 DAMAGE = (OSError, RuntimeError, EOFError, KeyError, ValueError, AssertionError, SafetensorError, UserError)
 State = dict[str, Tensor]
@@ -53,7 +58,7 @@ class Saver:
     def clean(self) -> None:
         """Remove what a process that was killed left half-written."""
         for partial in self.run.glob("checkpoints/.step-*"):
-            shutil.rmtree(partial)
+            remove_checkpoint(partial)
 
     def save(self, step: int, state: State, ema: FiT | None) -> None:
         """Begin to write a checkpoint, after the one before is written.
@@ -83,7 +88,7 @@ class Saver:
                 self._prune()
         except Exception as error:
             if self.world.first and written.done():
-                shutil.rmtree(partial, ignore_errors=True)
+                remove_checkpoint(partial)
             reason = " ".join(str(error).split())[-300:]
             raise UserError(f"checkpoint {folder} cannot be written: {reason}") from error
 
@@ -118,14 +123,21 @@ class Saver:
                 dist.barrier(self.world.group)
             if ema is not None:
                 save_model(ema, self.card, partial / "ema")
-            weights = sorted((partial / "ema").glob("*.safetensors")) if self.world.first else []
-            write_state(state, partial / "state", self.world.group, weights)
+            beside = [partial / "ema" / FILES] if self.world.first else []
+            write_state(state, partial / "state", self.world.group, beside)
+            if self.world.first:
+                flush_tree(partial)
 
     def _prune(self) -> None:
         """Remove all but the newest and the milestones."""
         for old in checkpoints(self.run)[: -self.keep]:
             if self.milestone_every is None or step_of(old) % self.milestone_every:
-                shutil.rmtree(old)
+                remove_checkpoint(old)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, whole or not; what somebody else put there stays."""
+    remove_own(folder, lambda name: OWN.fullmatch(name) is not None)
 
 
 def run_in_background(work: Callable[[], None]) -> Future[None]:
@@ -171,21 +183,48 @@ def write_state(
     with unwrap_errors():
         dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
     rank = 0 if group is None else dist.get_rank(group)
-    written = [*folder.glob(f"shard-{rank + 1:05d}-*.safetensors"), *beside]
+    shards = sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+    for shard in shards:
+        order_metadata(shard)
+    written = [*shards, *beside]
     own = {os.path.relpath(path, folder): sha256(path) for path in written}
     everyone: list[Any] = [own]
     if group is not None:
         everyone = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, own, group)
     if rank == 0:
-        write_json(folder / MANIFEST, {"files": dict(ChainMap(*everyone))})
+        files = dict(sorted(ChainMap(*everyone).items()))
+        write_json(folder / MANIFEST, {"files": files})
+
+
+def order_metadata(path: Path) -> None:
+    """Sort what a safetensors file says of itself by its keys: safetensors writes them in any order.
+
+    So the same state is the same bytes. Nothing changes in length.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= length:
+            file.seek(8)
+            file.write(ordered.ljust(length))
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a state, as state.json says. Raises UserError when that is damaged."""
+    files = read_json(folder / MANIFEST).get("files")
+    if not isinstance(files, dict) or not any(name.endswith(".safetensors") for name in files):
+        raise UserError(f"{folder / MANIFEST} is damaged: it names no files")
+    return files
 
 
 def verify_state(folder: Path, rank: int = 0, ranks: int = 1) -> None:
     """UserError if one of this process's share of the files is missing, cut or changed."""
-    for name, expected in sorted(read_json(folder / MANIFEST)["files"].items())[rank::ranks]:
+    for name, expected in sorted(files_of(folder).items())[rank::ranks]:
         path = folder / name
-        if not path.exists() or sha256(path) != expected:
+        if not path.is_file() or sha256(path) != expected:
             raise UserError(f"{path} is missing or damaged")
 
 
@@ -194,7 +233,7 @@ def read_state(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.
 
     Raises UserError when a file is missing, and when the state is that of another model or optimizer.
     """
-    for name in read_json(folder / MANIFEST)["files"]:
+    for name in files_of(folder):
         if not (folder / name).exists():
             raise UserError(f"{folder / name} is missing or damaged")
     for optimizer in optimizers:

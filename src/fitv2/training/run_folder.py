@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fitv2.checkpoint import newest_checkpoint
 from fitv2.config import FREE, Architecture, Training
 from fitv2.data.format import DatasetCard
 from fitv2.errors import UserError
@@ -25,7 +27,7 @@ from fitv2.runtime.serialization import from_dict, read_json
 def settle(run: Path, preset: Preset, data: DatasetCard, init: str | None) -> None:
     """Write run.json, or check that the run already there is this one.
 
-    Only settings that are free may change. Raises UserError naming the others.
+    Only settings that are free may change once there is a checkpoint. Raises UserError naming the others.
     """
     path = run / "run.json"
     tokens = asdict(data.about) | {"pictures": data.pictures, "rows": data.rows}
@@ -44,7 +46,7 @@ def settle(run: Path, preset: Preset, data: DatasetCard, init: str | None) -> No
             for settings in (flat(before), flat(described))
         )
         changed = [key for key in new if old.get(key) != new[key]]
-        if changed:
+        if changed and newest_checkpoint(run):
             raise UserError(f"{run} is a run with another {', '.join(changed)}: choose another folder")
     elif run.exists() and any(run.iterdir()):
         raise UserError(f"{run} exists and is not a run: choose another folder")
@@ -77,18 +79,39 @@ def describe_machine() -> str:
 
 
 def describe_code() -> str | None:
-    """The commit of the package's own repository, and whether files differ from it; None if it has none."""
+    """The commit of the package's own repository, and whether files differ from it; None if it has none.
+
+    A repository that merely encloses the package is not asked: it is somebody else's, and its settings
+    may have git run programs. Of our own none is run either.
+    """
+    root = PACKAGE.parents[1]
+    if (
+        not (root / ".git").exists()
+        or root / "src" / "fitv2" != PACKAGE
+        or not (root / "pyproject.toml").exists()
+    ):
+        return None
     asked = []
     for question in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
         try:
-            command = ["git", "-C", str(Path(__file__).parent), *question]
-            asked.append(
-                subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            command = ["git", *QUIET_GIT, "-C", str(root), *question]
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=10, env=without_git(os.environ)
             )
+            asked.append(done.stdout.strip())
         except (OSError, subprocess.SubprocessError):
             return None
     commit, changes = asked
     return f"{commit} with changes" if changes else commit
+
+
+PACKAGE = Path(__file__).resolve().parents[1]
+QUIET_GIT = ("-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "--no-optional-locks")
+
+
+def without_git(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment that names no other repository."""
+    return {name: value for name, value in environment.items() if not name.startswith("GIT_")}
 
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -102,14 +125,17 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, up to the first that a kill cut short; none if there is no log."""
+    """The lines of a log, up to the first that is none; none if there is no log."""
     lines: list[dict[str, Any]] = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
+                values = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not (isinstance(values, dict) and isinstance(values.get("step"), int)):
+                break
+            lines.append(values)
     return lines
 
 

@@ -5,7 +5,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from fitv2.pipeline import FiTPipeline
 from fitv2.presets import Preset
 from fitv2.runtime.device import default_device, has_bfloat16_matmuls
 from fitv2.runtime.distributed import World, catch_interrupts, join, ranks
-from fitv2.runtime.files import atomic_file, unused
+from fitv2.runtime.files import atomic_file, only_writer, unused
 from fitv2.runtime.rng import NOISING, ORDER, derive_seed
 from fitv2.sampling.preview import preview
 from fitv2.training.checkpointing import (
@@ -81,7 +81,11 @@ def train(
     deadline = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
     if preset.training.check_data and dataset.store.is_local:
         verify_files(dataset.store, dataset.card, check, *ranks())
-    with join(preset.training.stall_minutes) as world, catch_interrupts() as signalled:
+    with (
+        join(preset.training.stall_minutes) as world,
+        only_writer(run) if world.first else nullcontext(),
+        catch_interrupts() as signalled,
+    ):
 
         def stop() -> bool:
             return signalled() or time.monotonic() >= deadline
