@@ -1,5 +1,15 @@
-"""`python -m fitv2`, the same as the command `fitv2`."""
+"""The command `fitv2`, also as `python -m fitv2`."""
 
-from fitv2.cli.commands import main
+from fitv2.runtime.signals import leave_on_signals
 
-main()
+
+def main() -> None:
+    """The entry point. Signals are heeded before anything is imported that takes time."""
+    leave_on_signals()
+    from fitv2.cli.commands import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()

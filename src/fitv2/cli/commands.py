@@ -1,10 +1,12 @@
 """The command `fitv2`. Parses first and imports after, so that help and mistakes answer at once."""
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from io import TextIOWrapper
 from typing import Any
 
 import tyro
@@ -15,11 +17,13 @@ from fitv2.cli.options import Convert, Demo, Encode, Export, Inspect, Sample, Tr
 from fitv2.cli.parsing import name_flags, option_names, parse
 from fitv2.cli.progress import share_bar, stages_bar, training_bar
 from fitv2.config import Architecture, Network
-from fitv2.errors import UserError, nearest
+from fitv2.errors import UserError, in_one_line, nearest
 from fitv2.limits import check_limit
 from fitv2.presets import PRESETS, Preset, preset
+from fitv2.runtime.signals import RECEIVED, leave_on_signals
 
 FINISHED_WITH_SKIPS = 3  # exit status: all done, but images were left out
+DEBUG = "--debug"
 FROM_DATA = ("patch_size", "in_channels", "num_classes")  # no choice when training
 
 
@@ -31,13 +35,10 @@ def encode(options: Encode) -> int:
     _, world = ranks()
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # one bar a machine
     with stages_bar("image", first_here) as progress:
-        try:
-            report = encode(
-                options.source, options.out, options.encoding, workers=options.workers, progress=progress
-            )
-        except KeyboardInterrupt:
-            print("\nfitv2: interrupted; run the same command again to resume", file=sys.stderr)
-            raise
+        leave_on_signals("; run the same command again to resume")
+        report = encode(
+            options.source, options.out, options.encoding, workers=options.workers, progress=progress
+        )
     if report is None:
         if first_here:
             print(f"{options.out}: this share is done; the process that finishes last completes the dataset")
@@ -65,8 +66,13 @@ def train(options: Train) -> int:
             chosen, options.data, options.out, init=options.init, allow_download=options.allow_download,
             report=report, check=checking,
         )  # fmt: skip
-    if ranks()[0] == 0:
+    rank, world = ranks()
+    if rank == 0:
         print(f"checkpoint {newest}, log {options.out}/log.jsonl, curve {options.out}/loss.png")
+    if RECEIVED and world == 1:  # torchrun would take it for a failure, and start again
+        name = signal.Signals(RECEIVED[0]).name
+        print(f"fitv2: stopped by {name}; run the same command again to resume", file=sys.stderr)
+        return 128 + RECEIVED[0]
     return 0
 
 
@@ -226,7 +232,11 @@ def overview() -> str:
     ]
     for name, (kind, _) in COMMANDS.items():
         lines.append(f"  {name:8} {(kind.__doc__ or '').splitlines()[0]}")
-    lines += ["", "`fitv2 COMMAND --help` lists a command's options.", "", "presets:"]
+    lines += [
+        "",
+        "`fitv2 COMMAND --help` lists a command's options. With --debug an error shows where it arose.",
+    ]
+    lines += ["", "presets:"]
     lines += [f"  {name:12}{value.about}" for name, value in PRESETS.items()]
     return "\n".join(lines)
 
@@ -248,18 +258,31 @@ def run(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """The entry point: mistakes are one line and exit status 2. Warnings are one line too."""
+    """Run the command line: mistakes are one line and exit status 2. Warnings are one line too."""
     warnings.formatwarning = lambda message, *_: f"fitv2: {' '.join(str(message).split())}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
+    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     try:
-        sys.exit(run(sys.argv[1:]))
-    except (UserError, FloatingPointError) as error:
-        message = str(error)
-    except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        message = f"cannot read or write{where}: {error.strerror or error}"
-    except ModuleNotFoundError as error:
-        message = f"{error.name} is not installed: pip install 'fitv2[train]'"
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(run(arguments))
+    except Exception as error:
+        if DEBUG in sys.argv:
+            raise
+        message, status = describe(error)
     print(f"fitv2: {name_flags(' '.join(message.split()), all_options())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
+
+
+def describe(error: Exception) -> tuple[str, int]:
+    """What went wrong, in one line; the exit status is 2 for what can be mended, 1 for a mistake of ours."""
+    if isinstance(error, UserError | FloatingPointError):
+        return str(error), 2
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"not enough memory: {in_one_line(error)}", 2
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f" {error.filename}" if error.filename else ""
+        return f"cannot read or write{where}: {error.strerror or error}", 2
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed: pip install 'fitv2[train]'", 2
+    return f"unexpected {type(error).__name__}: {in_one_line(error)} (add {DEBUG} for all of it)", 1

@@ -30,7 +30,7 @@ from fitv2.encoding.manifest import Manifest, list_images, load_manifest
 from fitv2.encoding.shard_encoder import Reader, ShardEncoder
 from fitv2.encoding.sources import Source
 from fitv2.errors import UserError
-from fitv2.runtime.device import default_device, single_threaded
+from fitv2.runtime.device import default_device, environment_number, single_threaded
 from fitv2.runtime.distributed import ranks
 from fitv2.runtime.files import only_writer, remove_own, write_json
 from fitv2.runtime.serialization import from_dict, read_json
@@ -177,7 +177,7 @@ def share(
 def processors() -> int:
     """This process's share of the machine's."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, here // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
 
 
 def settle(out: Path, settings: dict[str, Any], begins: bool) -> None:

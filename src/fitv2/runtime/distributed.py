@@ -3,13 +3,11 @@
 import hashlib
 import os
 import secrets
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +16,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from fitv2.errors import UserError
-from fitv2.runtime.device import default_device
+from fitv2.errors import UserError, in_one_line
+from fitv2.runtime.device import default_device, environment_number
 
 
 def ranks() -> tuple[int, int]:
@@ -27,12 +25,12 @@ def ranks() -> tuple[int, int]:
 
     Raises UserError for a number that is none of them.
     """
-    rank, world = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+    rank, world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+    if not rank < world:
         raise UserError(
             f"RANK={rank} and WORLD_SIZE={world} in the environment: expected 0 ≤ RANK < WORLD_SIZE"
         )
-    return int(rank), int(world)
+    return rank, world
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,8 @@ def join(stall_minutes: float = 10) -> Iterator[World]:
     if device.index is not None:
         torch.accelerator.set_device_index(device.index)
     patience = timedelta(minutes=stall_minutes)
-    store, _, _ = next(rendezvous("env://"))
+    environment_number("MASTER_PORT", 0)
+    store = meet()
     store = fresh(store, rank, size, patience.total_seconds())
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
@@ -106,6 +105,16 @@ def join(stall_minutes: float = 10) -> Iterator[World]:
         yield World(rank, size, group, device, patience)
     # Not after an error: NCCL would wait for the others, who may wait for this one. They see it end.
     dist.destroy_process_group()
+
+
+def meet() -> dist.Store:
+    """The store that all processes of a run reach. Raises UserError when it cannot be reached."""
+    try:
+        store: dist.Store = next(rendezvous("env://"))[0]
+    except (ValueError, OSError, RuntimeError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"the processes cannot meet at {place}: {in_one_line(error)}") from error
+    return store
 
 
 def fresh(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store:
@@ -174,22 +183,3 @@ def part(tensor: Tensor, like: Tensor) -> Tensor:
     for dimension, (length, first) in enumerate(zip(shape, offset, strict=True)):
         tensor = tensor.narrow(dimension, first, length)
     return tensor
-
-
-@contextmanager
-def catch_interrupts() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM came since; a second one acts as usual."""
-    received: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(number: int, _: Any) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
-    try:
-        yield lambda: bool(received)
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)

@@ -26,9 +26,10 @@ from fitv2.figures import loss_curve
 from fitv2.pipeline import FiTPipeline
 from fitv2.presets import Preset
 from fitv2.runtime.device import default_device, has_bfloat16_matmuls
-from fitv2.runtime.distributed import World, catch_interrupts, join, ranks
+from fitv2.runtime.distributed import World, join, ranks
 from fitv2.runtime.files import atomic_file, only_writer, unused
 from fitv2.runtime.rng import NOISING, ORDER, derive_seed
+from fitv2.runtime.signals import catch_interrupts
 from fitv2.sampling.preview import preview
 from fitv2.training.checkpointing import (
     DAMAGE,
