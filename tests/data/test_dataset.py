@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pickle
 import shutil
@@ -5,6 +6,8 @@ from dataclasses import replace
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -90,7 +93,8 @@ def test_a_card_that_says_other_things_than_its_shards_is_found(tokens, tmp_path
         (copy / "dataset.json").write_text((copy / "dataset.json").read_text().replace(*change))
 
     dataset = TokenDataset(damaged(tokens, tmp_path, edit))
-    with pytest.raises(UserError, match=r"dataset\.json is damaged: it says other things than train-00000"):
+    says = r"dataset\.json is damaged: it says other things than train-00000|than dataset\.json says"
+    with pytest.raises(UserError, match=says):
         verify_files(dataset.store, dataset.card)
 
 
@@ -104,6 +108,113 @@ def test_training_checks_all_before_its_first_step(tokens, tmp_path):
     with pytest.raises(UserError, match=r"train-00000\.arrow is damaged"):
         train(preset("debug"), copy, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def rewritten(tokens, tmp_path, columns, name="train-00000.arrow"):
+    """A dataset whose file has other columns under the right hashes."""
+
+    def edit(copy):
+        batch = pa.ipc.open_stream((copy / name).read_bytes()).read_next_batch()
+        for column, values in columns.items():
+            at, field = batch.schema.get_field_index(column), batch.schema.field(column)
+            given = values(batch.column(column)) if callable(values) else pa.array(values, field.type)
+            batch = batch.set_column(at, field.with_type(given.type), given)
+        with pa.OSFile(str(copy / name), "wb") as file, pa.ipc.new_stream(file, batch.schema) as stream:
+            stream.write_batch(batch)
+        card = json.loads((copy / "dataset.json").read_text())
+        content = (copy / name).read_bytes()
+        entry = card["shards" if name.startswith("train") else "indexes"][name]
+        entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (copy / "dataset.json").write_text(json.dumps(card))
+
+    return damaged(tokens, tmp_path, edit)
+
+
+def added(more):
+    return lambda column: pc.add(column, pa.scalar(more, column.type))
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"label": added(7)}, "labels outside 0 to"),
+        ({"label": added(-7)}, "labels outside 0 to"),
+        ({"rows": added(99)}, "sizes that none can have"),
+        ({"columns": added(-9)}, "sizes that none can have"),
+        ({"variant": added(1)}, "variants out of order"),
+        ({"rows": lambda column: pc.cast(column, pa.int64())}, "other columns"),
+        ({"label": lambda column: pc.if_else(pa.scalar(True), None, column)}, "values are missing"),
+        ({"rows": lambda column: pa.array([1] * len(column), column.type)}, "other numbers of rows, images"),
+    ],
+)  # fmt: skip
+def test_an_index_of_impossible_rows_is_refused_under_the_right_hashes(tokens, tmp_path, columns, said):
+    with pytest.raises(UserError, match=rf"index-train\.arrow.* {said}"):
+        TokenDataset(rewritten(tokens, tmp_path, columns, "index-train.arrow"))
+
+
+def swapped(column):
+    return column.take(pa.array(range(len(column) - 1, -1, -1)))
+
+
+@pytest.mark.parametrize("columns", [{"label": swapped}, {"crop": pc.invert}])
+def test_a_shard_and_an_index_that_disagree_are_found_before_the_first_step(tokens, tmp_path, columns):
+    copy = rewritten(tokens, tmp_path, columns)
+    dataset = TokenDataset(copy)
+    with pytest.raises(
+        UserError, match=r"index-train\.arrow is damaged: it says other things than train-00000"
+    ):
+        verify_files(dataset.store, dataset.card)
+
+
+def test_no_offset_of_an_arrow_file_ends_the_process(tokens, tmp_path):
+    """Words of a shard but for its tokens changed, under the right hash: one line, or as many rows."""
+    name, rng = "train-00000.arrow", np.random.default_rng(0)
+    whole = TokenDataset(tokens)
+    content, shard = (tokens / name).read_bytes(), whole.card.shards[name]
+    after = shard.tokens_at + 2 * whole.token_channels * int(whole.lengths.sum())
+    words = [*range(shard.tokens_at // 4), *range(-(-after // 4), len(content) // 4)]
+    refused = 0
+    for at in rng.choice(words, 300, replace=False).tolist():
+        broken = bytearray(content)
+        word = int.from_bytes(content[4 * at : 4 * at + 4], "little")
+        broken[4 * at : 4 * at + 4] = ((word + int(rng.choice([-1, 1, 1 << 30]))) % (1 << 32)).to_bytes(
+            4, "little"
+        )
+        copy = tmp_path / str(at)
+        shutil.copytree(tokens, copy)
+        (copy / name).write_bytes(broken)
+        card = json.loads((copy / "dataset.json").read_text())
+        card["shards"][name]["sha256"] = hashlib.sha256(broken).hexdigest()
+        (copy / "dataset.json").write_text(json.dumps(card))
+        try:
+            dataset = TokenDataset(copy)
+            verify_files(dataset.store, dataset.card)
+            assert len(dataset.sources(np.arange(len(dataset.sizes)))) == len(whole.sizes)
+            dataset.batch(np.arange(len(dataset.sizes)))
+        except UserError:
+            refused += 1
+        shutil.rmtree(copy)
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"../train-00000.arrow": None},
+        {"train-x.arrow": None},
+        {"train-00001.arrow.bak": None},
+        {"test-00000.arrow": None},
+    ],
+)
+def test_a_card_names_shards_of_its_own_folder_and_splits(tokens, tmp_path, names):
+    def edit(copy):
+        card = json.loads((copy / "dataset.json").read_text())
+        entry = card["shards"]["train-00000.arrow"]
+        card["shards"] |= dict.fromkeys(names, entry)
+        (copy / "dataset.json").write_text(json.dumps(card))
+
+    with pytest.raises(UserError, match="it names other files than those of its splits"):
+        TokenDataset(damaged(tokens, tmp_path, edit))
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,25 @@ import numpy as np
 import torch
 
 from fitv2.conditioning import Condition
-from fitv2.data.format import CARD, FORMAT, DatasetCard, File, facts, facts_of, index_name, shards_of
+from fitv2.data.format import (
+    CARD,
+    FORMAT,
+    INDEXED,
+    SHARD,
+    DatasetCard,
+    File,
+    facts,
+    facts_of,
+    index_name,
+    index_schema,
+    indexed,
+    read_batch,
+    shard_schema,
+    shards_of,
+)
 from fitv2.data.packing import Images, Sampler, Step
 from fitv2.data.storage import Store
-from fitv2.errors import UserError
+from fitv2.errors import UserError, reading
 from fitv2.runtime.serialization import from_dict, parse_json
 from fitv2.runtime.workers import read_ahead
 from fitv2.tokens import Layout, PackedTokens
@@ -31,17 +46,12 @@ class TokenDataset:
     """
 
     def __init__(self, folder: Path | str, split: str = "train") -> None:
-        import pyarrow as pa
-
         self.store = Store(folder)
         self.card = open_card(self.store)
         self.shards = shards_of(self.card.shards, split)
         if not self.shards:
             raise UserError(f"{folder} has no {split} images")
-        index = self.store.read(index_name(split))
-        if wrong := difference(self.store, index_name(split), self.card.indexes[index_name(split)], index):
-            raise UserError(wrong)
-        rows = pa.ipc.open_stream(index).read_next_batch()
+        rows = read_index(self.store, self.card, split)
         column = {name: rows.column(name).to_numpy() for name in rows.schema.names}
         self.sizes = np.stack([column["rows"], column["columns"]], axis=1)  # (rows of the dataset, 2)
         self.labels: np.ndarray = column["label"]
@@ -50,16 +60,16 @@ class TokenDataset:
         self.lengths = self.sizes.prod(axis=1, dtype=np.int32)
         shards = [self.card.shards[name] for name in self.shards]
         ends = np.cumsum([0, *(shard.rows for shard in shards)])
-        if ends[-1] != len(self.sizes):
-            raise UserError(
-                f"{folder} is damaged: its index has {len(self.sizes)} rows, its shards {ends[-1]}"
-            )
         self._shard_rows = ends[:-1]
         # The byte of its shard where each row begins.
         self._starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
         at = np.array([shard.tokens_at for shard in shards]) - self._starts[self._shard_rows] * self._bytes
         self._starts *= self._bytes
         self._starts += np.repeat(at, np.diff(ends))
+        after = np.append(self._starts, 0)[ends[1:] - 1] + self.lengths[ends[1:] - 1] * self._bytes
+        for name, shard, end in zip(self.shards, shards, after.tolist(), strict=True):
+            if not 0 <= shard.tokens_at <= end <= shard.bytes:
+                raise UserError(f"{self.store.path(CARD)} is damaged: the tokens of {name} lie outside it")
 
     @property
     def _bytes(self) -> int:
@@ -112,9 +122,10 @@ class TokenDataset:
 
         rows = np.asarray(rows)
         found = np.empty(len(rows), dtype=object)
-        shards = self.shard_of(rows)
+        shards, schema = self.shard_of(rows), shard_schema(self.card.about)
         for shard in np.unique(shards):
-            batch = pa.ipc.open_stream(self.store.read(self.shards[shard])).read_next_batch()
+            name = self.shards[shard]
+            batch = read_batch(self.store.path(name), self.store.read(name), schema)
             here = np.flatnonzero(shards == shard)
             found[here] = (
                 batch.column("source").take(pa.array(rows[here] - self._shard_rows[shard])).to_pylist()
@@ -133,6 +144,9 @@ def open_card(store: Store) -> DatasetCard:
         what = "was written by another version of fitv2" if known else "is not that of a dataset"
         raise UserError(f"{store.path(CARD)} {what}{REMEDY}")
     card = from_dict(DatasetCard, values)
+    if not names_fit(card):
+        said = "it names other files than those of its splits"
+        raise UserError(f"{store.path(CARD)} is damaged: {said}{REMEDY}")
     for name, file in card.files.items():
         there = held.get(name)
         if there is None:
@@ -140,6 +154,13 @@ def open_card(store: Store) -> DatasetCard:
         if there != file.bytes:
             raise UserError(f"{store.path(name)} is damaged: it has {there} of {file.bytes} bytes{REMEDY}")
     return card
+
+
+def names_fit(card: DatasetCard) -> bool:
+    """Whether the files of a card are an index and shards of each of its splits, and no others."""
+    indexes = {index_name(split) for split in card.pictures}
+    owners = [index_name(name.rpartition("-")[0]) for name in card.shards if SHARD.fullmatch(name)]
+    return len(owners) == len(card.shards) and card.indexes.keys() == indexes == set(owners)
 
 
 def verify_files(
@@ -154,18 +175,66 @@ def verify_files(
     Raises UserError naming those that are damaged.
     """
 
+    indexes = {split: read_index(store, card, split) for split in card.pictures}
+
     def check(name: str) -> str | None:
         content = store.read(name)
         wrong = difference(store, name, card.files[name], content)
-        if wrong is None and name in card.shards and facts(content) != facts_of(card, name):
-            return f"{store.path(CARD)} is damaged: it says other things than {name}{REMEDY}"
-        return wrong
+        if wrong or name not in card.shards:
+            return wrong
+        try:
+            with reading(store.path(name)):
+                return shard_difference(store, card, name, content, indexes[name.rpartition("-")[0]])
+        except UserError as error:
+            return f"{error}{REMEDY}"
 
     with ThreadPoolExecutor(4) as pool:
         names = list(card.files)[rank::ranks]
         found = list(progress(pool.map(check, names), len(names)))
     if wrong := [text for text in found if text]:
         raise UserError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
+
+
+def read_index(store: Store, card: DatasetCard, split: str) -> Any:
+    """The index of a split, as an Arrow record batch. Raises UserError when it is not what was written.
+
+    Also when its bytes are: whoever made it may have made a mistake, and wrong labels train without a word.
+    """
+    name = index_name(split)
+    content = store.read(name)
+    if wrong := difference(store, name, card.indexes[name], content):
+        raise UserError(wrong)
+    path, about = store.path(name), card.about
+    index = read_batch(path, content, index_schema())
+    rows, columns, label, variant, _ = (index.column(column).to_numpy() for column in INDEXED)
+    lengths = rows.astype(np.int64) * columns
+    shards = [card.shards[shard].rows for shard in shards_of(card.shards, split)]
+    odd = {
+        "sizes that none can have": ((rows < 1) | (columns < 1) | (lengths > about.max_tokens)).any(),
+        f"labels outside 0 to {len(about.labels) - 1}": ((label < 0) | (label >= len(about.labels))).any(),
+        "variants out of order": (np.diff(variant.astype(int), prepend=-1)[variant > 0] != 1).any(),
+        "other numbers of rows, images or tokens than the card says": min(shards, default=0) < 1
+        or (sum(shards), card.rows.get(split)) != (len(rows), len(rows))
+        or card.pictures[split] != (variant == 0).sum() or card.tokens.get(split) != lengths.sum(),
+    }  # fmt: skip
+    for what, is_so in odd.items():
+        if is_so:
+            raise UserError(f"{path} is damaged: it has {what}{REMEDY}")
+    return index
+
+
+def shard_difference(store: Store, card: DatasetCard, name: str, content: Any, index: Any) -> str | None:
+    """What a shard says otherwise than the card or the index. Raises UserError when it is damaged."""
+    path = store.path(name)
+    if facts(path, content, card.about) != facts_of(card, name):
+        return f"{store.path(CARD)} is damaged: it says other things than {name}{REMEDY}"
+    split = name.rpartition("-")[0]
+    shards = shards_of(card.shards, split)
+    before = sum(card.shards[shard].rows for shard in shards[: shards.index(name)])
+    rows = indexed(read_batch(path, content, shard_schema(card.about)))
+    if not rows.equals(index.slice(before, rows.num_rows)):
+        return f"{store.path(index_name(split))} is damaged: it says other things than {name}{REMEDY}"
+    return None
 
 
 def difference(store: Store, name: str, file: File, content: Any) -> str | None:

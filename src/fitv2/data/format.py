@@ -4,6 +4,7 @@ docs/guides/data.md describes it for those who read or write it by other means.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from fitv2.errors import UserError, reading
+from fitv2.limits import check_limits
 from fitv2.runtime.files import atomic_file, sha256, write_json, write_text
 
 CARD = "dataset.json"
 SKIPPED = "skipped.jsonl"
 FORMAT = 2  # of this description
+SHARD = re.compile(r"[^/\\]+-\d{5,9}\.arrow")  # a file name
 INDEXED = ("rows", "columns", "label", "variant", "crop")
 
 
@@ -47,6 +51,10 @@ class About:
     in_channels: int
     max_tokens: int
     encoding: dict[str, Any] = field(default_factory=dict)  # the settings that made it, where it was encoded
+
+    def __post_init__(self) -> None:
+        """UserError for a number outside its range."""
+        check_limits(self)
 
     @property
     def token_channels(self) -> int:
@@ -121,19 +129,40 @@ class ShardRows:
             with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
                 stream.write_table(table)
             written = described(partial)
-            rows, tokens_at, _ = facts(pa.memory_map(str(partial)).read_buffer())
+            rows, tokens_at, _ = facts(path.name, pa.memory_map(str(partial)).read_buffer(), about)
         return Shard(written.bytes, written.sha256, rows, tokens_at)
+
+
+def read_batch(name: str, content: Any, schema: Any) -> Any:
+    """The record batch of a file of ours, given as an Arrow buffer, every offset of it checked.
+
+    Arrow itself trusts what it reads: one wrong offset would end the process. Raises UserError naming the
+    file when it is no such batch, has other columns, or nulls.
+    """
+    import pyarrow as pa
+
+    with reading(name):
+        batch = pa.ipc.open_stream(content).read_next_batch()
+        if not batch.schema.equals(schema):
+            raise UserError(f"{name} is damaged: it has other columns than dataset.json says")
+        batch.validate(full=True)
+    if any(column.null_count for column in batch.columns):
+        raise UserError(f"{name} is damaged: values are missing")
+    return batch
 
 
 Facts = tuple[int, int, str]  # rows of a shard, where its tokens begin, and what they are
 
 
-def facts(content: Any) -> Facts:
-    """What a shard, as an Arrow buffer, says of itself."""
-    import pyarrow as pa
-
-    batch = pa.ipc.open_stream(content).read_next_batch()
-    numbers = batch.column("tokens").flatten().flatten().buffers()[1]
+def facts(name: str, content: Any, about: About) -> Facts:
+    """What a shard, as an Arrow buffer, says of itself. Raises UserError when it is damaged."""
+    batch = read_batch(name, content, shard_schema(about))
+    tokens = batch.column("tokens")
+    lengths = np.diff(tokens.offsets.to_numpy())
+    sides = (batch.column(side).to_numpy().astype(np.int64) for side in ("rows", "columns"))
+    if tokens.offset or tokens.offsets[0].as_py() or not np.array_equal(lengths, np.multiply(*sides)):
+        raise UserError(f"{name} is damaged: its images have other numbers of tokens than their sizes")
+    numbers = tokens.values.values.buffers()[1]
     return batch.num_rows, numbers.address - content.address, batch.schema.metadata[b"fitv2"].decode()
 
 
@@ -190,7 +219,9 @@ def finish(
     lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped]
     write_text(folder / SKIPPED, "".join(lines), scratch)
     card = DatasetCard(FORMAT, about, pictures, rows, tokens, indexes, dict(sorted(shards.items())))
-    write_text(folder / "README.md", readme(card), scratch)
+    text = folder / "README.md"
+    if not text.exists() or text.read_text(encoding="utf-8", errors="replace").startswith(HEAD):  # ours
+        write_text(text, readme(card), scratch)
     write_json(folder / CARD, asdict(card), scratch)
     return card
 
@@ -198,13 +229,32 @@ def finish(
 def gathered(shards: list[Path]) -> Any:
     """What is known of every row of a split, as one table: all but its tokens and source."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     batches = [pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch() for path in shards]
-    table = pa.Table.from_batches([batch.select(INDEXED).replace_schema_metadata() for batch in batches])
-    narrow = {"label": pa.int32(), "crop": pa.uint8()}  # crop as a byte: numpy reads no bits
-    columns = {name: pc.cast(table[name], narrow.get(name, table[name].type)) for name in INDEXED}
-    return pa.table(columns).combine_chunks()
+    return pa.Table.from_batches([indexed(batch) for batch in batches]).combine_chunks()
+
+
+def indexed(batch: Any) -> Any:
+    """What an index says of the rows of a shard."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    schema = index_schema()
+    return pa.record_batch([pc.cast(batch.column(f.name), f.type) for f in schema], schema=schema)
+
+
+def index_schema() -> Any:
+    """The Arrow schema of an index."""
+    import pyarrow as pa
+
+    kinds = (
+        pa.int16(),
+        pa.int16(),
+        pa.int32(),
+        pa.uint8(),
+        pa.uint8(),
+    )  # crop as a byte: numpy reads no bits
+    return pa.schema(list(zip(INDEXED, kinds, strict=True)))
 
 
 def write_index(path: Path, index: Any, scratch: Path | None) -> File:
@@ -238,6 +288,7 @@ def readme(card: DatasetCard) -> str:
     )  # fmt: skip
 
 
+HEAD = "---\nconfigs:\n"
 README = """---
 configs:
 - config_name: default
