@@ -180,7 +180,12 @@ class Encoding:
     image_column: str | None = None
     """Column of images in Parquet files and datasets [default: the one that holds images]."""
     label_column: str | None = None
-    """Column of labels in Parquet files and datasets [default: the first of label, labels, class, …]."""
+    """Column of labels in Parquet files, datasets and metadata.csv [default: the first of label, labels,
+    class, …]."""
+    split: Literal["train", "validation", "test"] | None = None
+    """Take all images to be of this split [default: as the names of files and folders tell]."""
+    follow_links: bool = False
+    """Follow links that lead out of the folder of images."""
 
     def __post_init__(self) -> None:
         """UserError for settings that cannot work."""

@@ -10,8 +10,8 @@ def test_folders_are_labels_and_files_are_read_by_their_path(tmp_path):
     source = open_source(str(tmp_path))
     found = list(in_folders(source))
     assert [(image.label, image.source) for image in found] == [
-        ("image", "0.png"), ("a", "a/deep/2.png"), ("b", "b/1.png"),
+        ("", "0.png"), ("a", "a/deep/2.png"), ("b", "b/1.png"),
     ]  # fmt: skip
     assert read_file(source.url, found[0]) == encoded_picture()
-    labels, images = list_folders(source)
-    assert (labels, list(images)) == ((), found)
+    labels, images, origin = list_folders(source)
+    assert (labels, list(images), origin) == ((), found, "folder names")

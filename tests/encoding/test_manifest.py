@@ -40,10 +40,10 @@ def pictures_of(manifest):
 def test_folders_are_labels_wherever_they_lie(listed, url):
     png = encoded_picture(32, 16)
     manifest = listed({"b/2.png": png, "a/1.png": png, "a/deep/3.png": png, "top.png": png}, url)
-    assert manifest.labels == ("a", "b", "image")
+    assert manifest.labels == ("a", "b")
     assert manifest.splits == {"train": (0, 4)}
     found = [(p.label, p.source) for p in pictures_of(manifest)]
-    assert found == [("a", "a/1.png"), ("a", "a/deep/3.png"), ("b", "b/2.png"), ("image", "top.png")]
+    assert found == [("a", "a/1.png"), ("a", "a/deep/3.png"), ("b", "b/2.png"), ("", "top.png")]
     assert read_image(manifest, manifest.picture(0)).size == (32, 16)
 
 

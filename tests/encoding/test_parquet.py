@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,13 +76,35 @@ def test_a_folder_of_datasets(tmp_path):
 
 
 def test_pictures_that_a_dataset_holds_by_path(tmp_path):
-    (tmp_path / "p.png").write_bytes(PICTURES[0])
-    assert image_bytes({"bytes": None, "path": str(tmp_path / "p.png")}) == PICTURES[0]
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for place in (folder, tmp_path):
+        (place / "p.png").write_bytes(PICTURES[0])
+    for path in ("p.png", str(folder / "p.png"), "./../set/p.png"):
+        assert image_bytes({"bytes": None, "path": path}, str(folder)) == PICTURES[0]
+    (folder / "link.png").symlink_to(tmp_path / "p.png")
+    for path in (
+        "../p.png",
+        str(tmp_path / "p.png"),
+        "link.png",
+        "/etc/passwd",
+        "/dev/zero",
+        "/proc/self/environ",
+    ):
+        with pytest.raises(UnusableImage, match="outside the folder of the collection"):
+            image_bytes({"bytes": None, "path": path}, str(folder))
+    os.mkfifo(folder / "pipe.png")
+    with pytest.raises(UnusableImage, match="a pipe, a device or a folder"):
+        image_bytes({"bytes": None, "path": "pipe.png"}, str(folder))
+    with pytest.raises(UnusableImage, match="cannot be read: No such file"):
+        image_bytes({"bytes": None, "path": "gone.png"}, str(folder))
+    with pytest.raises(UnusableImage, match="not looked for elsewhere"):
+        image_bytes({"bytes": None, "path": "p.png"}, None)
     for nothing in (None, {"bytes": None, "path": None}):
         with pytest.raises(UnusableImage, match="empty"):
-            image_bytes(nothing)
+            image_bytes(nothing, None)
     with pytest.raises(UnusableImage, match="holds int"):
-        image_bytes(3)
+        image_bytes(3, None)
 
 
 @pytest.mark.parametrize(

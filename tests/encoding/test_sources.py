@@ -27,8 +27,11 @@ def test_links_to_folders_are_followed_but_not_round_and_round(holding, tmp_path
     (tmp_path / "source" / "a" / "broken.png").symlink_to("nowhere")
     (tmp_path / "source" / "c").symlink_to(tmp_path / "source" / "b")
     os.mkfifo(tmp_path / "source" / "a" / "pipe.png")
-    source = open_source(root)
+    source = open_source(root, follow_links=True)
     assert [source.name(path) for path in source.files] == ["a/1.png", "b/2.png", "c/2.png"]
+    source = open_source(root)
+    assert [source.name(path) for path in source.files] == ["a/1.png"]
+    assert [source.name(path) for path in source.outside] == ["b", "c"]
 
 
 def test_the_fingerprint_tells_names_and_sizes(holding, tmp_path):

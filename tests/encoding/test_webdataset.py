@@ -6,7 +6,7 @@ import pytest
 
 from conftest import encoded_picture
 from fitv2.encoding.kinds import open_source
-from fitv2.encoding.sources import BROKEN
+from fitv2.encoding.sources import BROKEN, UNUSED
 from fitv2.encoding.webdataset import in_tars, tar_member
 
 
@@ -43,9 +43,9 @@ def test_labels_as_webdataset_states_them(listed):
     assert [(p.label, p.source, p.split) for p in pictures] == [
         ("7", "train-000.tar/a.png", "train"),
         ("dog", "train-000.tar/b.jpg", "train"),
-        ("image", "train-000.tar/c.webp", "train"),
-        ("image", "train-000.tar/e.png", "train"),
-        ("f", "train-000.tar/f/1.seg.png", "train"),
+        ("", "train-000.tar/c.webp", "train"),
+        ("", "train-000.tar/e.png", "train"),
+        ("", "train-000.tar/f/1.seg.png", "train"),
         ("late", "train-000.tar/g.png", "train"),
         ("3", "train-000.tar/h.png", "train"),
     ]
@@ -104,4 +104,6 @@ def test_splits_in_an_archive_and_pictures_beside_a_picture(listed):
     assert [(p.split, p.label, p.source) for p in pictures] == [
         ("validation", "cat", "all.tar/val/cat/1.png"),
         ("train", "cat", "all.tar/train/cat/2.png"),
+        ("train", "cat", "all.tar/train/cat/2.mask.png"),
     ]
+    assert [p.at == UNUSED for p in pictures] == [False, False, True]

@@ -51,7 +51,7 @@ def test_a_device_that_is_none_is_one_line(monkeypatch, name):
 @pytest.mark.parametrize("said", ["two", "-1", "1.5", "", " 3", "\u0663", "9" * 5000, "70000"])
 def test_a_number_of_the_environment_that_is_none_is_one_line(monkeypatch, said):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
-    with pytest.raises(UserError, match="LOCAL_WORLD_SIZE=.* in the environment: expected a whole number"):
+    with pytest.raises(UserError, match=r"LOCAL_WORLD_SIZE=.* in the environment: expected a whole number"):
         environment_number("LOCAL_WORLD_SIZE", 1)
 
 

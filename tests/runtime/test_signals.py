@@ -7,7 +7,7 @@ import pytest
 
 from fitv2.runtime.signals import RECEIVED, catch_interrupts
 
-# Writes half a file, then says so and waits; swallows every exception, as libraries do while they are imported.
+# Writes half a file, then says so and waits; swallows every exception, as libraries do when imported.
 WRITING = """
 import sys, time
 from pathlib import Path

@@ -43,6 +43,8 @@ def encode(options: Encode) -> int:
         if first_here:
             print(f"{options.out}: this share is done; the process that finishes last completes the dataset")
         return 0
+    for line in report.summary:
+        print(line)
     counts = ", ".join(f"{count} {split}" for split, count in report.encoded.items())
     print(f"{options.out}: {counts} images")
     if report.others:

@@ -53,6 +53,7 @@ class Report:
     encoded: dict[str, int]  # of each split
     skipped: int
     others: int  # files that are no images by their names
+    summary: tuple[str, ...] = ()  # what became of the collection, in lines for a person
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,10 @@ def encode(
     # Whoever asks for an autoencoder by name wants it fetched.
     codec = load_autoencoder(encoding.autoencoder, default_device(), encoding.precision, allow_download=True)
     patch = encoding.patch_size or max(1, PIXELS_A_TOKEN // codec.downsample)
-    opened = open_source(str(source), encoding.image_column, encoding.label_column)
+    opened = open_source(
+        str(source), encoding.image_column, encoding.label_column,
+        split=encoding.split, follow_links=encoding.follow_links,
+    )  # fmt: skip
     decided = {"autoencoder": codec.name, "patch_size": patch, "source": opened.fingerprint}
     settings = asdict(encoding) | decided
     with only_writer(out) if rank == 0 else contextlib.nullcontext():
@@ -193,6 +197,7 @@ def settle(out: Path, settings: dict[str, Any], begins: bool) -> None:
             (out / WORK).mkdir(parents=True, exist_ok=True)
             write_json(out / WORK / PLAN, settings)
         return
+    before = asdict(Encoding()) | before  # a setting that there was not was at its default
     now = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     differing = [key for key in now if before.get(key) != now[key]]
     if differing:
@@ -284,7 +289,7 @@ def conclude(job: Job) -> Report | None:
     notes = {piece.name: job.note_of(piece) for piece in job.pieces}
     done = {name: note for name, note in notes.items() if note}
     if len(done) < len(notes):
-        return finished(job.out) if (job.out / CARD).exists() else None
+        return finished(job.out, job.manifest.summary) if (job.out / CARD).exists() else None
     skipped = [entry for note in done.values() for entry in note["skipped"]]
     shards = {name: from_dict(Shard, note["shard"]) for name, note in done.items() if note["shard"]}
     if not shards:
@@ -292,7 +297,7 @@ def conclude(job: Job) -> Report | None:
         first = f"{skipped[0]['source']}: {skipped[0]['reason']}"
         raise UserError(f"none of the {job.pictures} images can be used; the first, {first}")
     finish(job.out, job.about, shards, [*job.manifest.others, *skipped], job.out / WORK)
-    return finished(job.out)
+    return finished(job.out, job.manifest.summary)
 
 
 def clear_up(out: Path) -> None:
@@ -302,9 +307,9 @@ def clear_up(out: Path) -> None:
         out.rmdir()
 
 
-def finished(out: Path) -> Report:
+def finished(out: Path, summary: tuple[str, ...] = ()) -> Report:
     """Clear up in a folder that is whole, and say what it holds."""
     clear_up(out)
     lines = (out / SKIPPED).read_text(encoding="utf-8").splitlines() if (out / SKIPPED).exists() else []
     alike = [json.loads(line).get("files_like_it", 0) for line in lines]
-    return Report(open_card(Store(out)).pictures, alike.count(0), sum(alike))
+    return Report(open_card(Store(out)).pictures, alike.count(0), sum(alike), summary)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +16,10 @@ FORMATS = (
     "AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI",
     "TGA", "TIFF", "WEBP",
 )  # fmt: skip
+
+
+MOST_BYTES = 1536 << 20  # of memory that an image may take
+LARGE = 128 << 20  # of these there is one at a time
 
 
 class UnusableImage(Exception):  # noqa: N818 (the noun reads better where it is caught)
@@ -43,23 +47,47 @@ def resized(width: int, height: int, max_tokens: int, unit: int) -> tuple[int, i
     return columns * unit, rows * unit
 
 
-def load_rgb(source: Path | IO[bytes]) -> Image.Image:
+def load_rgb(source: Path | IO[bytes], hold: Callable[[], object] = lambda: None) -> Image.Image:
     """An image as RGB, upright; transparent pixels become white. Raises UnusableImage with the reason.
 
-    Pillow itself refuses decompression bombs, above 179 megapixels.
+    How much memory it takes is known from its header, before it is decoded. A JPEG of more than MOST_BYTES
+    is decoded smaller; others are refused. Before one of more than LARGE `hold` is called, which may wait
+    for others to be done. Pillow itself refuses images above 179 megapixels.
     """
     Image.init()  # else a format that was not met yet is unknown
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's notes on odd metadata are not ours to pass on
             with Image.open(source, formats=FORMATS) as opened:
-                return _on_white(_eight_bits(ImageOps.exif_transpose(opened), opened.format))
-    except UnusableImage:
+                if memory_of(opened) > MOST_BYTES:
+                    decode_smaller(opened)
+                if memory_of(opened) > LARGE:
+                    hold()
+                ImageOps.exif_transpose(opened, in_place=True)
+                return _on_white(_eight_bits(opened, opened.format))
+    except (UnusableImage, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise UnusableImage("not an image that can be read") from error
     except Exception as error:  # decoders raise anything at all on damaged files
         raise UnusableImage(str(error) or type(error).__name__) from error
+
+
+def memory_of(image: Image.Image) -> int:
+    """Bytes that decoding an image and putting it on white takes: Pillow holds four a pixel, each time."""
+    copies = 4 if image.has_transparency_data or image.mode[0] in "IF" else 2
+    return 4 * copies * image.width * image.height
+
+
+def decode_smaller(image: Image.Image) -> None:
+    """Have an image decoded at a half to an eighth of its sides. Raises UnusableImage if it cannot be."""
+    width, height = image.size
+    for part in (2, 4, 8):
+        if memory_of(image) > MOST_BYTES:
+            image.draft(None, (width // part, height // part))
+    if memory_of(image) > MOST_BYTES:
+        megabytes = f"{memory_of(image) >> 20} MB of memory; at most {MOST_BYTES >> 20} are used"
+        raise UnusableImage(f"its {width}x{height} pixels take {megabytes}")
 
 
 def _eight_bits(image: Image.Image, form: str | None) -> Image.Image:
@@ -122,6 +150,6 @@ def views(
 def parse_size(text: str) -> tuple[int, int]:
     """HEIGHTxWIDTH as (height, width) in pixels. Raises UserError."""
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+    if len(parts) != 2 or not all(part.isascii() and part.isdecimal() and part.strip("0") for part in parts):
         raise UserError(f"size {text!r} is not HEIGHTxWIDTH in pixels, such as 64x96")
     return int(parts[0]), int(parts[1])

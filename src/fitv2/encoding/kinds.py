@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from fitv2.data.storage import filesystem, is_local
-from fitv2.encoding.folders import list_folders, read_file
-from fitv2.encoding.parquet import datasets_row, datasets_tables, in_tables, parquet_row, parquet_tables
-from fitv2.encoding.sources import IMAGES, ImageRef, Source, files_below
-from fitv2.encoding.webdataset import in_tars, tar_member
+from fitv2.encoding.folders import METADATA, list_folders, read_file
+from fitv2.encoding.parquet import datasets_row, list_datasets, list_parquet, parquet_row
+from fitv2.encoding.sources import IMAGES, ImageRef, Listing, Source, files_below, root_of
+from fitv2.encoding.webdataset import list_tars, tar_member
 from fitv2.errors import UserError
 
 
@@ -22,34 +22,47 @@ class Kind:
     """How sources of a kind are handled."""
 
     endings: tuple[str, ...]  # of its files, in lower case
-    list: Callable[[Source], tuple[tuple[str, ...], Iterable[ImageRef]]]  # labels, where it says them; images
+    # Labels, where it says them; images; and where the labels are from, which may be left out.
+    list: Callable[[Source], Listing | tuple[tuple[str, ...], Iterable[ImageRef]]]
     read: Callable[[str, ImageRef], bytes]  # the bytes of one image, given the source's URL
 
 
 KINDS = {
-    "parquet": Kind((".parquet",), lambda source: in_tables(parquet_tables(source)), parquet_row),
-    "tars": Kind((".tar",), lambda source: ((), in_tars(source)), tar_member),
+    "parquet": Kind((".parquet",), list_parquet, parquet_row),
+    "tars": Kind((".tar",), list_tars, tar_member),
     "images": Kind(tuple(IMAGES), list_folders, read_file),
-    "datasets": Kind((), lambda source: in_tables(datasets_tables(source)), datasets_row),
+    "datasets": Kind((), list_datasets, datasets_row),
 }
 COMPRESSED = {"compressed archives": (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")}
 
 
-def open_source(url: str, image_column: str | None = None, label_column: str | None = None) -> Source:
+def open_source(
+    url: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    *,
+    split: str | None = None,
+    follow_links: bool = False,
+) -> Source:
     """What lies at a path, a URL or a pattern such as folder/*.tar.
 
+    With `split` all images are to be of that split; without, their names tell. Links that lead out of the
+    folder are followed with `follow_links` alone: a collection cannot have the rest of the disk read.
     Raises UserError when it is nothing that holds images.
     """
     if not url:
         raise UserError("the source has no name")
     system, path = filesystem(url)
+    outside: list[str] = []
     try:
-        files = dict(files_below(system, path))
+        files = dict(files_below(system, path, None if follow_links else outside))
     except Exception as error:  # libraries of remote stores have errors of their own
         if is_local(system) and not isinstance(error, OSError):
             raise
         raise UserError(f"{url} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not files:
+        if outside:
+            raise UserError(f"{url} has links alone, which lead out of it: see `follow_links`")
         there = "*" in path or system.exists(path)
         hint = (
             f" (for a dataset of the hub: hf://datasets/{url})"
@@ -57,11 +70,8 @@ def open_source(url: str, image_column: str | None = None, label_column: str | N
             else ""
         )
         raise UserError(f"{url} {'has no images' if there else 'does not exist'}{hint}")
-    single = len(files) == 1 and path in files
-    root = posixpath.dirname(path) if single or "*" in path else path
-    while "*" in root:
-        root = posixpath.dirname(root)
-    return detect_kind(Source(url, "", files, root, image_column, label_column))
+    root = root_of(system, path)
+    return detect_kind(Source(url, "", files, root, image_column, label_column, split, tuple(outside)))
 
 
 def detect_kind(source: Source) -> Source:
@@ -78,7 +88,10 @@ def detect_kind(source: Source) -> Source:
         raise UserError(f"{url} holds {' and '.join(held)}: say which, such as '{pattern}'")
     if held == ["compressed archives"]:
         raise UserError(f"{url} holds {held[0]}, which have to be read in order: decompress them to .tar")
-    if (source.image_column or source.label_column) and held != ["parquet"]:
+    tables = held == ["parquet"] or (not source.image_column and any(
+        posixpath.basename(path) in METADATA for path in files
+    ))  # fmt: skip
+    if (source.image_column or source.label_column) and not tables:
         what = held[0] if held else "no images"
         raise UserError(f"`image_column` and `label_column` are for tables; {url} holds {what}")
     if held in ([], ["images"]):  # with all else that lies beside them

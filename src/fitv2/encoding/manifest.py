@@ -6,21 +6,36 @@ What an image is, and whether it can be used, is found out when it is read.
 import errno
 import io
 import json
+import os
 import posixpath
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from PIL import Image
 
+from fitv2.data.storage import filesystem, is_local
+from fitv2.encoding.folders import image_files
 from fitv2.encoding.images import UnusableImage, load_rgb
 from fitv2.encoding.kinds import KINDS
-from fitv2.encoding.sources import BROKEN, ImageRef, Source, is_image_name, readable
-from fitv2.errors import UserError
+from fitv2.encoding.sources import (
+    BROKEN,
+    HEAD_BYTES,
+    NO_LABEL,
+    UNUSED,
+    ImageRef,
+    Listing,
+    Source,
+    readable,
+    root_of,
+    what_it_is,
+)
+from fitv2.errors import UserError, reading
 from fitv2.runtime.files import atomic_file
 
 Report = Callable[[int], None]  # how many images were found so far
@@ -42,12 +57,15 @@ class Manifest:
     splits: dict[str, tuple[int, int]]  # the rows of each
     others: list[dict[str, Any]]  # files that are no images
     table: Any  # Arrow: label (int32, −1 for none) and the rest of a ImageRef
+    summary: tuple[str, ...] = ()  # what became of the collection, in lines for a person
 
     def save(self, path: Path, scratch: Path) -> None:
         """Write it as one Arrow file."""
         import pyarrow as pa
 
-        about = {name: getattr(self, name) for name in ("kind", "url", "labels", "splits", "others")}
+        about = {
+            name: getattr(self, name) for name in ("kind", "url", "labels", "splits", "others", "summary")
+        }
         table = self.table.replace_schema_metadata({"manifest": json.dumps(about)})
         with atomic_file(path, scratch) as partial, pa.ipc.new_file(str(partial), table.schema) as writer:
             writer.write_table(table)
@@ -81,21 +99,27 @@ def load_manifest(path: Path) -> Manifest:
     about = json.loads(metadata.get(b"manifest") or metadata[b"listing"])  # its name before
     splits = {split: tuple(rows) for split, rows in about["splits"].items()}
     kind = {"files": "images"}.get(about["kind"], about["kind"])  # its name before
-    return Manifest(kind, about["url"], tuple(about["labels"]), splits, about["others"], table)
+    summary = tuple(about.get("summary", ()))
+    return Manifest(kind, about["url"], tuple(about["labels"]), splits, about["others"], table, summary)
 
 
 def list_images(source: Source, report: Report = lambda _: None) -> Manifest:
     """List a source. Raises UserError when it holds no image or cannot be understood."""
     import pyarrow as pa
 
-    names, found = KINDS[source.kind].list(source)
-    pictures = []
-    for picture in found:
-        pictures.append(picture)
-        if len(pictures) % 1000 == 0:
-            report(len(pictures))
+    with reading(source.url):
+        names, found, origin = Listing(*KINDS[source.kind].list(source))
+        pictures = []
+        for picture in found:
+            picture = picture._replace(
+                label=normalize("NFC", picture.label), split=source.split or picture.split
+            )
+            pictures.append(picture)
+            if len(pictures) % 1000 == 0:
+                report(len(pictures))
     report(len(pictures))
-    labels = (*names, *sorted_labels({p.label for p in pictures if p.at != BROKEN} - {*names, ""}))
+    used = [p for p in pictures if p.at not in (BROKEN, UNUSED)]
+    labels = (*names, *sorted_labels({p.label for p in used} - {*names, ""}))
     if not labels:
         expected = "expected folders of images, named by label"
         reason = f"{pictures[0].source}: {pictures[0].detail}" if pictures else expected
@@ -109,7 +133,29 @@ def list_images(source: Source, report: Report = lambda _: None) -> Manifest:
         **{name: pa.array([getattr(p, name) for p in pictures], getattr(pa, kind)())
            for name, kind in PLACES.items()},
     })  # fmt: skip
-    return Manifest(source.kind, source.url, labels, splits, others(source), table)
+    summary = tuple(summarize(used, labels, origin, source))
+    return Manifest(source.kind, source.url, labels, splits, others(source), table, summary)
+
+
+def summarize(
+    pictures: list[ImageRef], labels: tuple[str, ...], origin: str, source: Source
+) -> Iterator[str]:
+    """What became of a collection, in lines for a person."""
+    if labels == (NO_LABEL,):
+        yield f"no labels: all images have the one label {NO_LABEL}"
+    else:
+        yield f"{len(labels)} classes" + (f" from {origin}" if origin else "")
+    counts = Counter(picture.split for picture in pictures)
+    bare = Counter(picture.split for picture in pictures if not picture.label)
+    for split, number in bare.items():
+        if number == counts[split]:
+            yield f"{split} has no labels: {number} pictures skipped"
+        else:
+            yield f"{number} of {counts[split]} pictures in {split} have no label: skipped"
+    if "train" not in counts:
+        yield f"only {' and '.join(sorted(counts))}: training needs images of the split train (`split` train)"
+    if source.outside:
+        yield f"{len(source.outside)} links lead out of the folder and were not followed (`follow_links`)"
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:
@@ -122,36 +168,45 @@ def sorted_labels(labels: Iterable[str]) -> list[str]:
 def others(source: Source) -> list[dict[str, Any]]:
     """Files of a folder that are no images by their names, counted by how they end, with one of each."""
     by_ending: dict[str, list[str]] = {}
-    for path in source.files if source.kind == "images" else ():
-        if not is_image_name(path):
+    images = set(image_files(source)) if source.kind == "images" else set(source.files)
+    for path in source.files:
+        if path not in images:
             by_ending.setdefault(posixpath.splitext(path)[1].lower(), []).append(path)
+    said = {
+        ending: f"no image by its name, which ends in {ending}"
+        if ending
+        else "no image by its name, as others are"
+        for ending in by_ending
+    }
+    if source.outside:
+        by_ending["link"], said["link"] = list(source.outside), "a link that leads out of the folder"
     return [
-        {
-            "source": readable(source.name(min(paths))),
-            "reason": f"no image by its name, which ends in {ending}",
-            "files_like_it": len(paths),
-        }
+        {"source": readable(source.name(min(paths))), "reason": said[ending], "files_like_it": len(paths)}
         for ending, paths in sorted(by_ending.items())
     ]
 
 
-def read_image(manifest: Manifest, picture: ImageRef) -> Image.Image:
-    """An image as RGB, upright.
+def read_image(
+    manifest: Manifest, picture: ImageRef, hold: Callable[[], object] = lambda: None
+) -> Image.Image:
+    """An image as RGB, upright. `hold` is called before a large one is decoded, as `load_rgb` does.
 
     Raises UnusableImage with the reason, and UserError when its store cannot be reached for a while:
     then it is not the image's fault, and it is not to be left out.
     """
-    if picture.at == BROKEN:
-        raise UnusableImage(f"the archive is damaged: {picture.detail}")
+    if picture.at in (BROKEN, UNUSED):
+        raise UnusableImage(picture.detail)
     if not picture.label:
         raise UnusableImage("it has no label")
     for pause in (*PAUSES, None):
         try:
             content = KINDS[manifest.kind].read(manifest.url, picture)
-        except (UnusableImage, UserError):
+        except (UnusableImage, UserError, MemoryError):
             raise
         except Exception as error:  # libraries of remote stores have errors of their own
-            if isinstance(error, LASTING) or getattr(error, "errno", None) == errno.EIO:
+            if isinstance(error, FileNotFoundError):
+                check_there(manifest, picture)
+            if not may_pass(error, manifest.url):
                 raise UnusableImage(f"cannot be read: {reason_of(error)}") from error
             if pause is None:
                 now = f"{picture.source} cannot be read now ({reason_of(error)})"
@@ -161,7 +216,27 @@ def read_image(manifest: Manifest, picture: ImageRef) -> Image.Image:
             break
     if not content:
         raise UnusableImage("empty")
-    return load_rgb(io.BytesIO(content))
+    if what := what_it_is(content[:HEAD_BYTES]):
+        raise UnusableImage(f"not an image but {what}")
+    return load_rgb(io.BytesIO(content), hold)
+
+
+def check_there(manifest: Manifest, picture: ImageRef) -> None:
+    """UserError when a source, or a file of it that holds many images, is gone.
+
+    Its images are not to be left out one by one.
+    """
+    system, path = filesystem(manifest.url)
+    gone = manifest.url if not system.exists(root_of(system, path)) else os.fsdecode(picture.path)
+    if gone == manifest.url or manifest.kind != "images":
+        raise UserError(f"{gone} is gone: put it back and run the same command again to resume")
+
+
+def may_pass(error: Exception, url: str) -> bool:
+    """Whether to try again: stores elsewhere fail for a while; of a file here it is what is in it."""
+    if isinstance(error, LASTING) or getattr(error, "errno", None) == errno.EIO:
+        return False
+    return isinstance(error, OSError) or not is_local(filesystem(url)[0])
 
 
 # Errors that stay however often one tries. Arrow's are ValueErrors.

@@ -3,18 +3,34 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
-from fitv2.data.storage import filesystem
+from fitv2.data.storage import filesystem, is_local
 from fitv2.encoding.images import UnusableImage
-from fitv2.encoding.sources import NO_LABEL, SPLITS, ImageRef, Source, readable, split_of
-from fitv2.errors import UserError
+from fitv2.encoding.sources import (
+    HEAD_BYTES,
+    LABEL_COLUMNS,
+    NO_LABEL,
+    SPLITS,
+    ImageRef,
+    Listing,
+    Source,
+    read_whole,
+    readable,
+    root_of,
+    split_of,
+    what_it_is,
+)
+from fitv2.errors import UserError, in_one_line, reading
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel_values")
-LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label", "category", "target")
+LONGEST_TEXT = 10_000  # bytes of a label or of a name
+MOST_BYTES = 512 << 20  # of an image
+MOST_TEXTS = 2 << 30  # bytes of all labels and names of a file
+SUSPICIOUS = 200  # times as large as its file: images are compressed already
 
 
 class Table(NamedTuple):
@@ -28,6 +44,7 @@ class Table(NamedTuple):
     labels: list[str]
     sources: list[str]
     groups: list[int]  # rows of each group of a Parquet file
+    label_column: str | None = None
 
 
 def in_tables(tables: list[Table]) -> tuple[tuple[str, ...], Iterator[ImageRef]]:
@@ -44,65 +61,130 @@ def in_tables(tables: list[Table]) -> tuple[tuple[str, ...], Iterator[ImageRef]]
     return tables[0].names, pictures()
 
 
+def list_parquet(source: Source) -> Listing:
+    """The images of Parquet files."""
+    return listing(parquet_tables(source))
+
+
+def list_datasets(source: Source) -> Listing:
+    """The images of a folder that `datasets` saved."""
+    return listing(datasets_tables(source))
+
+
+def listing(tables: list[Table]) -> Listing:
+    """The images of tables, and which column their labels are from."""
+    columns = sorted({table.label_column for table in tables if table.label_column})
+    return Listing(*in_tables(tables), origin=f"column {' and '.join(columns)}" if columns else "no column")
+
+
 def parquet_tables(source: Source) -> list[Table]:
     """The Parquet files of a source, read but for their images. Raises UserError."""
-    import pyarrow.parquet as pq
-
     system, _ = filesystem(source.url)
     tables = []
     for path in sorted(source.files):
         name = readable(source.name(path))
-        try:
-            with system.open(path, "rb") as file:
-                parquet = pq.ParquetFile(file)
-                columns = columns_of(source, parquet.schema_arrow, name)
-                rows = parquet.read([c for c in (columns.label, "source") if c in parquet.schema_arrow.names])
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{source.url}: {name} is not a Parquet file that can be read: {error}"
-            ) from error
-        metadata = parquet.metadata
-        labels = rows[columns.label].to_pylist() if columns.label else [NO_LABEL] * metadata.num_rows
-        groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        tables.append(Table(
-            split_of(name), name, os.fsencode(path), columns.image, columns.names,
-            label_texts(labels, columns.names), names_of(rows, name, metadata.num_rows), groups,
-        ))  # fmt: skip
+        with reading(f"{source.url}: {name}"), system.open(path, "rb") as file:
+            tables.append(parquet_table(source, name, path, file))
+    if not any(sum(table.groups) for table in tables):
+        raise UserError(f"{source.url} has no rows")
     return tables
+
+
+def parquet_table(source: Source, name: str, path: str, file: Any) -> Table:
+    """One Parquet file, read but for its images. Raises UserError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    where = f"{source.url}: {name}"
+    if what := what_it_is(file.read(HEAD_BYTES)):
+        raise UserError(f"{where} is {what}")
+    file.seek(0)
+    try:
+        parquet = pq.ParquetFile(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where} is not a Parquet file that can be read: {in_one_line(error)}") from error
+    columns = columns_of(source, parquet.schema_arrow, name)
+    texts = [c for c in (columns.label, "source") if c and c in parquet.schema_arrow.names]
+    metadata = parquet.metadata
+    unpacked, packed = unpacked_bytes(metadata, texts)
+    if unpacked > MOST_TEXTS or (unpacked > MOST_TEXTS >> 5 and unpacked > SUSPICIOUS * packed):
+        raise UserError(f"{where} has labels that would unpack to {unpacked >> 20} MB")
+    # As dictionaries: a text that is in every row is held once.
+    dictionaries = pq.ParquetFile(file, read_dictionary=texts)
+    rows = dictionaries.read(texts)
+    rows.validate(full=True)
+    for text in texts:
+        check_texts(where, text, rows[text])
+    labels = rows[columns.label].to_pylist() if columns.label else [NO_LABEL] * metadata.num_rows
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    rows = pa.table({text: rows[text] for text in texts})
+    return Table(
+        split_of(name), name, os.fsencode(path), columns.image, columns.names,
+        label_texts(labels, columns.names), names_of(rows, name, metadata.num_rows), groups, columns.label,
+    )  # fmt: skip
 
 
 def names_of(rows: Any, name: str, count: int) -> list[str]:
     """What the images are called: a column `source`, if that is text and tells them apart; else row."""
     import pyarrow as pa
 
-    if "source" in rows.column_names and pa.types.is_string(rows.schema.field("source").type):
+    kind = rows.schema.field("source").type if "source" in rows.column_names else None
+    if kind is not None and pa.types.is_string(getattr(kind, "value_type", kind)):
         said = rows["source"].to_pylist()
         if None not in said and len(set(said)) == count:
             return said
     return [f"{name}:{row}" for row in range(count)]
 
 
+def unpacked_bytes(
+    metadata: Any, columns: Collection[str], groups: Iterable[int] | None = None
+) -> tuple[int, int]:
+    """Bytes of columns of a Parquet file when they are unpacked, and as they lie there, as the file says."""
+    every = range(metadata.num_row_groups) if groups is None else groups
+    chunks = [metadata.row_group(g).column(c) for g in every for c in range(metadata.num_columns)]
+    mine = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+    return sum(c.total_uncompressed_size for c in mine), sum(c.total_compressed_size for c in mine)
+
+
+def check_texts(where: str, name: str, column: Any) -> None:
+    """UserError for a column with a text longer than any label."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for chunk in column.chunks:
+        values = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
+        kind = values.type
+        if any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)):
+            longest = pc.max(pc.binary_length(values)).as_py() or 0
+            if longest > LONGEST_TEXT:
+                raise UserError(f"{where}: column {name} holds a text of {longest} bytes, which is no label")
+
+
 def datasets_tables(source: Source) -> list[Table]:
     """The splits of a `datasets` folder, read but for their images. Raises UserError."""
     import datasets
 
-    try:
+    with reading(source.url):
         loaded = datasets.load_from_disk(source.url)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source.url} is no `datasets` folder that can be read: {error}") from error
     parts = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
     tables = []
     for part, rows in parts.items():
         split = SPLITS.get(part.lower(), part) or split_of(str(rows.split or ""))
         columns = columns_of(source, rows.features.arrow_schema, part or "dataset")
-        labels = rows.with_format("arrow")[columns.label] if columns.label else None
-        texts = label_texts(labels.to_pylist() if labels else [NO_LABEL] * len(rows), columns.names)
+        texts = [NO_LABEL] * len(rows)
+        if columns.label:
+            with reading(source.url):
+                held = rows.with_format("arrow").select_columns(columns.label)[:][columns.label]
+                held.validate(full=True)
+                check_texts(source.url, columns.label, held)
+                texts = label_texts(held.to_pylist(), columns.names)
         sources = [f"{part or split}:{row}" for row in range(len(rows))]
         tables.append(Table(
-            split, part or split, part.encode(), columns.image, columns.names, texts, sources, [len(rows)]
+            split, part or split, part.encode(), columns.image, columns.names, texts, sources, [len(rows)],
+            columns.label,
         ))  # fmt: skip
+    if not any(sum(table.groups) for table in tables):
+        raise UserError(f"{source.url} has no rows")
     return tables
 
 
@@ -118,11 +200,11 @@ def columns_of(source: Source, schema: Any, name: str) -> Columns:
     """As the options say, or what `datasets` noted in the table, or the columns' names. Raises UserError."""
     import pyarrow as pa
 
-    said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    said = noted_features(schema)
     kinds = {column: feature.get("_type") for column, feature in said.items() if isinstance(feature, dict)}
     held = [f.name for f in schema if pa.types.is_struct(f.type) or pa.types.is_binary(f.type)
             or pa.types.is_large_binary(f.type)]  # fmt: skip
-    marked = [column for column, kind in kinds.items() if kind == "Image"]
+    marked = [column for column, kind in kinds.items() if kind == "Image" and column in held]
     usual = [column for column in IMAGE_COLUMNS if column in held]
     image = source.image_column or next(iter(marked or usual or (held if len(held) == 1 else [])), None)
     if image is None or image not in schema.names:
@@ -130,12 +212,37 @@ def columns_of(source: Source, schema: Any, name: str) -> Columns:
         raise UserError(
             f"{source.url}: {name} has {wanted}, but {', '.join(schema.names)}: give `image_column`"
         )
-    classes = [column for column, kind in kinds.items() if kind == "ClassLabel"]
+    classes = [column for column, kind in kinds.items() if kind == "ClassLabel" and column in schema.names]
     usual = [column for column in (*LABEL_COLUMNS, *classes) if column in schema.names]
     label = source.label_column or next(iter(usual), None)
     if label and label not in schema.names:
         raise UserError(f"{source.url}: {name} has no column {label}, but {', '.join(schema.names)}")
-    return Columns(image, label, tuple(said.get(label, {}).get("names") or ()))
+    feature = said.get(label or "")
+    names = feature.get("names") if isinstance(feature, dict) else None
+    if not isinstance(names, list) or not all(isinstance(text, str) for text in names):
+        names = []
+    return Columns(image, label, unique(names))
+
+
+def noted_features(schema: Any) -> dict[str, Any]:
+    """What `datasets` noted of a table's columns; nothing if that cannot be read."""
+    try:
+        noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = noted["info"]["features"]
+    except (ValueError, RecursionError, KeyError, TypeError, IndexError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def unique(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of classes as NFC, no two alike: one that is there again gets its number behind it."""
+    seen: dict[str, int] = {}
+    made = []
+    for number, name in enumerate(normalize("NFC", name) for name in names):
+        again = name in seen
+        seen[name] = number
+        made.append(f"{name} ({number})" if again else name)
+    return tuple(made)
 
 
 def label_texts(labels: list[Any], names: tuple[str, ...]) -> list[str]:
@@ -145,30 +252,74 @@ def label_texts(labels: list[Any], names: tuple[str, ...]) -> list[str]:
     """
 
     def text(label: Any) -> str:
-        nothing = label is None or (isinstance(label, float) and math.isnan(label))
+        nothing = label is None or (isinstance(label, float) and not math.isfinite(label))
         if nothing or (names and label == -1):
             return ""
         if isinstance(label, list | dict):
             raise UserError(f"a label is {str(label)[:60]}, not one name or number: give `label_column`")
         if isinstance(label, bytes):
             return label.decode("utf-8", "replace")
-        return names[label] if names and isinstance(label, int) and 0 <= label < len(names) else str(label)
+        if (
+            names and isinstance(label, float) and label == int(label)
+        ):  # as a table of other programs holds it
+            label = int(label)
+        known = names and isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names)
+        return names[label] if known else str(label)
 
     return [text(label) for label in labels]
 
 
 def parquet_row(url: str, picture: ImageRef) -> bytes:
-    """The bytes of an image in a Parquet file. Neighbours come from the same row group, read once."""
-    images = _images_of(url, picture.path, picture.group, picture.detail, os.getpid())
-    return image_bytes(images[picture.at].as_py())
+    """The bytes of an image in a Parquet file. The next ones are read on from there."""
+    rows = _rows_of(url, picture.path, picture.group, picture.detail, os.getpid())
+    return image_bytes(rows.at(picture.at), folder_of(url))
+
+
+def folder_of(url: str) -> str | None:
+    """The folder on this machine that a source is, or lies in; None for one elsewhere."""
+    system, path = filesystem(url)
+    return root_of(system, path) if is_local(system) else None
 
 
 # Each process opens files of its own: a file that was open before a fork has one position for both.
 
 
+class Rows:
+    """The image column of a row group, read row by row: how large a row gets is only seen when it is read."""
+
+    def __init__(self, parquet: Any, group: int, column: str) -> None:
+        self.parquet, self.group, self.column = parquet, group, column
+        unpacked, packed = unpacked_bytes(parquet.metadata, [column], [group])
+        if unpacked > MOST_BYTES and unpacked > SUSPICIOUS * packed:
+            raise UnusableImage(f"its row group would unpack to {unpacked >> 20} MB")
+        self.next = 0
+        self.batches: Iterator[Any] = iter(())
+
+    def at(self, row: int) -> Any:
+        """The value of a row. Raises UnusableImage when there is none."""
+        if row < self.next or self.next == 0:
+            self.next = 0
+            self.batches = self.parquet.iter_batches(1, row_groups=[self.group], columns=[self.column])
+        batch: Any = None
+        while self.next <= row:
+            batch = next(self.batches, None)
+            if batch is None:
+                raise UnusableImage("its row is missing")
+            self.next += 1
+        batch.validate(full=True)
+        return image_value(batch.column(0))
+
+
+def image_value(column: Any) -> Any:
+    """The value of an image column of one row. Raises UnusableImage for one larger than any image."""
+    if column.nbytes > MOST_BYTES:
+        raise UnusableImage(f"it has {column.nbytes >> 20} MB; at most {MOST_BYTES >> 20} are read")
+    return column[0].as_py()
+
+
 @lru_cache(1)
-def _images_of(url: str, path: bytes, group: int, column: str, process: int) -> Any:
-    return _parquet(url, path, process).read_row_group(group, [column])[column]
+def _rows_of(url: str, path: bytes, group: int, column: str, process: int) -> Rows:
+    return Rows(_parquet(url, path, process), group, column)
 
 
 @lru_cache(4)
@@ -180,8 +331,10 @@ def _parquet(url: str, path: bytes, process: int) -> Any:
 
 def datasets_row(url: str, picture: ImageRef) -> bytes:
     """The bytes of an image in a `datasets` folder."""
-    row = _datasets_part(url, picture.path.decode(), os.getpid())[picture.at]
-    return image_bytes(row[picture.detail][0].as_py())
+    rows = _datasets_part(url, picture.path.decode(), os.getpid())
+    column = rows[picture.at : picture.at + 1][picture.detail].combine_chunks()
+    column.validate(full=True)
+    return image_bytes(image_value(column), folder_of(url))
 
 
 @lru_cache(8)
@@ -192,11 +345,20 @@ def _datasets_part(url: str, part: str, process: int) -> Any:
     return (loaded[part] if part else loaded).with_format("arrow")
 
 
-def image_bytes(value: Any) -> bytes:
-    """The bytes of an image column's value: bytes, or {bytes, path} as `datasets` has it."""
+def image_bytes(value: Any, folder: str | None) -> bytes:
+    """The bytes of an image column's value: bytes, or {bytes, path} as `datasets` has it.
+
+    A path is read if it leads to a file in `folder`, that of the collection. Raises UnusableImage.
+    """
     if isinstance(value, dict):
-        if value.get("bytes") is None and value.get("path"):
-            return Path(value["path"]).read_bytes()
+        if value.get("bytes") is None and isinstance(value.get("path"), str):
+            if folder is None:
+                raise UnusableImage("it is held by its path alone, which is not looked for elsewhere")
+            path = os.path.join(folder, value["path"])  # noqa: PTH118
+            try:
+                return read_whole(path, within=folder, most=MOST_BYTES)
+            except OSError as error:
+                raise UnusableImage(f"its file cannot be read: {in_one_line(error)}") from error
         value = value.get("bytes")
     if value is None:
         raise UnusableImage("empty")

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from concurrent.futures import Executor, Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from fitv2.encoding.images import UnusableImage, views
 from fitv2.encoding.manifest import Manifest, load_manifest, read_image
 from fitv2.encoding.sources import ImageRef
 from fitv2.runtime.device import default_device
+from fitv2.runtime.files import wait_for_turn
 from fitv2.runtime.rng import LATENTS, generator
 from fitv2.tokens import patchify
 
@@ -53,11 +55,16 @@ class Reader:
     def fitted(self, row: int) -> Fitted:
         """One image."""
         picture, chosen = self.manifest.picture(row), self.encoding
-        try:
-            image = read_image(self.manifest, picture)
-            found = views(image, chosen.max_tokens, self.unit, chosen.preprocess == "mixed")
-        except UnusableImage as error:
-            return Fitted(row, picture, [], str(error))
+        with ExitStack() as stack:
+
+            def hold() -> None:  # of all large images one at a time is in memory, whoever reads it
+                stack.enter_context(wait_for_turn(self.path))
+
+            try:
+                image = read_image(self.manifest, picture, hold)
+                found = views(image, chosen.max_tokens, self.unit, chosen.preprocess == "mixed")
+            except UnusableImage as error:
+                return Fitted(row, picture, [], " ".join(str(error).split()))
         return Fitted(row, picture, [(np.asarray(view), crop) for view, crop in found])
 
 

@@ -3,11 +3,13 @@
 import hashlib
 import os
 import posixpath
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fitv2.data.storage import is_local
+from fitv2.encoding.images import UnusableImage
 
 # Endings of images, also of such as cannot be read: those are to be missed.
 IMAGES = frozenset([
@@ -18,10 +20,25 @@ IMAGES = frozenset([
 SPLITS = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "eval": "validation", "evaluation": "validation", "holdout": "validation", "heldout": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
+# Folders and files that systems make for themselves.
+SYSTEM = frozenset([
+    "@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found", "system volume information",
+    "thumbs.db", "ehthumbs.db", "desktop.ini",
+])  # fmt: skip
+LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label", "category", "target")
 NO_LABEL = "image"
-WHOLE, BROKEN = -1, -2  # places in a file: all of it, or none
+WHOLE, BROKEN, UNUSED = -1, -2, -3  # places in a file: all of it, none of it, or what is not to be read
+
+
+class Listing(NamedTuple):
+    """What a source holds."""
+
+    labels: tuple[str, ...]  # where it says them, in their order
+    images: Iterable["ImageRef"]
+    origin: str = ""  # of the labels, in words
 
 
 class ImageRef(NamedTuple):
@@ -33,7 +50,7 @@ class ImageRef(NamedTuple):
     path: bytes  # of the file that holds it, as the operating system has it
     at: int  # its first byte or its row there
     size: int = 0  # bytes
-    detail: str = ""  # the column of a table; what is wrong with an archive
+    detail: str = ""  # the column of a table; what is wrong with an archive; why it is not to be read
     group: int = 0  # of rows of a Parquet file; `at` counts in it
 
 
@@ -47,6 +64,8 @@ class Source:
     root: str
     image_column: str | None = None
     label_column: str | None = None
+    split: str | None = None  # that all images are to be of
+    outside: tuple[str, ...] = ()  # links that lead out of it, which are not followed
 
     @property
     def fingerprint(self) -> str:
@@ -61,23 +80,55 @@ class Source:
         return posixpath.relpath(path, self.root)
 
 
-def files_below(system: Any, path: str) -> Iterator[tuple[str, int]]:
-    """All files below a folder, or that a pattern or a path names, but hidden ones; and their sizes."""
-    if is_local(system) and os.path.isdir(path):  # noqa: PTH112 (a path may be no text)
-        yield from _local_files(path)
+def files_below(system: Any, path: str, outside: list[str] | None = None) -> Iterator[tuple[str, int]]:
+    """All files below a folder, or that a pattern or a path names, but hidden ones; and their sizes.
+
+    On this machine's disks: whole files alone, no pipes and devices. With `outside` no link that leads
+    out of the folder is followed; it is put there.
+    """
+    local = is_local(system)
+    root = root_of(system, path)
+    inside = os.path.realpath(root) if local and outside is not None else None
+    if local and os.path.isdir(path):  # noqa: PTH112 (a path may be no text)
+        yield from _local_files(path, inside, outside)
         return
     if "*" in path:
         found = system.glob(path.replace("[", "[[]"), detail=True)  # * and ? alone have a meaning
     elif system.isfile(path):
-        found = {path: system.info(path)}
+        found, inside = {path: system.info(path)}, None  # whoever names a link means what it leads to
     else:
         found = system.find(path, detail=True) if system.isdir(path) else {}
     for name, info in sorted(found.items()):
-        if info["type"] != "directory" and not is_hidden(posixpath.relpath(name, path)):
-            yield name, int(info["size"] or 0)
+        if info["type"] == "directory" or is_hidden(
+            posixpath.relpath(name, path if "*" not in path else root)
+        ):
+            continue
+        if local and not stat.S_ISREG(os.stat(name).st_mode):  # noqa: PTH116
+            continue
+        if inside is not None and outside is not None and not _lies_in(name, inside):
+            outside.append(name)
+            continue
+        yield name, int(info["size"] or 0)
 
 
-def _local_files(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, int]]:
+def root_of(system: Any, path: str) -> str:
+    """The folder that a path or a pattern is of."""
+    while "*" in path:
+        path = posixpath.dirname(path)
+    return posixpath.dirname(path) if system.isfile(path) else path
+
+
+def _lies_in(path: str, inside: str) -> bool:
+    real = os.path.realpath(path)
+    return real == inside or real.startswith(inside.rstrip("/") + "/")
+
+
+def _local_files(
+    folder: str,
+    inside: str | None,
+    outside: list[str] | None,
+    above: frozenset[tuple[int, int]] = frozenset(),
+) -> Iterator[tuple[str, int]]:
     """All files below a folder of this machine and their sizes, as `files_below`.
 
     Follows links to folders, but not to one that it is in.
@@ -90,15 +141,37 @@ def _local_files(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -
         for entry in sorted(entries, key=lambda entry: entry.name):
             if is_hidden(entry.name):
                 continue
-            if entry.is_dir():
-                yield from _local_files(entry.path, above | {here})
-            elif entry.is_file():  # no pipe or socket, no broken link
+            is_folder, is_file = entry.is_dir(), entry.is_file()  # no pipe or socket, no broken link
+            leads_out = inside is not None and entry.is_symlink() and not _lies_in(entry.path, inside)
+            if leads_out and outside is not None and (is_folder or is_file):
+                outside.append(entry.path)
+            elif is_folder:
+                yield from _local_files(entry.path, inside, outside, above | {here})
+            elif is_file:
                 yield entry.path, entry.stat().st_size
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a path has a part that starts with a dot."""
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+    """Whether a path has a part that starts with a dot, or that a system made for itself."""
+    parts = [part for part in name.split("/") if part not in (".", "..")]
+    return any(part.startswith(".") or part.lower() in SYSTEM for part in parts)
+
+
+def read_whole(path: str, within: str | None = None, most: int | None = None) -> bytes:
+    """The content of a file of this machine: a whole file, no pipe or device, and of at most so many bytes.
+
+    `within` names the folder that it has to lie in, links followed. Raises UnusableImage with the reason.
+    """
+    if within is not None and not _lies_in(path, os.path.realpath(within)):
+        raise UnusableImage("it lies outside the folder of the collection, where nothing is read")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
+    with open(descriptor, "rb") as file:  # noqa: PTH123
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnusableImage("it is a pipe, a device or a folder, not a file")
+        if most is not None and status.st_size > most:
+            raise UnusableImage(f"its file has {status.st_size >> 20} MB; at most {most >> 20} are read")
+        return file.read()
 
 
 def is_image_name(name: str) -> bool:
@@ -120,3 +193,23 @@ def split_of(name: str) -> str:
             if word in SPLITS:
                 return SPLITS[word]
     return "train"
+
+
+HEAD_BYTES = 512
+
+
+def what_it_is(head: bytes) -> str | None:
+    """What a file is that is not what its name says, by its first bytes; None if they tell nothing."""
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself: run git lfs pull"
+    if head.startswith(b"\x1f\x8b"):
+        return "compressed by gzip under another name: decompress it"
+    if (
+        head.lstrip(b"\xef\xbb\xbf \t\r\n")[:14]
+        .lower()
+        .startswith((b"<!doctype html", b"<html", b"<head", b"<body"))
+    ):
+        return "a page of HTML, perhaps what a server said in place of the file"
+    if head.startswith((b"PK\x03\x04", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        return "a compressed archive: unpack it"
+    return None

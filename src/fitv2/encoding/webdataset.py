@@ -2,111 +2,181 @@
 
 import json
 import os
+import posixpath
 import tarfile
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, NamedTuple
 
 from fitv2.data.storage import filesystem, read_range
+from fitv2.encoding.folders import MOST_BYTES
+from fitv2.encoding.images import UnusableImage
+from fitv2.encoding.rules import Folders, labels_of_archives, pictures_of_sample
 from fitv2.encoding.sources import (
     BROKEN,
-    NO_LABEL,
-    SPLITS,
+    UNUSED,
     ImageRef,
+    Listing,
     Source,
     is_hidden,
     is_image_name,
     readable,
     split_of,
 )
+from fitv2.errors import in_one_line
+
+MOST_TEXT = 1 << 20  # bytes of a label's file
+MOST_NAME = 4_096  # letters of a member's name
+
+
+class Member(NamedTuple):
+    """A file in an archive."""
+
+    name: str
+    at: int
+    size: int
 
 
 @dataclass
 class Sample:
     """Members of one name."""
 
-    pictures: list[tarfile.TarInfo] = field(default_factory=list)
-    label: str | None = None
+    pictures: list[Member] = field(default_factory=list)
+    label: str | None = None  # as a member of its own says it
+
+
+@dataclass
+class Archive:
+    """What an archive holds."""
+
+    name: str
+    path: bytes
+    samples: dict[str, Sample] = field(default_factory=dict)  # by name up to the first dot
+    broken: str = ""  # what is wrong with it
+
+    def of(self, name: str) -> Sample:
+        """The sample that a member belongs to."""
+        folder, _, base = name.rpartition("/")
+        return self.samples.setdefault(f"{folder}/{base.partition('.')[0]}", Sample())
 
 
 def in_tars(source: Source) -> Iterator[ImageRef]:
+    """The images of `list_tars`."""
+    yield from list_tars(source).images
+
+
+def list_tars(source: Source) -> Listing:
     """WebDataset: members that share a name up to its first dot are one image and what is said of it.
 
-    The label is that of NAME.cls, of "label" in NAME.json, or the member's folder. An archive that
-    breaks off gives what it holds before, and an image that is BROKEN.
+    The label is that of NAME.cls or of "label" in NAME.json; where no image has one, the member's folder, or
+    the archive, if each is of a class. An archive that breaks off gives what it holds before, and an image
+    that is BROKEN; images beside the picture of a sample are UNUSED. Raises UserError when folders can mean
+    two things.
     """
     system, _ = filesystem(source.url)
+    archives = []
     for path in sorted(source.files):
-        place = (split_of(source.name(path)), readable(source.name(path)), os.fsencode(path))
+        archive = Archive(readable(source.name(path)), os.fsencode(path))
         with system.open(path, "rb") as file:
-            yield from _pictures(file, *place)
+            read_archive(archive, file)
+        archives.append(archive)
+    stated = any(sample.label for archive in archives for sample in archive.samples.values())
+    folders = Folders(
+        source.url, (_above(m) for a in archives for s in a.samples.values() for m in s.pictures)
+    )
+    names = [archive.name for archive in archives]
+    named = None if stated or folders.labelled else labels_of_archives(names)
+    origin = "NAME.cls and NAME.json" if stated else "the names of the archives" if named else "folder names"
+    images = [
+        image
+        for number, archive in enumerate(archives)
+        for image in _images(archive, folders, stated, named[number] if named else None)
+    ]
+    return Listing((), images, origin)
 
 
-def _pictures(file: IO[bytes], split: str, name: str, path: bytes) -> Iterator[ImageRef]:
-    samples: dict[str, Sample] = defaultdict(Sample)  # by name up to the first dot
-    files: dict[str, tarfile.TarInfo] = {}
-    broken = None
+def _above(member: Member) -> list[str]:
+    return readable(posixpath.normpath(member.name)).lstrip("/").split("/")[:-1]
+
+
+def read_archive(archive: Archive, file: IO[bytes]) -> None:
+    """List an archive. What is wrong with it is noted: whoever made it may have meant harm."""
+    files: dict[str, Member] = {}
+    tars = 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    files[member.name] = member
-                elif member.islnk() and member.linkname in files:  # another name of a file before it
-                    original = files[member.linkname]
-                    member.offset_data, member.size = original.offset_data, original.size
+            for info in tar:
+                if len(info.name) > MOST_NAME:
+                    raise tarfile.ReadError("a name in it has no end")
+                if info.isfile():
+                    files[info.name] = Member(info.name, info.offset_data, info.size)
+                elif info.islnk() and info.linkname in files:  # another name of a file before it
+                    files[info.name] = files[info.linkname]._replace(name=info.name)
                 else:
                     continue
-                _add(tar, member, samples)
+                tars += info.name.lower().endswith((".tar", ".tar.gz", ".tgz"))
+                vars(tar)["members"] = []  # else it would keep all that was read
+                _add(file, files[info.name], archive)
             file.seek(tar.offset)  # tarfile takes a damaged header for the end
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError("it breaks off")
-    except (tarfile.TarError, EOFError) as error:
-        broken = ImageRef(split, NO_LABEL, name, path, BROKEN, detail=str(error))
-    for sample in samples.values():
-        yield from _labelled(sample, split, name, path)
-    if broken:
-        yield broken
+    except Exception as error:
+        archive.broken = f"the archive is damaged: {in_one_line(error, 100)}"
+    if tars and not any(sample.pictures for sample in archive.samples.values()):
+        archive.broken = "it holds archives, not images: unpack it first"
 
 
-def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, Sample]) -> None:
+def _add(file: IO[bytes], member: Member, archive: Archive) -> None:
     """A member to its sample."""
     if is_hidden(member.name):
         return
-    folder, _, base = member.name.rpartition("/")
-    stem, _, ending = base.partition(".")
-    if ending.lower() in ("cls", "json"):
-        sample = samples[f"{folder}/{stem}"]
-        sample.label = _stated_label(tar, member, ending.lower()) or sample.label
-    elif is_image_name(base):
-        samples[f"{folder}/{stem}"].pictures.append(member)
+    base = posixpath.basename(member.name)
+    ending = base.partition(".")[2].lower()
+    if ending in ("cls", "json"):
+        sample = archive.of(member.name)
+        sample.label = _stated_label(file, member, ending) or sample.label
+    elif is_image_name(base) and "." in base:
+        archive.of(member.name).pictures.append(member)
 
 
-def _labelled(sample: Sample, split: str, name: str, path: bytes) -> Iterator[ImageRef]:
-    """The images of a sample: a.jpg rather than a.mask.png, if there are both."""
-    plain = [m for m in sample.pictures if m.name.rpartition("/")[2].count(".") < 2]
-    for member in plain or sample.pictures:
-        *above, folder = member.name.removeprefix("./").split("/")[:-1] or [""]
-        inside = SPLITS.get(above[0].lower(), split) if above else split
-        source = f"{name}/{readable(member.name)}"
-        stated = sample.label or readable(folder) or NO_LABEL
-        yield ImageRef(inside, stated, source, path, member.offset_data, member.size)
-
-
-def _stated_label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> str | None:
-    file = tar.extractfile(member)
-    text = file.read().decode("utf-8", "replace").strip() if file else ""
+def _stated_label(file: IO[bytes], member: Member, ending: str) -> str | None:
+    """What a member says the label is; None if it says none, or none that can be read."""
+    if member.size > MOST_TEXT:
+        return None
+    file.seek(member.at)
+    text = file.read(member.size).decode("utf-8", "replace").strip("\ufeff \t\r\n\0")
     if ending == "cls":
         return text or None
     try:
         said = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     label = said.get("label") if isinstance(said, dict) else None
-    return str(label) if isinstance(label, str | int) else None
+    return str(label) if isinstance(label, str | int) and not isinstance(label, bool) else None
+
+
+def _images(archive: Archive, folders: Folders, stated: bool, named: str | None) -> Iterator[ImageRef]:
+    """The images of an archive. `stated`: labels are said by members; `named`: the archive's own label."""
+    by_name = split_of(archive.name)
+    for sample in archive.samples.values():
+        used, reasons = pictures_of_sample([member.name for member in sample.pictures])
+        for number in sorted([*used, *reasons]):
+            member = sample.pictures[number]
+            place = folders.place(_above(member))
+            label = named or place.label
+            source = f"{archive.name}/{readable(member.name).removeprefix('./')}"
+            ref = ImageRef(
+                place.split or by_name, (sample.label or "") if stated else label, source, archive.path,
+                member.at, member.size,
+            )  # fmt: skip
+            yield ref if number in used else ref._replace(at=UNUSED, detail=reasons[number])
+    if archive.broken:
+        yield ImageRef(by_name, "", archive.name, archive.path, BROKEN, detail=archive.broken)
 
 
 def tar_member(url: str, picture: ImageRef) -> bytes:
     """The bytes of an image in an archive."""
-    end = picture.at + picture.size
-    return read_range(filesystem(url)[0], os.fsdecode(picture.path), picture.at, end)
+    system, path = filesystem(url)[0], os.fsdecode(picture.path)
+    if picture.size > MOST_BYTES:
+        raise UnusableImage(f"its file has {picture.size >> 20} MB; at most {MOST_BYTES >> 20} are read")
+    return read_range(system, path, picture.at, picture.at + picture.size)

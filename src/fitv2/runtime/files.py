@@ -168,6 +168,18 @@ def only_writer(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
+@contextmanager
+def wait_for_turn(path: Path) -> Iterator[None]:
+    """Hold a lock on a file or folder that all processes ask for, one at a time."""
+    held = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # where a file system knows no locks
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
 def _lock(folder: Path) -> int | None:
     """A lock on a folder, as an open file; None if another process has it.
 

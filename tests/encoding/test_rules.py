@@ -1,0 +1,60 @@
+import pytest
+
+from fitv2.encoding.rules import Folders, Place, labels_of_archives, pictures_of_sample
+from fitv2.errors import UserError
+
+
+def test_folders_are_splits_if_all_are_and_else_labels():
+    splits = Folders("x", [("train", "cat"), ("Val", "dog", "deep"), ()])
+    assert splits.place(("Val", "dog", "deep")) == Place("validation", "dog")
+    assert splits.place(("train",)) == Place("train", "")
+    assert splits.place(()) == Place(None, "")
+    labels = Folders("x", [("cat",), ("dog", "deep")])
+    assert labels.place(("dog", "deep")) == Place(None, "dog")
+    assert labels.place(()) == Place(None, "")
+    assert Folders("x", [()]).place(()) == Place(None, "image")
+
+
+@pytest.mark.parametrize("folders", [
+    [("train", "cat"), ("extra",)], [("train",), ("val",), ("cat",)], [("test", "cat"), ("dog",)],
+])  # fmt: skip
+def test_folders_that_can_mean_two_things_are_refused(folders):
+    with pytest.raises(UserError, match="are those labels or splits"):
+        Folders("x", folders)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["cats.tar", "dogs.tar"], ["cats", "dogs"]),
+        (["train-cats.tar", "train-dogs.tar"], ["cats", "dogs"]),
+        (["n01440764.tar", "n01443537.tar"], ["n01440764", "n01443537"]),
+        (["000.tar", "001.tar"], None),
+        (["data-000.tar", "data-017.tar"], None),
+        (["train.tar", "val.tar"], None),
+        (["train-0.tar", "val-0.tar"], None),
+        (["cats.tar"], None),
+        (["shard_a.tar", "shard_b.tar"], ["shard-a", "shard-b"]),
+    ],
+)
+def test_archives_are_of_a_class_each_or_shards(names, labels):
+    assert labels_of_archives(names) == labels
+
+
+@pytest.mark.parametrize(
+    ("names", "used"),
+    [
+        (["a.png"], [0]),
+        (["a.png", "a.jpg"], [1]),
+        (["a.mask.png", "a.jpg"], [1]),
+        (["a.mask.png", "a.image.png"], [1]),
+        (["a.v1.png", "a.v2.png"], [0, 1]),
+        (["a.mask.png"], [0]),
+        (["a.webp", "a.left.jpg"], [0]),
+    ],
+)
+def test_every_image_of_a_sample_is_used_or_has_a_reason(names, used):
+    found, reasons = pictures_of_sample(names)
+    assert found == used
+    assert sorted([*found, *reasons]) == list(range(len(names)))
+    assert all(reasons.values())
