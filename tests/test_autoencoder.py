@@ -1,5 +1,6 @@
 import hashlib
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fitv2.autoencoder import load_autoencoder
 from fitv2.errors import UserError
@@ -38,6 +40,35 @@ def test_unknown_autoencoder_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded") as raised:
         load_autoencoder(str(tmp_path))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("how", ["missing", "extra", "misshapen"])
+def test_an_autoencoder_of_other_tensors_is_refused(tiny_vae, tmp_path, how):
+    shutil.copytree(tiny_vae, tmp_path / "vae")
+    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    name = "decoder.conv_out.bias"
+    if how == "missing":
+        del weights[name]
+    else:
+        weights[f"{name}.more" if how == "extra" else name] = torch.zeros(7)
+    save_file(weights, path)
+    with pytest.raises(UserError, match=r"conv_out|another model's weights") as raised:
+        load_autoencoder(str(tmp_path / "vae"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ['"stabilityai/sd-vae-ft-ema"', "[]", "{", ""])
+def test_a_config_that_is_none_does_not_name_one_of_the_hub(tiny_vae, tmp_path, content):
+    shutil.copytree(tiny_vae, tmp_path / "vae")
+    (tmp_path / "vae" / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        load_autoencoder(str(tmp_path / "vae"))
+
+
+def test_a_name_of_the_hub_is_not_fetched_unasked():
+    with pytest.raises(UserError, match="to fetch it from the hub, `allow_download`"):
+        load_autoencoder("organization/no-such-autoencoder")
 
 
 def test_the_shipped_autoencoder_keeps_drawings_it_never_saw():

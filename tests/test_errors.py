@@ -1,4 +1,6 @@
-from fitv2.errors import nearest
+import pytest
+
+from fitv2.errors import UserError, in_one_line, nearest, reading
 
 
 def test_nearest_names_the_closest_choices_in_one_line():
@@ -9,3 +11,29 @@ def test_nearest_names_the_closest_choices_in_one_line():
 
 def test_nearest_lists_all_when_none_is_close():
     assert str(nearest("label", "zzz", ["flags", "fruit"])) == "unknown label 'zzz': choose from flags, fruit"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("x"), "a.json cannot be read: 'x'"),
+        (RecursionError(), "a.json cannot be read: RecursionError"),
+        (OSError(5, "Input/output error"), "a.json cannot be read: Input/output error"),
+        (ValueError("two\nlines"), "a.json cannot be read: two lines"),
+        (UserError("as it is"), "as it is"),
+    ],
+)
+def test_any_error_on_somebodys_file_is_one_line_that_names_it(error, said):
+    with pytest.raises(UserError) as raised, reading("a.json"):
+        raise error
+    assert str(raised.value) == said
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()])
+def test_what_says_nothing_of_the_file_passes(error):
+    with pytest.raises(type(error)), reading("a.json"):
+        raise error
+
+
+def test_a_long_message_is_cut():
+    assert in_one_line(ValueError("x" * 1000)) == "x" * 300

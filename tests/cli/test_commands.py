@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import randomized
+from conftest import encoded_picture, randomized
 from fitv2.autoencoder import Pixels
 from fitv2.checkpoint import Card, save_model
 from fitv2.cli.commands import COMMANDS, main
@@ -175,3 +176,51 @@ def test_python_dash_m_works():
         [sys.executable, "-m", "fitv2", "--version"], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "0.1.0"
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "status"),
+    [
+        (
+            ZeroDivisionError("division by zero"),
+            "unexpected ZeroDivisionError: division by zero (add --debug",
+            1,
+        ),
+        (MemoryError(), "not enough memory: MemoryError", 2),
+        (torch.OutOfMemoryError("CUDA out of memory"), "not enough memory: CUDA out of memory", 2),
+        (FloatingPointError("not finite"), "not finite", 2),
+        (OSError(28, "No space left on device", "/x"), "cannot read or write /x: No space left on device", 2),
+        (ModuleNotFoundError("x", name="wandb"), "wandb is not installed", 2),
+    ],
+)
+def test_every_error_is_one_line(error, said, status, monkeypatch, capsys):
+    def failing(_):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "demo", (COMMANDS["demo"][0], failing))
+    returned, _, printed = fitv2(capsys, "demo")
+    assert (returned, len(printed.splitlines())) == (status, 1)
+    assert said in printed
+    with pytest.raises(type(error)):
+        fitv2(capsys, "demo", "--debug")
+
+
+def test_a_terminal_that_knows_ascii_alone_is_enough(tmp_path):
+    for name in ("caf\u00e9", "\u72ac"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "1.png").write_bytes(encoded_picture())
+    ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    for command in (
+        ["--help"],
+        ["encode", "in", "out", "--workers", "0"],
+        ["inspect", "out", "--samples", "0"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "fitv2", *command],
+            cwd=tmp_path,
+            env=ascii_alone,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.isascii()

@@ -65,6 +65,17 @@ def test_six_steps_equal_three_and_three(tokens, tmp_path, precision, optimizer)
     assert logs[0] == logs[1]
 
 
+def test_the_same_run_writes_the_same_bytes(tokens, tmp_path):
+    """Also what files say of themselves, which safetensors writes in any order."""
+    folders = [train(settings(steps=3), tokens, tmp_path / name) for name in ("one", "two", "three")]
+    files = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in folders
+    ]
+    assert len(files[0]) >= 6
+    assert files[0] == files[1] == files[2]
+
+
 def test_a_stop_signal_saves_and_leaves(tokens, tmp_path):
     def stop(progress):
         if progress.step == 2:
