@@ -1,3 +1,5 @@
+import json
+import sys
 import warnings
 
 import numpy as np
@@ -153,3 +155,22 @@ def test_it_is_saved_and_opened_as_diffusers_does(tiny_vae, tmp_path):
     ]
     assert np.array_equal(*images)
     assert images[0].shape == (1, 20, 33, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"transformer": ["antigravity", "FiT"]},
+        {"vae": ["os", "system"]},
+        {"scheduler": ["diffusers", "DDIMScheduler"]},
+        {"_class_name": "StableDiffusionPipeline"},
+        {"_class_name": ["evil", "Pipeline"]},
+    ],
+)
+def test_a_folder_has_nothing_imported_but_our_parts(tmp_path, change):
+    FiTPipeline.from_pretrained("clipart").save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | change))
+    with pytest.raises(UserError, match=r"which is none of this pipeline|is that of another pipeline"):
+        FiTPipeline.from_pretrained(tmp_path)
+    assert "antigravity" not in sys.modules

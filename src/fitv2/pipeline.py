@@ -81,8 +81,7 @@ class FiTPipeline(DiffusionPipeline):
         if _is_hub_name(name):
             return super().from_pretrained(str(name), **options)
         if (Path(name) / INDEX).exists():
-            for config in (Path(name) / INDEX, *Path(name).glob("*/config.json")):
-                read_json(config)  # diffusers takes one that is a string for a name of the hub
+            check_index(Path(name))
             with offline(not allow_download):
                 return super().from_pretrained(str(name), **options)
         model, card = load_model(find_model(name))
@@ -202,6 +201,26 @@ class FiTPipeline(DiffusionPipeline):
         if not 0 <= index < count:
             raise UserError(f"unknown label {index}: numbers go from 0 to {count - 1}")
         return Condition.of(label=torch.tensor([index]))
+
+
+COMPONENTS = {"transformer": (FiT.__name__,), "vae": (AutoencoderKL.__name__, None)}
+
+
+def check_index(folder: Path) -> None:
+    """UserError unless a folder's model_index.json names parts of ours: diffusers imports whatever it names.
+
+    And what a config.json that is only a string would have diffusers look for on the hub.
+    """
+    index = read_json(folder / INDEX)
+    for config in folder.glob("*/config.json"):
+        read_json(config)
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and name != "labels"}
+    for name, value in parts.items():
+        known = name in COMPONENTS and len(value) == 2 and value[1] in COMPONENTS[name]
+        if not known or value[0] not in ("fitv2.model", "fitv2", "diffusers", None):
+            raise UserError(f"{folder / INDEX} names the part {name} {value}, which is none of this pipeline")
+    if index.get("_class_name") != FiTPipeline.__name__:
+        raise UserError(f"{folder / INDEX} is that of another pipeline, {index.get('_class_name')}")
 
 
 class _Progress:

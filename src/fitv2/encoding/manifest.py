@@ -236,6 +236,8 @@ def may_pass(error: Exception, url: str) -> bool:
     """Whether to try again: stores elsewhere fail for a while; of a file here it is what is in it."""
     if isinstance(error, LASTING) or getattr(error, "errno", None) == errno.EIO:
         return False
+    if type(error) is OSError and error.errno is None:  # Arrow's, of a damaged file
+        return False
     return isinstance(error, OSError) or not is_local(filesystem(url)[0])
 
 

@@ -20,7 +20,7 @@ def one_of(*tables: str, first: tuple[str, ...] = (), last: tuple[str, ...] = ()
 
 def is_registered(kind: Any, name: Any) -> bool:
     """Whether one of the tables of a type of `one_of` has a name by now: code of your own may add some."""
-    for table in TABLES.get(kind, ()):
+    for table in TABLES.get(kind, ()) if isinstance(name, str) else ():
         module, _, attribute = table.partition(":")
         if name in getattr(sys.modules.get(module), attribute, ()):
             return True
