@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from conftest import noise_of, randomized
-from fitv2.conditioning import Condition
+from fitv2.conditioning import Condition, Text
 from fitv2.config import Rope
 from fitv2.diffusion.noise import draw_noise
 from fitv2.errors import UserError
@@ -190,3 +192,71 @@ def test_vmap_over_seeds_equals_one_after_another(model):
     together = torch.func.vmap(lambda x: model(x, layout, t, label))(x_STC)
     for x, ours in zip(x_STC, together, strict=True):
         torch.testing.assert_close(ours, model(x, layout, t, label), rtol=1e-5, atol=1e-5)
+
+
+# Texts ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text_model():
+    shape = {"depth": 2, "width": 32, "heads": 2, "patch_size": 1, "in_channels": 6, "num_classes": 5}
+    return randomized(FiT(**shape, conditions=("label", "text"), text_channels=7)).eval()
+
+
+def with_texts(lengths, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randn(n, 7, generator=rng)  # noqa: E731
+    text = Text.of([(draw(n), draw(1)[0]) for n in lengths])
+    return Condition.of(label=torch.arange(len(lengths)) % 5, text=text)
+
+
+def test_each_image_with_its_text_is_as_alone(text_model):
+    sizes, lengths = [(2, 3), (1, 4), (3, 3), (2, 2)], (3, 0, 1, 5)
+    layout, condition = Layout.of(sizes), with_texts(lengths)
+    condition = condition.drop(torch.tensor([False, False, False, True]))
+    x, t = torch.randn(layout.tokens, 6), torch.rand(4)
+    together = text_model(x, layout, t, condition).split(layout.lengths)
+    for i, (part, size) in enumerate(zip(x.split(layout.lengths), sizes, strict=True)):
+        alone = text_model(part, Layout.of([size]), t[i : i + 1], condition.select([i]))
+        torch.testing.assert_close(together[i], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_texts_padded_and_masked_are_as_packed(text_model):
+    """The released layout: 77 states a text, those of no token masked."""
+    length, size = 5, (2, 3)
+    layout, condition = Layout.of([size]), with_texts([length])
+    x, t = torch.randn(6, 6), torch.rand(1)
+    packed = text_model(x, layout, t, condition)
+    text = condition.values["text"]
+    padded = Text(torch.cat([text.states_ME, torch.randn(77 - length, 7)]), (77,), text.pooled_BE)
+    layout77 = layout.behind((77,))
+    # Where the image would stand behind 5 tokens, and with keys that nobody sees.
+    position = layout77.layout.pos_T2.clone()
+    position[77:] += length - 77
+    seen = torch.ones(77 + 6, dtype=torch.bool)
+    seen[length:77] = False
+
+    def masked(q, k, v, _):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen.expand(83, 83))[
+            0
+        ].transpose(0, 1)
+
+    layout._joints[(77,)] = layout77._replace(layout=replace(layout77.layout, pos_T2=position))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fitv2.model.attention", masked)
+        out = text_model(x, layout, t, Condition.of(label=condition.values["label"], text=padded))
+    torch.testing.assert_close(out, packed, rtol=1e-5, atol=1e-5)
+
+
+def test_a_text_changes_the_image_and_every_weight_learns(text_model):
+    layout, condition = Layout.of([(2, 3), (2, 2)]), with_texts((3, 2))
+    x, t = torch.randn(10, 6), torch.rand(2)
+    out = text_model(x, layout, t, condition)
+    assert not torch.allclose(out, text_model(x, layout, t, with_texts((3, 2), seed=1)), atol=1e-3)
+    assert not torch.allclose(out, text_model(x, layout, t, condition.null()), atol=1e-3)
+    nothing = text_model(x, layout, t, Condition.nothing(2))
+    torch.testing.assert_close(nothing, text_model(x, layout, t, condition.null()))
+    # Also where a step has no text at all: a missing gradient would stop the optimizer.
+    text_model(x, layout, t, condition.null()).sum().backward()
+    assert all(parameter.grad is not None for parameter in text_model.parameters())

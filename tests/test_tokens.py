@@ -90,3 +90,21 @@ def test_patchify_orders_channel_row_column():
 def test_patchify_refuses_a_broken_token():
     with pytest.raises(ValueError, match="5x6 is not a multiple of the patch size 2"):
         patchify(torch.zeros(1, 3, 5, 6), 2)
+
+
+def test_images_stand_behind_their_texts():
+    layout = Layout.of([(2, 3), (1, 1), (3, 2)])
+    joint = layout.behind((2, 0, 1))
+    expected = [(0, 0), (1, 1), *((2 + r, 2 + c) for r in range(2) for c in range(3)), (0, 0), (0, 0),
+                *((1 + r, 1 + c) for r in range(3) for c in range(2))]  # fmt: skip
+    assert [tuple(position) for position in joint.layout.pos_T2.tolist()] == expected
+    assert joint.layout.lengths == (8, 1, 7)
+    assert joint.layout.sizes == layout.sizes
+    assert joint.layout.cu_seqlens.tolist() == [0, 8, 9, 16]
+    assert joint.layout.image_T.tolist() == [0] * 8 + [1] + [2] * 7
+    text, images = torch.tensor([[-1.0], [-2.0], [-3.0]]), torch.arange(13.0)[:, None]
+    joined = joint.join(text, images)
+    assert joined.flatten().tolist() == [-1, -2, *range(6), 6, -3, *range(7, 13)]
+    assert torch.equal(joint.images(joined), images)
+    assert layout.behind((2, 0, 1)) is joint
+    assert layout.behind((0, 0, 0)).layout.lengths == layout.lengths

@@ -1,29 +1,79 @@
-"""What an image is to show: a label, or nothing; and how that becomes numbers for the transformer.
+"""What an image is to show: a label, a text, or nothing; and how that becomes numbers for the transformer.
 
 `EMBEDDERS` names the kinds of conditions. A new one is a module there: from values (B, …) and which
-images have one, to (B, D). Its values go into a `Condition` under its name.
+images have one, to (B, D). Its values go into a `Condition` under its name. One with a method `tokens` also
+gives tokens that stand in front of those of its image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from fitv2.config import Architecture
+from fitv2.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """The texts of B images as an encoder gives them: packed, as many tokens each as it has."""
+
+    states_ME: Tensor  # of the tokens of all texts
+    lengths: tuple[int, ...]  # of each text, on the host; 0 for none
+    pooled_BE: Tensor  # of each text as a whole
+
+    @classmethod
+    def of(cls, texts: Sequence[tuple[Tensor, Tensor]]) -> Text:
+        """Texts, each as its states (tokens, E) and what it is as a whole (E,)."""
+        states, pooled = zip(*texts, strict=True)
+        return cls(torch.cat(states), tuple(map(len, states)), torch.stack(pooled))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, chosen_B: Tensor) -> Text:
+        """Some of the texts by their numbers, in the given order."""
+        numbers = chosen_B.tolist()
+        pieces = self.states_ME.split(self.lengths)
+        states = torch.cat([self.states_ME[:0], *(pieces[i] for i in numbers)])
+        return Text(states, tuple(self.lengths[i] for i in numbers), self.pooled_BE[chosen_B])
+
+    def drop(self, dropped: Sequence[bool]) -> Text:
+        """Without the tokens of some texts."""
+        pieces = zip(self.states_ME.split(self.lengths), dropped, strict=True)
+        states = torch.cat([self.states_ME[:0], *(piece for piece, gone in pieces if not gone)])
+        lengths = tuple(0 if gone else n for n, gone in zip(self.lengths, dropped, strict=True))
+        return Text(states, lengths, self.pooled_BE)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Text:
+        """The texts on another device."""
+        states = self.states_ME.to(device, non_blocking=non_blocking)
+        return Text(states, self.lengths, self.pooled_BE.to(device, non_blocking=non_blocking))
+
+    @classmethod
+    def concatenate(cls, texts: Sequence[Text]) -> Text:
+        """Several texts' texts, in order."""
+        states = torch.cat([text.states_ME for text in texts])
+        lengths = tuple(length for text in texts for length in text.lengths)
+        return cls(states, lengths, torch.cat([text.pooled_BE for text in texts]))
+
+
+Value = Tensor | Text
 
 
 @dataclass(frozen=True, eq=False)
 class Condition:
     """What each of B images is to show. Where `present_B` is false it is nothing."""
 
-    values: Mapping[str, Tensor]  # by kind, (B, …) each
+    values: Mapping[str, Value]  # by kind, (B, …) each
     present_B: Tensor  # bool
 
     @classmethod
-    def of(cls, **values: Tensor) -> Condition:
+    def of(cls, **values: Value) -> Condition:
         """The condition of images that all have these values: `Condition.of(label=label_B)`.
 
         Raises ValueError without values: see `nothing`.
@@ -31,7 +81,8 @@ class Condition:
         if not values:
             raise ValueError("a condition needs values; Condition.nothing(images) has none")
         first = next(iter(values.values()))
-        return cls(values, torch.ones(len(first), dtype=torch.bool, device=first.device))
+        device = first.pooled_BE.device if isinstance(first, Text) else first.device
+        return cls(values, torch.ones(len(first), dtype=torch.bool, device=device))
 
     @classmethod
     def nothing(cls, images: int) -> Condition:
@@ -42,7 +93,7 @@ class Condition:
     def concatenate(cls, conditions: Sequence[Condition]) -> Condition:
         """All images of several conditions of the same kinds, in order."""
         names = conditions[0].values
-        values = {name: torch.cat([one.values[name] for one in conditions]) for name in names}
+        values = {name: _concatenate([one.values[name] for one in conditions]) for name in names}
         return cls(values, torch.cat([one.present_B for one in conditions]))
 
     def __len__(self) -> int:
@@ -51,11 +102,19 @@ class Condition:
 
     def null(self) -> Condition:
         """A condition that says nothing of these images: the unconditional branch of guidance."""
-        return replace(self, present_B=torch.zeros_like(self.present_B))
+        return Condition(self._without([True] * len(self)), torch.zeros_like(self.present_B))
 
     def drop(self, dropped_B: Tensor) -> Condition:
-        """The condition without that of some images."""
-        return replace(self, present_B=self.present_B & ~dropped_B)
+        """The condition without that of some images. Texts go with their tokens: they are read back."""
+        held = any(isinstance(value, Text) for value in self.values.values())
+        values = self._without(dropped_B.tolist()) if held else self.values
+        return Condition(values, self.present_B & ~dropped_B)
+
+    def _without(self, dropped: Sequence[bool]) -> Mapping[str, Value]:
+        return {
+            name: value.drop(dropped) if isinstance(value, Text) else value
+            for name, value in self.values.items()
+        }
 
     def select(self, images: Tensor | Sequence[int]) -> Condition:
         """That of some of the images, in the given order."""
@@ -67,6 +126,12 @@ class Condition:
         """The condition on another device."""
         values = {name: x.to(device, non_blocking=non_blocking) for name, x in self.values.items()}
         return Condition(values, self.present_B.to(device, non_blocking=non_blocking))
+
+
+def _concatenate(values: Sequence[Value]) -> Value:
+    if isinstance(values[0], Text):
+        return Text.concatenate([value for value in values if isinstance(value, Text)])
+    return torch.cat([value for value in values if isinstance(value, Tensor)])
 
 
 class LabelEmbedding(nn.Embedding):
@@ -83,11 +148,47 @@ class LabelEmbedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, label_B: Tensor | None, present_B: Tensor) -> Tensor:  # type: ignore[override]
-        """Labels (B,), int64, or None where no image has one → (B, D)."""
+        """Labels (B,), int64, −1 for none, or None where no image has one → (B, D)."""
         none = torch.full_like(present_B, self.num_embeddings - 1, dtype=torch.int64)
-        return super().forward(none if label_B is None else torch.where(present_B, label_B, none))
+        if label_B is None:
+            return super().forward(none)
+        return super().forward(torch.where(present_B & (label_B >= 0), label_B, none))
+
+
+class TextEmbedding(nn.Module):
+    """FiTv2's text-to-image: an MLP makes a text's states tokens, and what it is as a whole is added to c."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        states, width = architecture.text_channels, architecture.width
+        if not states:
+            raise UserError("a model of texts needs `text_channels`, the width of its encoder's states")
+        self.up = nn.Linear(states, width)
+        self.down = nn.Linear(width, width)
+        self.pooled = nn.Linear(architecture.pooled_channels or states, width)
+        self.none = nn.Parameter(torch.empty(width))  # of an image without text
+
+    def reset(self) -> None:
+        """Xavier-uniform layers; N(0, 0.02) for what stands for no text."""
+        for layer in (self.up, self.down, self.pooled):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.none, std=0.02)
+
+    def forward(self, text: Text | None, present_B: Tensor) -> Tensor:
+        """What texts are as a whole → (B, D)."""
+        none_BD = self.none.expand(len(present_B), -1)
+        if text is None:
+            return none_BD
+        pooled_BD = self.pooled(text.pooled_BE.to(self.none.dtype))
+        return torch.where(present_B[:, None], pooled_BD, none_BD)
+
+    def tokens(self, text: Text) -> Tensor:
+        """The states of all texts (M, E) → tokens (M, D)."""
+        return self.down(gelu(self.up(text.states_ME.to(self.none.dtype)), approximate="tanh"))
 
 
 EMBEDDERS: dict[str, Callable[[Architecture], nn.Module]] = {
     "label": LabelEmbedding,
+    "text": TextEmbedding,
 }

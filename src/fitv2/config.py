@@ -76,7 +76,9 @@ class Rope:
 class Network:
     """The transformer, its conditions, and what it is trained to predict."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"objective", "conditions"})
+    ADDED: ClassVar[frozenset[str]] = frozenset(
+        {"objective", "conditions", "text_channels", "pooled_channels"}
+    )
 
     depth: int
     """Transformer blocks."""
@@ -136,6 +138,10 @@ class Architecture(Network):
     """Channels of the latent."""
     num_classes: int = 1000
     """Labels, not counting the one for none."""
+    text_channels: int = 0
+    """Width of the states of the text encoder; 0 for a model without texts."""
+    pooled_channels: int = 0
+    """Width of what the encoder says of a text as a whole, where that is another."""
 
     @property
     def objective_name(self) -> str:

@@ -58,6 +58,8 @@ LIMITS = {
     "patch_size": Range(1, MAX_PATCH),
     "in_channels": Range(1, 65_536),
     "num_classes": Range(1, 100_000_000),
+    "text_channels": Range(0, 65_536),
+    "pooled_channels": Range(0, 65_536),
     "train_side": Range(2, MAX_TOKENS),
     "pixels_per_token": Range(1, 65_536),
     "grid": Range(1, MAX_TOKENS),

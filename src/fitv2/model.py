@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
 
 from fitv2.attention import attention
-from fitv2.conditioning import EMBEDDERS, Condition
+from fitv2.conditioning import EMBEDDERS, Condition, Text
 from fitv2.config import Architecture, PathName, Prediction, Rope
 from fitv2.errors import nearest
 from fitv2.kernels import gated_silu, linear_parts, rotate, scaled_sum
@@ -166,12 +166,15 @@ class FiT(ModelMixin, ConfigMixin):
         rope: dict[str, Any] | None = None,
         objective: str | None = None,
         conditions: Sequence[str] = ("label",),
+        text_channels: int = 0,
+        pooled_channels: int = 0,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
         self.architecture = Architecture(
             depth, width, heads, prediction, path, objective, tuple(conditions), mlp_width, adaln, lora_rank,
             qk_norm, time_shift, from_dict(Rope, rope or {}), patch_size, in_channels, num_classes,
+            text_channels, pooled_channels,
         )  # fmt: skip
         self.token_channels = self.architecture.token_channels
         self.patch_embed = nn.Linear(self.token_channels, width)
@@ -245,12 +248,17 @@ class FiT(ModelMixin, ConfigMixin):
         silu_c_BD = silu(self.embed(t_B, condition))
         shared_B6D = 0.0 if self.modulation is None else self.modulation(silu_c_BD)
         head_dim = self.architecture.width // self.architecture.heads
-        rotation_T1P = rotation(layout, head_dim, self.architecture.rope)
         x_TD = self.patch_embed(x_TC.to(self.dtype))
+        image_layout, joint = layout, None
+        text = condition.values.get("text") if "text" in self.architecture.conditions else None
+        if isinstance(text, Text):
+            joint = layout.behind(text.lengths)
+            x_TD, layout = joint.join(self.embedders["text"].tokens(text), x_TD), joint.layout
+        rotation_T1P = rotation(layout, head_dim, self.architecture.rope)
         for block in self.blocks:
             inputs = x_TD, layout, shared_B6D, silu_c_BD, rotation_T1P
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x_TD = self._gradient_checkpointing_func(block, *inputs)
             else:
                 x_TD = block(*inputs)
-        return self.head(x_TD, layout, silu_c_BD)
+        return self.head(x_TD if joint is None else joint.images(x_TD), image_layout, silu_c_BD)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ class Layout:
     pos_T2: Tensor  # (row, column) within the image, int64
     image_T: Tensor  # the image a token belongs to, int64
     cu_seqlens: Tensor  # (B+1,) int32: the first token of each image, then T
+    before: tuple[int, ...] = ()  # tokens of text in front of each image; left out where there is no text
 
     @classmethod
     def of(cls, sizes: Sequence[Size] | np.ndarray) -> Layout:
@@ -73,8 +75,9 @@ class Layout:
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each image, on the host."""
-        return tuple(rows * columns for rows, columns in self.sizes)
+        """Tokens of each image and its text, on the host."""
+        before = self.before or (0,) * len(self)
+        return tuple(m + rows * columns for m, (rows, columns) in zip(before, self.sizes, strict=True))
 
     @cached_property
     def tokens(self) -> int:
@@ -95,6 +98,44 @@ class Layout:
     def select(self, images: Sequence[int]) -> Layout:
         """The layout of some of the images, in the given order. Raises ValueError when there are none."""
         return Layout.of([self.sizes[i] for i in images]).to(self.size_B2.device)
+
+    def behind(self, text_lengths: tuple[int, ...]) -> Joint:
+        """The same images, each behind so many tokens of text of its own, in one sequence.
+
+        Text token m is at (m, m), and an image behind M of them begins at (M, M) (FiTv2's text-to-image).
+        """
+        if text_lengths not in self._joints:
+            self._joints.clear()
+            self._joints[text_lengths] = self._joined(text_lengths)
+        return self._joints[text_lengths]
+
+    @cached_property
+    def _joints(self) -> dict[tuple[int, ...], Joint]:
+        """The last one that was asked for: a sampling asks at every step."""
+        return {}
+
+    def _joined(self, text_lengths: tuple[int, ...]) -> Joint:
+        texts, images = np.asarray(text_lengths), np.asarray(self.lengths)
+        starts = np.concatenate([[0], np.cumsum(texts + images)])
+        image_T = np.repeat(np.arange(len(self)), texts + images)
+        number_T = np.arange(starts[-1]) - starts[image_T]  # within a text and its image
+        is_text_T = number_T < texts[image_T]
+        # Of each token, its place among all texts followed by all images.
+        order_T = np.empty(starts[-1], np.int64)
+        order_T[is_text_T] = np.arange(texts.sum())
+        order_T[~is_text_T] = texts.sum() + np.arange(images.sum())
+        number_in_image = (number_T - texts[image_T])[~is_text_T]
+        columns = np.asarray(self.sizes)[image_T[~is_text_T], 1]
+        position_T2 = np.stack([number_T, number_T], axis=1)
+        position_T2[~is_text_T] = np.stack(np.divmod(number_in_image, columns), axis=1)
+        position_T2[~is_text_T] += texts[image_T[~is_text_T]][:, None]
+        layout = Layout(
+            self.sizes, self.size_B2, torch.from_numpy(position_T2), torch.from_numpy(image_T),
+            torch.from_numpy(starts.astype(np.int32)), text_lengths,
+        )  # fmt: skip
+        device = self.size_B2.device
+        images_N = torch.from_numpy(np.flatnonzero(~is_text_T)).to(device)
+        return Joint(layout.to(device), torch.from_numpy(order_T).to(device), images_N)
 
     def spread(self, value_B: Tensor) -> Tensor:
         """Repeat each image's value for all of its tokens: (B, …) → (T, …)."""
@@ -117,6 +158,22 @@ class Layout:
                 piece[i].unflatten(0, (count, length if len(value) == self.tokens else 1))
                 for piece, value in zip(pieces, values, strict=True)
             )
+
+
+class Joint(NamedTuple):
+    """Texts and images in one sequence."""
+
+    layout: Layout
+    order_T: Tensor  # where each token lies when all texts come first, then all images
+    images_N: Tensor  # the tokens of images
+
+    def join(self, text_MD: Tensor, image_ND: Tensor) -> Tensor:
+        """Each text in front of its image: (M, D) and (N, D) → (M + N, D)."""
+        return torch.cat([text_MD, image_ND]).index_select(0, self.order_T)
+
+    def images(self, joined_TD: Tensor) -> Tensor:
+        """What `join` joined, without the texts: (M + N, D) → (N, D)."""
+        return joined_TD.index_select(0, self.images_N)
 
 
 @dataclass(frozen=True, eq=False)

@@ -112,10 +112,10 @@ def sheet(
     dataset = TokenDataset(folder, split)
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(dataset.images().draw(rng))[:count]  # one variant of each
-    packed, condition = dataset.batch(chosen)
+    packed, _ = dataset.batch(chosen)
     decoded = decode(unpack(packed.to(default_device())), codec, card.about.patch_size)
     pictures = [to_image(pixels) for pixels in decoded]
-    captions = [printable(card.about.labels[label][:18]) for label in condition.values["label"].tolist()]
+    captions = [printable(card.about.labels[label][:18]) for label in dataset.labels[chosen].tolist()]
     for picture in pictures:
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
     made = list(zip(captions, pictures, strict=True))
