@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import save_file
 
 from fitv2.config import Encoding
 from fitv2.diffusion.noise import draw_noise
@@ -164,3 +165,34 @@ def holding(tmp_path):
         return str(tmp_path / "source")
 
     return holding
+
+
+def write_latent(path, shape, number, seed=0, **changes):
+    """One released file: both flips of an image of `shape` tokens with label `number`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = torch.Generator().manual_seed(seed)
+    rows, columns = shape
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    save_file(
+        {
+            "feature": torch.randn(2, rows, columns, 16, generator=rng),
+            "grid": torch.stack([column.flatten(), row.flatten()]),
+            "size": torch.tensor([rows, columns], dtype=torch.int32),
+            "label": torch.tensor(number),
+        }
+        | changes,
+        path,
+    )
+    return path
+
+
+@pytest.fixture
+def latents(tmp_path):
+    """Three images: a small one, one resized alone, one resized and cropped."""
+    root = tmp_path / "latents"
+    write_latent(root / "from_16_to_16" / "a.safetensors", (2, 3), 5, 1)
+    write_latent(root / "greater_than_16_resize" / "b.safetensors", (2, 8), 6, 2)
+    write_latent(root / "greater_than_16_resize" / "c.safetensors", (3, 5), 7, 3)
+    write_latent(root / "greater_than_16_crop" / "c.safetensors", (4, 4), 7, 4)
+    write_latent(root / "less_than_16" / "d.safetensors", (1, 1), 7, 4)
+    return root

@@ -1,6 +1,6 @@
 import pytest
 
-from fitv2.errors import UserError, in_one_line, nearest, reading
+from fitv2.errors import UserError, in_one_line, nearest, printable, reading
 
 
 def test_nearest_names_the_closest_choices_in_one_line():
@@ -37,3 +37,8 @@ def test_what_says_nothing_of_the_file_passes(error):
 
 def test_a_long_message_is_cut():
     assert in_one_line(ValueError("x" * 1000)) == "x" * 300
+
+
+def test_what_a_file_says_moves_no_cursor():
+    assert printable("a\x1b[2Jb\u202ec\ud800") == "a?[2Jb?c?"
+    assert in_one_line(ValueError("\x1b]0;title\x07")) == "?]0;title?"

@@ -40,4 +40,9 @@ def reading(name: object) -> Iterator[None]:
 def in_one_line(error: BaseException, most: int = 300) -> str:
     """What an error says, in one line; its kind, if it says nothing."""
     said = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return said[:most] or type(error).__name__
+    return printable(said[:most]) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Text that moves no cursor and changes no colour."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

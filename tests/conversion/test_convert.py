@@ -1,4 +1,3 @@
-import json
 import os
 from dataclasses import asdict
 
@@ -7,19 +6,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import randomized
-from fitv2.checkpoint import WEIGHTS, find_model, load_model
+from fitv2.checkpoint import WEIGHTS, find_model, load_model, note_files
 from fitv2.cli.commands import run
 from fitv2.config import Architecture, Rope
-from fitv2.conversion.convert import (
-    convert_checkpoint,
-    convert_latents,
-    convert_to_released,
-    find_latents,
-    imagenet_labels,
-    read_checkpoint,
-)
-from fitv2.conversion.released import to_released
-from fitv2.data.dataset import TokenDataset
+from fitv2.conversion.convert import convert_checkpoint, convert_to_released
+from fitv2.conversion.reader import read_checkpoint
+from fitv2.conversion.released import imagenet_labels, to_released
 from fitv2.errors import UserError
 from fitv2.model import FiT
 
@@ -54,7 +46,7 @@ def test_there_and_back_every_bit(tmp_path, architecture, suffix, dtype):
     source = released(tmp_path / f"model_ema{suffix}", architecture, dtype)
     convert_checkpoint(source, tmp_path / "model", heads=4)
     convert_to_released(tmp_path / "model", tmp_path / "again.safetensors")
-    assert same_bits(load_file(tmp_path / "again.safetensors"), read_checkpoint(source))
+    assert same_bits(load_file(tmp_path / "again.safetensors"), read_checkpoint(source).weights)
     model, card = load_model(tmp_path / "model")
     assert model.architecture == architecture
     assert (card.max_tokens, card.guidance) == (256, 1.5)
@@ -131,7 +123,11 @@ def test_wrong_tensors_are_named_and_nothing_is_written(tmp_path, damage, said):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"", "damaged"), (b"no checkpoint at all", "run code|damaged"), (b"\x10\0\0\0\0\0\0\0{", "damaged")],
+    [
+        (b"", "is empty"),
+        (b"no checkpoint at all", "damaged, or was not written by torch.save"),
+        (b"\x10\0\0\0\0\0\0\0{", "damaged"),
+    ],
 )
 def test_files_that_are_no_checkpoints(tmp_path, content, said):
     (tmp_path / "model.bin").write_bytes(content)
@@ -159,6 +155,7 @@ def test_a_large_model_in_parts_goes_back_too(tmp_path):
     model, _ = load_model(tmp_path / "out")
     (tmp_path / "out" / WEIGHTS).unlink()
     model.save_pretrained(tmp_path / "out", max_shard_size="300KB")
+    note_files(tmp_path / "out")
     assert not (tmp_path / "out" / WEIGHTS).exists()
     convert_to_released(tmp_path / "out", tmp_path / "again.safetensors")
     assert same_bits(load_file(tmp_path / "again.safetensors"), load_file(source))
@@ -176,88 +173,6 @@ def test_imagenet_labels_are_a_thousand_different_names():
     labels = imagenet_labels()
     assert len(labels) == len({label.lower() for label in labels}) == 1000
     assert (labels[0], labels[207], labels[999]) == ("tench", "golden retriever", "toilet tissue")
-
-
-# Latents
-
-
-def latent(path, shape, number, seed=0, **changes):
-    """One released file: both flips of an image of `shape` tokens with label `number`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = torch.Generator().manual_seed(seed)
-    rows, columns = shape
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    save_file(
-        {
-            "feature": torch.randn(2, rows, columns, 16, generator=rng),
-            "grid": torch.stack([column.flatten(), row.flatten()]),
-            "size": torch.tensor([rows, columns], dtype=torch.int32),
-            "label": torch.tensor(number),
-        }
-        | changes,
-        path,
-    )
-    return path
-
-
-@pytest.fixture
-def latents(tmp_path):
-    """Three images: a small one, one resized alone, one resized and cropped."""
-    root = tmp_path / "latents"
-    latent(root / "from_16_to_16" / "a.safetensors", (2, 3), 5, 1)
-    latent(root / "greater_than_16_resize" / "b.safetensors", (2, 8), 6, 2)
-    latent(root / "greater_than_16_resize" / "c.safetensors", (3, 5), 7, 3)
-    latent(root / "greater_than_16_crop" / "c.safetensors", (4, 4), 7, 4)
-    latent(root / "less_than_16" / "d.safetensors", (1, 1), 7, 4)
-    return root
-
-
-def test_latents_become_pictures_with_all_their_variants(latents, tmp_path):
-    found = find_latents(latents)
-    assert found.max_tokens == 16
-    assert convert_latents(found, tmp_path / "set") == (3, 0)
-    dataset = TokenDataset(tmp_path / "set")
-    assert dataset.first_rows.tolist() == [0, 2, 4]
-    shapes = [tuple(size) for size in dataset.sizes]
-    assert shapes == [(2, 3)] * 2 + [(2, 8)] * 2 + [(3, 5)] * 2 + [(4, 4)] * 2
-    assert dataset.labels.tolist() == [5, 5, 6, 6, 7, 7, 7, 7]
-    packed, _ = dataset.batch(torch.arange(8).numpy())
-    whole = load_file(latents / "from_16_to_16" / "a.safetensors")["feature"]
-    torch.testing.assert_close(packed.x_TC[:12], whole.half().float().flatten(0, 2), rtol=0, atol=0)
-    assert dataset.cropped.tolist() == [0] * 6 + [1] * 2
-    about = dataset.card.about
-    assert (about.autoencoder, about.scale, about.shift) == ("stabilityai/sd-vae-ft-ema", 0.18215, 0)
-    assert (about.patch_size, about.in_channels, about.max_tokens) == (2, 4, 16)
-    assert about.labels[7] == "cock"
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"feature": torch.zeros(2, 2, 3, 8)}, "expected (2, rows, columns, 16)"),
-        ({"feature": torch.full((2, 2, 3, 16), 1e6)}, "finite in float16"),
-        ({"size": torch.tensor([3, 2])}, "size is [3, 2], its feature [2, 3]"),
-        ({"grid": torch.zeros(2, 6)}, "not row by row"),
-        ({"label": torch.tensor(1000)}, "label 1000 is none of 1000"),
-    ],
-)
-def test_wrong_latents_are_left_out_and_listed(latents, tmp_path, changes, said):
-    latent(latents / "from_16_to_16" / "e.safetensors", (2, 3), 5, **changes)
-    (latents / "from_16_to_16" / "f.safetensors").write_bytes(b"cut off")
-    latent(latents / "from_16_to_16" / "g.safetensors", (4, 5), 5)
-    assert convert_latents(find_latents(latents), tmp_path / "set") == (3, 3)
-    lines = [json.loads(line) for line in (tmp_path / "set" / "skipped.jsonl").read_text().splitlines()]
-    assert [line["source"][0] for line in lines] == ["e", "f", "g"]
-    assert said in lines[0]["reason"]
-    assert "damaged" in lines[1]["reason"]
-    assert "more than 16 tokens" in lines[2]["reason"]
-
-
-def test_folders_that_are_no_latents(latents, tmp_path):
-    assert find_latents(tmp_path) is None
-    (latents / "from_16_to_256").mkdir()
-    with pytest.raises(UserError, match="several limits: 16, 256"):
-        find_latents(latents)
 
 
 def test_from_released_files_to_pictures_on_the_command_line(tmp_path, latents, tiny_vae, capsys):
@@ -278,7 +193,7 @@ def test_from_released_files_to_pictures_on_the_command_line(tmp_path, latents, 
                     "--out", place(f"{name} images")]) == 0  # fmt: skip
         assert (tmp_path / f"{name} images" / "golden-retriever_32x64_0.png").exists()
     assert run(["convert", place("run"), place("back.safetensors"), "--to-released"]) == 0
-    assert load_file(tmp_path / "back.safetensors").keys() == read_checkpoint(source).keys()
+    assert load_file(tmp_path / "back.safetensors").keys() == read_checkpoint(source).weights.keys()
     with pytest.raises(UserError, match="add --to-released"):
         run(["convert", place("model"), place("x")])
     with pytest.raises(UserError, match="do nothing without `extrapolation`"):

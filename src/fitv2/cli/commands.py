@@ -17,7 +17,7 @@ from fitv2.cli.options import Convert, Demo, Encode, Export, Inspect, Sample, Tr
 from fitv2.cli.parsing import name_flags, option_names, parse
 from fitv2.cli.progress import share_bar, stages_bar, training_bar
 from fitv2.config import Architecture, Network
-from fitv2.errors import UserError, in_one_line, nearest
+from fitv2.errors import UserError, in_one_line, nearest, printable
 from fitv2.limits import check_limit
 from fitv2.presets import PRESETS, Preset, preset
 from fitv2.runtime.signals import RECEIVED, leave_on_signals
@@ -111,12 +111,8 @@ def sample(options: Sample) -> int:
 
 def convert(options: Convert) -> int:
     """Run `fitv2 convert`."""
-    from fitv2.conversion.convert import (
-        convert_checkpoint,
-        convert_latents,
-        convert_to_released,
-        find_latents,
-    )
+    from fitv2.conversion.convert import convert_checkpoint, convert_to_released
+    from fitv2.conversion.latents import convert_latents, find_latents
 
     if options.to_released:
         convert_to_released(options.source, options.out)
@@ -272,7 +268,8 @@ def main() -> None:
         if DEBUG in sys.argv:
             raise
         message, status = describe(error)
-    print(f"fitv2: {name_flags(' '.join(message.split()), all_options())}", file=sys.stderr)
+    said = name_flags(printable(" ".join(message.split())), all_options())
+    print(f"fitv2: {said}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +16,12 @@ from torch import Tensor
 
 from fitv2.conditioning import Condition
 from fitv2.config import Architecture, Rope
+from fitv2.conversion.reader import Weights, refuse, shown
 from fitv2.errors import UserError, nearest
 from fitv2.model import FiT
 from fitv2.presets import POST_TRAINED, PRESETS
 from fitv2.runtime.serialization import from_dict
 from fitv2.tokens import Layout
-
-Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Release:
 
 _XL, _3B = PRESETS["fitv2-xl"].model, PRESETS["fitv2-3b"].model
 
+AUTOENCODER = "stabilityai/sd-vae-ft-ema"
+
 RELEASES = {
     "fit-xl": Release("FiT-XL/2", PRESETS["fit-xl"].model, 256, 1.5),
     "fitv2-xl": Release("FiTv2-XL/2", _XL, 256, 1.5),
@@ -43,6 +45,12 @@ RELEASES = {
     "fitv2-xl-hr": Release("FiTv2-XL/2 post-trained", replace(_XL, rope=POST_TRAINED), 1024, 1.65),
     "fitv2-3b-hr": Release("FiTv2-3B/2 post-trained", replace(_3B, rope=POST_TRAINED), 1024, 1.6),
 }
+
+
+def imagenet_labels() -> tuple[str, ...]:
+    """Names of ImageNet's 1000 classes in order: WordNet's lemmas of their synsets, made unique."""
+    return tuple((Path(__file__).parent / "imagenet.txt").read_text().splitlines())
+
 
 # The constructor arguments that change what is computed, with the values that can be read.
 _FIXED: dict[str, Any] = {
@@ -213,8 +221,8 @@ def ours(architecture: Architecture, released: Weights) -> dict[str, Tensor]:
         wrong += misshapen
         if not misshapen:
             result[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-    wrong += [f"{name} is not one of its tensors" for name in released if name not in used]
-    _refuse(wrong)
+    wrong += [f"{shown(name)} is not one of its tensors" for name in released if name not in used]
+    refuse("not the tensors of this model", wrong)
     return result
 
 
@@ -234,12 +242,10 @@ def _shapes(architecture: Architecture) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def _refuse(wrong: list[str]) -> None:
-    if wrong:
-        raise UserError(f"not the tensors of this model: {'; '.join(wrong)}")
-
-
 # Recognition ------------------------------------------------------------------------------------
+
+
+_OF_LORA = ("global_adaLN_modulation.1.weight", "blocks.0.adaLN_modulation.2.weight")
 
 
 def recognised(released: Weights, heads: int | None = None) -> Architecture:
@@ -252,9 +258,11 @@ def recognised(released: Weights, heads: int | None = None) -> Architecture:
     shape = {name: tuple(tensor.shape) for name, tensor in released.items()}
     try:
         width, channels = shape["x_embedder.proj.weight"]
-        lora = "global_adaLN_modulation.1.weight" in shape
+        lora = not shape.keys().isdisjoint(_OF_LORA)
         variance = shape["final_layer.linear.weight"][0] == 2 * channels
         depth = len([name for name in shape if re.fullmatch(r"blocks\.\d+\.attn\.qkv\.weight", name)])
+        if not depth:
+            raise KeyError("blocks.0.attn.qkv.weight")
         architecture = Architecture(
             depth=depth,
             width=width,
@@ -270,7 +278,7 @@ def recognised(released: Weights, heads: int | None = None) -> Architecture:
         )
     except UserError:
         raise
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"these are not weights of a released FiT: {error} is missing or odd") from error
     architecture = _plain(architecture)
     if heads is None:  # else a lost block would look like a smaller model

@@ -12,6 +12,7 @@ from fitv2.autoencoder import load_autoencoder
 from fitv2.data.dataset import TokenDataset, open_card
 from fitv2.data.format import DatasetCard
 from fitv2.data.storage import Store
+from fitv2.errors import printable
 from fitv2.figures import contact_sheet, dataset_plots
 from fitv2.pipeline import to_image
 from fitv2.runtime.device import default_device
@@ -86,11 +87,6 @@ def label_lines(labels: tuple[str, ...], splits: list[Split]) -> Iterator[str]:
         if min(place, len(order) - 1 - place) < MOST_LABELS // 2:
             figures = "".join(f"{count[number]:>12,}" for count in counts.values())
             yield f"{printable(labels[number][:40]):{width}}{figures}"
-
-
-def printable(text: str) -> str:
-    """Text that moves no cursor."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def draw(card: DatasetCard, splits: list[Split], out: Path, title: str) -> None:
