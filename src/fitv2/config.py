@@ -188,6 +188,8 @@ class Encoding:
     label_column: str | None = None
     """Column of labels in Parquet files, datasets and metadata.csv [default: the first of label, labels,
     class, …]."""
+    caption_column: str | None = None
+    """Column of captions there [default: the first of caption, text, prompt, …, if there is one]."""
     split: Literal["train", "validation", "test"] | None = None
     """Take all images to be of this split [default: as the names of files and folders tell]."""
     follow_links: bool = False

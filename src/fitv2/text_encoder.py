@@ -4,7 +4,6 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from fitv2.autoencoder import offline
 from fitv2.conditioning import Text
 from fitv2.errors import UserError, in_one_line, reading
 
-LONGEST = 10_000  # letters of a caption; what lies behind is no caption
 MOST_TOKENS = 77  # of a text, CLIP's: what is longer is cut there
 CLIP = "openai/clip-vit-large-patch14"  # the paper's
 
@@ -124,8 +122,3 @@ def load_text_encoder(
     except Exception as error:  # a file from elsewhere can be anything at all
         hint = "" if Path(name).is_dir() or allow_download else "; to fetch it from the hub, `allow_download`"
         raise UserError(f"text encoder {name!r} cannot be loaded: {in_one_line(error, 200)}{hint}") from error
-
-
-def clean_caption(text: str) -> str:
-    """A caption as it is stored: NFC, one space between words, no more than LONGEST letters."""
-    return " ".join(normalize("NFC", text[: 2 * LONGEST]).split())[:LONGEST]

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
+from conftest import encoded_picture
 from fitv2.config import Encoding
 from fitv2.data.dataset import Steps, TokenDataset, batches, verify_files
 from fitv2.data.packing import FixedCount, TokenBudget
@@ -311,3 +312,44 @@ def test_ranks_share_a_step(tokens):
     sampler = TokenBudget(dataset.images(), 60, seed=0)
     parts = [Steps(dataset, sampler, rank, 3).batch(2) for rank in range(3)]
     assert sorted(key for part in parts for key in part.keys) == sorted(sampler.step(2).keys)
+
+
+def test_captions_come_with_the_images(tmp_path):
+    folder = tmp_path / "in" / "cat"
+    folder.mkdir(parents=True)
+    for name, caption in (("1", "a cat"), ("2", ""), ("3", "caf\u00e9")):
+        (folder / f"{name}.png").write_bytes(encoded_picture(40, 40))
+        if caption:
+            (folder / f"{name}.txt").write_text(caption)
+    encode(tmp_path / "in", tmp_path / "set", Encoding(max_tokens=(4,)), workers=0)
+    dataset = TokenDataset(tmp_path / "set")
+    verify_files(dataset.store, dataset.card)
+    assert dataset.captions(np.arange(6)) == ["a cat", "a cat", "", "", "caf\u00e9", "caf\u00e9"]
+    assert dataset.captions(dataset.first_rows[::-1]) == ["caf\u00e9", "", "a cat"]
+
+
+def test_a_dataset_from_before_there_were_captions_is_read(tokens, tmp_path):
+    def without_captions(copy):
+        card = json.loads((copy / "dataset.json").read_text()) | {"format": 2}
+        for part in ("shards", "indexes"):
+            for name, entry in card[part].items():
+                batch = pa.ipc.open_stream((copy / name).read_bytes()).read_next_batch()
+                batch = batch.drop_columns(["caption"])
+                with (
+                    pa.OSFile(str(copy / name), "wb") as file,
+                    pa.ipc.new_stream(file, batch.schema) as stream,
+                ):
+                    stream.write_batch(batch)
+                content = (copy / name).read_bytes()
+                entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                if part == "shards":
+                    column = pa.ipc.open_stream(pa.py_buffer(content)).read_next_batch().column("tokens")
+                    numbers = column.values.values.buffers()[1]
+                    entry["tokens_at"] = content.index(numbers.to_pybytes()[:64])
+        (copy / "dataset.json").write_text(json.dumps(card))
+
+    before, now = TokenDataset(damaged(tokens, tmp_path, without_captions)), TokenDataset(tokens)
+    assert before.captions([0, 1]) == ["", ""]
+    rows = np.arange(len(now.sizes))
+    assert torch.equal(before.batch(rows)[0].x_TC, now.batch(rows)[0].x_TC)
+    assert before.sources(rows) == now.sources(rows)

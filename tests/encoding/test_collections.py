@@ -166,6 +166,34 @@ def test_the_guide_has_a_row_of_each(name):
     assert name in rows
 
 
+CAPTIONED = {
+    "texts beside pictures": {"cat/1.png": None, "cat/1.txt": b" a cat\n on a mat ", "cat/2.png": None},
+    "metadata.jsonl": {
+        "1.png": None, "2.png": None,
+        "metadata.jsonl": b'{"file_name": "1.png", "text": "a cat on a mat"}\n{"file_name": "2.png"}\n'},
+    "a table": {"x.parquet": table(label=["x", "x"], caption=["a cat on a mat", None])},
+    "several captions in a table": {"x.parquet": table(label=["x", "x"], captions=[["a cat on a mat", "b"], []])},
+    "texts in a tar": {"x.tar": tar({"1.png": PNG, "1.txt": b"a cat on a mat", "2.png": PNG})},
+    "json in a tar": {"x.tar": tar({"1.png": PNG, "1.json": b'{"caption": "a cat on a mat"}', "2.png": PNG})},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CAPTIONED)
+def test_captions_lie_where_people_put_them(name, tmp_path):
+    manifest = list_images(open_source(fill(tmp_path / "set", CAPTIONED[name])))
+    assert [manifest.picture(row).caption for row in range(2)] == ["a cat on a mat", ""]
+    assert "1 pictures have a caption, 1 have none" in manifest.summary
+    assert not manifest.others or name == "metadata.jsonl"
+
+
+def test_a_column_of_captions_can_be_named(tmp_path):
+    files = {"x.parquet": table(label=["x"], caption=["one"], alt=["two"])}
+    folder = fill(tmp_path / "set", files)
+    assert list_images(open_source(folder, caption_column="alt")).picture(0).caption == "two"
+    with pytest.raises(UserError, match="has no column alternative, but image, label, caption, alt"):
+        list_images(open_source(folder, caption_column="alternative"))
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -40,7 +40,7 @@ def test_what_cannot_be_read_is_said(holding, names, said):
 
 
 def test_options_for_tables_are_refused_elsewhere(holding):
-    with pytest.raises(UserError, match=r"`label_column` are for tables; .* holds images"):
+    with pytest.raises(UserError, match=r"`caption_column` are for tables; .* holds images"):
         open_source(holding("a/1.png"), label_column="label")
 
 

@@ -68,13 +68,13 @@ def test_nothing_of_use_is_said(listed):
 
 
 def test_files_that_are_no_pictures_are_counted_by_their_endings(listed):
-    texts = {f"a/{i}.txt": b"x" for i in (3, 1, 2)}
+    texts = {f"a/{i}.txt": b"x" for i in (4, 2, 3)}  # none is beside an image
     manifest = listed({"a/1.png": encoded_picture(), "b/sound.OGG": b"x", **texts})
     assert manifest.labels == ("a",)
     assert [p.source for p in pictures_of(manifest)] == ["a/1.png"]
     assert manifest.others == [
         {"source": "b/sound.OGG", "reason": "no image by its name, which ends in .ogg", "files_like_it": 1},
-        {"source": "a/1.txt", "reason": "no image by its name, which ends in .txt", "files_like_it": 3},
+        {"source": "a/2.txt", "reason": "no image by its name, which ends in .txt", "files_like_it": 3},
     ]
 
 

@@ -16,6 +16,7 @@ from fitv2.data.format import (
     FORMAT,
     INDEXED,
     SHARD,
+    WITHOUT_CAPTIONS,
     DatasetCard,
     File,
     facts,
@@ -52,7 +53,8 @@ class TokenDataset:
         if not self.shards:
             raise UserError(f"{folder} has no {split} images")
         rows = read_index(self.store, self.card, split)
-        column = {name: rows.column(name).to_numpy() for name in rows.schema.names}
+        column = {name: rows.column(name).to_numpy() for name in INDEXED}
+        self._captions = rows.column("caption") if self.card.has_captions else None
         self.sizes = np.stack([column["rows"], column["columns"]], axis=1)  # (rows of the dataset, 2)
         self.labels: np.ndarray = column["label"]
         self.first_rows = np.flatnonzero(column["variant"] == 0)  # of each image
@@ -103,6 +105,14 @@ class TokenDataset:
         packed = PackedTokens(torch.from_numpy(tokens.astype(np.float32)), Layout.of(self.sizes[rows]))
         return packed, Condition.of(label=torch.from_numpy(self.labels[rows].astype(np.int64)))
 
+    def captions(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The captions of these rows, empty where there is none."""
+        import pyarrow as pa
+
+        if self._captions is None:
+            return [""] * len(rows)
+        return self._captions.take(pa.array(np.asarray(rows))).to_pylist()
+
     def shard_of(self, rows: np.ndarray) -> np.ndarray:
         """The number of the shard that holds each row."""
         return np.searchsorted(self._shard_rows, rows, side="right") - 1
@@ -122,7 +132,7 @@ class TokenDataset:
 
         rows = np.asarray(rows)
         found = np.empty(len(rows), dtype=object)
-        shards, schema = self.shard_of(rows), shard_schema(self.card.about)
+        shards, schema = self.shard_of(rows), shard_schema(self.card.about, self.card.has_captions)
         for shard in np.unique(shards):
             name = self.shards[shard]
             batch = read_batch(self.store.path(name), self.store.read(name), schema)
@@ -139,7 +149,7 @@ def open_card(store: Store) -> DatasetCard:
     if CARD not in held:
         raise UserError(f"{store.path(CARD)} is missing: a dataset is made by fitv2 encode")
     values = parse_json(store.path(CARD), store.read(CARD).to_pybytes())
-    if values.get("format") != FORMAT:
+    if values.get("format") not in (FORMAT, WITHOUT_CAPTIONS):
         known = "format" in values or "shards" in values
         what = "was written by another version of fitv2" if known else "is not that of a dataset"
         raise UserError(f"{store.path(CARD)} {what}{REMEDY}")
@@ -205,7 +215,7 @@ def read_index(store: Store, card: DatasetCard, split: str) -> Any:
     if wrong := difference(store, name, card.indexes[name], content):
         raise UserError(wrong)
     path, about = store.path(name), card.about
-    index = read_batch(path, content, index_schema())
+    index = read_batch(path, content, index_schema(card.has_captions))
     rows, columns, label, variant, _ = (index.column(column).to_numpy() for column in INDEXED)
     lengths = rows.astype(np.int64) * columns
     shards = [card.shards[shard].rows for shard in shards_of(card.shards, split)]
@@ -226,12 +236,12 @@ def read_index(store: Store, card: DatasetCard, split: str) -> Any:
 def shard_difference(store: Store, card: DatasetCard, name: str, content: Any, index: Any) -> str | None:
     """What a shard says otherwise than the card or the index. Raises UserError when it is damaged."""
     path = store.path(name)
-    if facts(path, content, card.about) != facts_of(card, name):
+    if facts(path, content, card.about, card.has_captions) != facts_of(card, name):
         return f"{store.path(CARD)} is damaged: it says other things than {name}{REMEDY}"
     split = name.rpartition("-")[0]
     shards = shards_of(card.shards, split)
     before = sum(card.shards[shard].rows for shard in shards[: shards.index(name)])
-    rows = indexed(read_batch(path, content, shard_schema(card.about)))
+    rows = indexed(read_batch(path, content, shard_schema(card.about, card.has_captions)))
     if not rows.equals(index.slice(before, rows.num_rows)):
         return f"{store.path(index_name(split))} is damaged: it says other things than {name}{REMEDY}"
     return None

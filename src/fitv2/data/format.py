@@ -18,7 +18,8 @@ from fitv2.runtime.files import atomic_file, sha256, write_json, write_text
 
 CARD = "dataset.json"
 SKIPPED = "skipped.jsonl"
-FORMAT = 2  # of this description
+FORMAT = 3  # of this description
+WITHOUT_CAPTIONS = 2  # the format before: the same, but that images have no captions
 SHARD = re.compile(r"[^/\\]+-\d{5,9}\.arrow")  # a file name
 INDEXED = ("rows", "columns", "label", "variant", "crop")
 
@@ -75,6 +76,11 @@ class DatasetCard:
     shards: dict[str, Shard]
 
     @property
+    def has_captions(self) -> bool:
+        """Whether its images may have captions."""
+        return self.format >= FORMAT
+
+    @property
     def files(self) -> dict[str, File]:
         """Every file that holds data."""
         return {**self.indexes, **self.shards}
@@ -103,15 +109,17 @@ class ShardRows:
         self.bytes = 0  # of tokens collected
         self.tokens: list[np.ndarray] = []
         self.columns: dict[str, list[Any]] = {
-            name: [] for name in ("rows", "columns", "label", "source", "variant", "crop")
+            name: [] for name in ("rows", "columns", "label", "source", "variant", "crop", "caption")
         }
 
-    def add(self, tokens: np.ndarray, label: int, source: str, variant: int, crop: bool = False) -> None:
+    def add(
+        self, tokens: np.ndarray, label: int, source: str, variant: int, crop: bool = False, caption: str = ""
+    ) -> None:
         """One variant, tokens (rows, columns, C) float16; an image's variants come in order from 0."""
         rows, columns, channels = tokens.shape
         self.tokens.append(tokens.reshape(-1, channels))
         self.bytes += tokens.nbytes
-        values = (rows, columns, label, source, variant, crop)
+        values = (rows, columns, label, source, variant, crop, caption)
         for column, value in zip(self.columns.values(), values, strict=True):
             column.append(value)
 
@@ -154,9 +162,9 @@ def read_batch(name: str, content: Any, schema: Any) -> Any:
 Facts = tuple[int, int, str]  # rows of a shard, where its tokens begin, and what they are
 
 
-def facts(name: str, content: Any, about: About) -> Facts:
+def facts(name: str, content: Any, about: About, captions: bool = True) -> Facts:
     """What a shard, as an Arrow buffer, says of itself. Raises UserError when it is damaged."""
-    batch = read_batch(name, content, shard_schema(about))
+    batch = read_batch(name, content, shard_schema(about, captions))
     tokens = batch.column("tokens")
     lengths = np.diff(tokens.offsets.to_numpy())
     sides = (batch.column(side).to_numpy().astype(np.int64) for side in ("rows", "columns"))
@@ -172,7 +180,7 @@ def facts_of(card: "DatasetCard", name: str) -> Facts:
     return shard.rows, shard.tokens_at, json.dumps(asdict(card.about))
 
 
-def shard_schema(about: About) -> Any:
+def shard_schema(about: About, captions: bool = True) -> Any:
     """The Arrow schema of a shard, with the features that `datasets` reads and what `about` says."""
     import pyarrow as pa
 
@@ -184,12 +192,14 @@ def shard_schema(about: About) -> Any:
     for name, kind in (("rows", "int16"), ("columns", "int16")):
         features[name] = {"dtype": kind, "_type": "Value"}
     features["label"] = {"names": list(about.labels), "_type": "ClassLabel"}
-    for name, kind in (("source", "string"), ("variant", "uint8"), ("crop", "bool")):
+    texts = ("source", "caption") if captions else ("source",)
+    for name, kind in (*((text, "string") for text in texts), ("variant", "uint8"), ("crop", "bool")):
         features[name] = {"dtype": kind, "_type": "Value"}
     fields = {
         "tokens": pa.list_(pa.list_(pa.float16(), channels)),
         "rows": pa.int16(), "columns": pa.int16(), "label": pa.int64(),
         "source": pa.string(), "variant": pa.uint8(), "crop": pa.bool_(),
+        **({"caption": pa.string()} if captions else {}),
     }  # fmt: skip
     metadata = {"huggingface": {"info": {"features": features}}, "fitv2": asdict(about)}
     return pa.schema(list(fields.items()), {key: json.dumps(value) for key, value in metadata.items()})
@@ -239,11 +249,11 @@ def indexed(batch: Any) -> Any:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    schema = index_schema()
+    schema = index_schema("caption" in batch.schema.names)
     return pa.record_batch([pc.cast(batch.column(f.name), f.type) for f in schema], schema=schema)
 
 
-def index_schema() -> Any:
+def index_schema(captions: bool = True) -> Any:
     """The Arrow schema of an index."""
     import pyarrow as pa
 
@@ -254,7 +264,8 @@ def index_schema() -> Any:
         pa.uint8(),
         pa.uint8(),
     )  # crop as a byte: numpy reads no bits
-    return pa.schema(list(zip(INDEXED, kinds, strict=True)))
+    fields = list(zip(INDEXED, kinds, strict=True))
+    return pa.schema([*fields, ("caption", pa.string())] if captions else fields)
 
 
 def write_index(path: Path, index: Any, scratch: Path | None) -> File:
@@ -312,7 +323,7 @@ A token is a patch of {patch}×{patch} latent pixels of {channels} channels: {nu
 
 A row is one variant of an image (as it is, mirrored, smaller, cropped): `tokens` (rows · columns
 lists of {numbers} float16, row by row), `rows`, `columns`, `label`, `source`, `variant` (counted from 0
-for each image), `crop`.
+for each image), `crop`, `caption` (empty for none).
 
 ```python
 from datasets import load_dataset  # or pyarrow.ipc.open_stream on any shard

@@ -129,7 +129,7 @@ def encode(
     codec = load_autoencoder(encoding.autoencoder, default_device(), encoding.precision, allow_download=True)
     patch = encoding.patch_size or max(1, PIXELS_A_TOKEN // codec.downsample)
     opened = open_source(
-        str(source), encoding.image_column, encoding.label_column,
+        str(source), encoding.image_column, encoding.label_column, encoding.caption_column,
         split=encoding.split, follow_links=encoding.follow_links,
     )  # fmt: skip
     decided = {"autoencoder": codec.name, "patch_size": patch, "source": opened.fingerprint}

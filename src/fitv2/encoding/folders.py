@@ -5,18 +5,21 @@ import io
 import json
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fitv2.data.storage import filesystem, is_local
 from fitv2.encoding.parquet import label_texts
 from fitv2.encoding.rules import Folders
 from fitv2.encoding.sources import (
+    CAPTION_COLUMNS,
     LABEL_COLUMNS,
     WHOLE,
     ImageRef,
     Listing,
     Source,
+    caption_of,
     is_image_name,
     read_whole,
     readable,
@@ -26,12 +29,22 @@ from fitv2.errors import UserError, reading
 METADATA = ("metadata.csv", "metadata.jsonl")
 MOST_BYTES = 512 << 20  # of a file
 MOST_METADATA = 1 << 30
+MOST_CAPTION = 1 << 20
+
+
+@dataclass(frozen=True)
+class Said:
+    """What metadata files say, by the name of an image."""
+
+    labels: dict[str, str]
+    captions: dict[str, str]
+    of_labels: bool  # whether any has a column of labels
 
 
 def list_folders(source: Source) -> Listing:
     """The images of a folder and where their labels are from; it has no list of labels."""
-    said = metadata_labels(source)
-    return Listing((), in_folders(source, said), "metadata" if said is not None else "folder names")
+    said = read_metadata(source)
+    return Listing((), in_folders(source, said), "metadata" if said.of_labels else "folder names")
 
 
 def image_files(source: Source) -> list[str]:
@@ -41,50 +54,73 @@ def image_files(source: Source) -> list[str]:
     return with_ending or named
 
 
-def in_folders(source: Source, said: dict[str, str] | None = None) -> Iterator[ImageRef]:
+def in_folders(source: Source, said: Said | None = None) -> Iterator[ImageRef]:
     """The images of a folder in the order of their names, with their labels as `said`, or by their folders.
 
-    Raises UserError when the folders can mean two things.
+    The caption of a.png is that of a.txt beside it, or as `said`. Raises UserError when the folders can mean
+    two things.
     """
+    said = said or Said({}, {}, of_labels=False)
     names = {path: readable(source.name(path)) for path in image_files(source)}
     above = {path: tuple(name.split("/")[:-1]) for path, name in names.items()}
     folders = Folders(source.url, above.values())
     for path in sorted(names, key=lambda path: names[path].split("/")):
-        place = folders.place(above[path])
-        label = place.label if said is None else said.get(names[path], "")
+        name, place = names[path], folders.place(above[path])
+        label = said.labels.get(name, "") if said.of_labels else place.label
+        beside = caption_file(path)
+        caption = said.captions.get(name, "")
+        if beside in source.files:
+            caption = caption_of(read_file_at(source.url, beside, MOST_CAPTION))
         yield ImageRef(
-            place.split or "train", label, names[path], os.fsencode(path), WHOLE, source.files[path]
+            place.split or "train", label, name, os.fsencode(path), WHOLE, source.files[path], caption=caption
         )
 
 
-def metadata_labels(source: Source) -> dict[str, str] | None:
-    """Labels by the name of an image, as `metadata.csv` or `metadata.jsonl` beside the images say them.
+def caption_file(path: str) -> str:
+    """Where the caption of an image may lie."""
+    return f"{posixpath.splitext(path)[0]}.txt"
 
-    A column `file_name` names the image from there, as the library `datasets` has it. None if no such file
-    says labels. Raises UserError for one that cannot be read.
+
+def read_metadata(source: Source) -> Said:
+    """What `metadata.csv` or `metadata.jsonl` beside the images say of them.
+
+    A column `file_name` names the image from there, as the library `datasets` has it. Raises UserError for
+    one that cannot be read, and when columns that were asked for are in none.
     """
-    said: dict[str, str] = {}
-    found = False
+    said = Said({}, {}, of_labels=False)
     for path in source.files:
         if posixpath.basename(path) not in METADATA:
             continue
         name = readable(source.name(path))
         with reading(f"{source.url}: {name}"):
             rows = metadata_rows(name, read_file_at(source.url, path, MOST_METADATA))
-        columns = {column for row in rows for column in row}
-        label = source.label_column or next((c for c in LABEL_COLUMNS if c in columns), None)
-        if source.label_column and label not in columns:
-            raise UserError(f"{source.url}: {name} has no column {label}, but {', '.join(sorted(columns))}")
-        if label is None or "file_name" not in columns:
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        label = chosen_column(source, name, columns, source.label_column, LABEL_COLUMNS)
+        caption = chosen_column(source, name, columns, source.caption_column, CAPTION_COLUMNS)
+        if "file_name" not in columns:
             continue
-        found = True
-        texts = label_texts([row.get(label) for row in rows], ())
-        for row, text in zip(rows, texts, strict=True):
-            place = posixpath.join(posixpath.dirname(name), str(row.get("file_name") or ""))
-            said[posixpath.normpath(place)] = text
-    if source.label_column and not found:
+        places = [posixpath.join(posixpath.dirname(name), str(row.get("file_name") or "")) for row in rows]
+        places = [posixpath.normpath(place) for place in places]
+        if label:
+            said = replace(said, of_labels=True)
+            texts = label_texts([row.get(label) for row in rows], ())
+            said.labels.update(zip(places, texts, strict=True))
+        if caption:
+            said.captions.update(
+                (p, caption_of(row.get(caption))) for p, row in zip(places, rows, strict=True)
+            )
+    if source.label_column and not said.of_labels:
         raise UserError(f"{source.url} has no metadata.csv or metadata.jsonl for `label_column`")
-    return said if found else None
+    return said
+
+
+def chosen_column(
+    source: Source, name: str, columns: list[str], wanted: str | None, usual: Sequence[str]
+) -> str | None:
+    """The column that is wanted, or else a usual one. Raises UserError when the wanted one is not there."""
+    if wanted and wanted not in columns:
+        raise UserError(f"{source.url}: {name} has no column {wanted}, but {', '.join(sorted(columns))}")
+    return wanted or next((column for column in usual if column in columns), None)
 
 
 def metadata_rows(name: str, content: bytes) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ class Split:
     sizes: np.ndarray  # (rows, 2) of the dataset: rows and columns of tokens
     labels: np.ndarray  # of each image
     cropped: np.ndarray  # of each row
+    captions: list[str]  # of each image, empty for none
 
     @property
     def aspects(self) -> np.ndarray:
@@ -50,7 +51,8 @@ def survey(folder: Path | str) -> tuple[DatasetCard, list[Split]]:
     splits = []
     for name in card.pictures:
         held = TokenDataset(folder, name)
-        splits.append(Split(name, held.sizes, held.labels[held.first_rows], held.cropped))
+        captions = held.captions(held.first_rows)
+        splits.append(Split(name, held.sizes, held.labels[held.first_rows], held.cropped, captions))
     return card, splits
 
 
@@ -72,7 +74,20 @@ def table(card: DatasetCard, splits: list[Split]) -> str:
             f"{lengths.min():>8}{int(np.median(lengths)):>8}{lengths.max():>6}"
             f"{len(np.unique(split.sizes, axis=0)):>7}{f'{aspects.min():.2f} to {aspects.max():.2f}':>17}"
         )
+    lines += ["", *caption_lines(splits)] if any(map(any, (split.captions for split in splits))) else []
     return "\n".join([*lines, "", *label_lines(about.labels, splits)])
+
+
+def caption_lines(splits: list[Split]) -> Iterator[str]:
+    """How many images have captions, how long they are, and the commonest."""
+    for split in splits:
+        held = [caption for caption in split.captions if caption]
+        none = len(split.captions) - len(held)
+        words = int(np.median([len(caption.split()) for caption in held])) if held else 0
+        told = f"{len(held):,} captions, {len(set(held)):,} different, a median of {words} words"
+        yield f"{split.name}: {told}; {none:,} images have none"
+        for caption, count in Counter(held).most_common(3):
+            yield f"  {count:>6,} × {printable(caption[:70])}"
 
 
 def label_lines(labels: tuple[str, ...], splits: list[Split]) -> Iterator[str]:
@@ -111,7 +126,9 @@ def sheet(
     packed, _ = dataset.batch(chosen)
     decoded = decode(unpack(packed.to(default_device())), codec, card.about.patch_size)
     pictures = [to_image(pixels) for pixels in decoded]
-    captions = [printable(card.about.labels[label][:18]) for label in dataset.labels[chosen].tolist()]
+    labels = [card.about.labels[label] for label in dataset.labels[chosen].tolist()]
+    said = [caption or label for caption, label in zip(dataset.captions(chosen), labels, strict=True)]
+    captions = [printable(text[:18]) for text in said]
     for picture in pictures:
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
     made = list(zip(captions, pictures, strict=True))

@@ -40,6 +40,7 @@ def open_source(
     url: str,
     image_column: str | None = None,
     label_column: str | None = None,
+    caption_column: str | None = None,
     *,
     split: str | None = None,
     follow_links: bool = False,
@@ -71,7 +72,9 @@ def open_source(
         )
         raise UserError(f"{url} {'has no images' if there else 'does not exist'}{hint}")
     root = root_of(system, path)
-    return detect_kind(Source(url, "", files, root, image_column, label_column, split, tuple(outside)))
+    return detect_kind(
+        Source(url, "", files, root, image_column, label_column, caption_column, split, tuple(outside))
+    )
 
 
 def detect_kind(source: Source) -> Source:
@@ -91,9 +94,11 @@ def detect_kind(source: Source) -> Source:
     tables = held == ["parquet"] or (not source.image_column and any(
         posixpath.basename(path) in METADATA for path in files
     ))  # fmt: skip
-    if (source.image_column or source.label_column) and not tables:
+    if (source.image_column or source.label_column or source.caption_column) and not tables:
         what = held[0] if held else "no images"
-        raise UserError(f"`image_column` and `label_column` are for tables; {url} holds {what}")
+        raise UserError(
+            f"`image_column`, `label_column` and `caption_column` are for tables; {url} holds {what}"
+        )
     if held in ([], ["images"]):  # with all else that lies beside them
         return replace(source, kind="images")
     return replace(source, kind=held[0], files=by_kind[held[0]])

@@ -20,7 +20,7 @@ from unicodedata import normalize
 from PIL import Image
 
 from fitv2.data.storage import filesystem, is_local
-from fitv2.encoding.folders import image_files
+from fitv2.encoding.folders import caption_file, image_files
 from fitv2.encoding.images import UnusableImage, load_rgb
 from fitv2.encoding.kinds import KINDS
 from fitv2.encoding.sources import (
@@ -41,7 +41,7 @@ from fitv2.runtime.files import atomic_file
 Report = Callable[[int], None]  # how many images were found so far
 PLACES = {
     "source": "large_string", "path": "large_binary", "at": "int64", "size": "int64", "detail": "string",
-    "group": "int32",
+    "group": "int32", "caption": "large_string",
 }  # fmt: skip
 CHUNK = 16  # images that one process reads at once
 ROW_GROUP_CHUNK = 128  # the same of a Parquet file, so that others need not read their group
@@ -72,7 +72,7 @@ class Manifest:
 
     def picture(self, row: int) -> ImageRef:
         """One of its images."""
-        values = {name: self.table[name][row].as_py() for name in PLACES}
+        values = {name: self.table[name][row].as_py() for name in PLACES if name in self.table.column_names}
         label = self.table["label"][row].as_py()
         split = next(split for split, (start, stop) in self.splits.items() if start <= row < stop)
         return ImageRef(split, self.labels[label] if label >= 0 else "", **values)
@@ -152,6 +152,9 @@ def summarize(
             yield f"{split} has no labels: {number} pictures skipped"
         else:
             yield f"{number} of {counts[split]} pictures in {split} have no label: skipped"
+    captions = sum(bool(picture.caption) for picture in pictures)
+    if captions:
+        yield f"{captions} pictures have a caption, {len(pictures) - captions} have none"
     if "train" not in counts:
         yield f"only {' and '.join(sorted(counts))}: training needs images of the split train (`split` train)"
     if source.outside:
@@ -169,6 +172,7 @@ def others(source: Source) -> list[dict[str, Any]]:
     """Files of a folder that are no images by their names, counted by how they end, with one of each."""
     by_ending: dict[str, list[str]] = {}
     images = set(image_files(source)) if source.kind == "images" else set(source.files)
+    images |= {caption_file(path) for path in images}
     for path in source.files:
         if path not in images:
             by_ending.setdefault(posixpath.splitext(path)[1].lower(), []).append(path)

@@ -11,6 +11,7 @@ from unicodedata import normalize
 from fitv2.data.storage import filesystem, is_local
 from fitv2.encoding.images import UnusableImage
 from fitv2.encoding.sources import (
+    CAPTION_COLUMNS,
     HEAD_BYTES,
     LABEL_COLUMNS,
     NO_LABEL,
@@ -18,6 +19,7 @@ from fitv2.encoding.sources import (
     ImageRef,
     Listing,
     Source,
+    caption_of,
     read_whole,
     readable,
     root_of,
@@ -29,6 +31,7 @@ from fitv2.errors import UserError, in_one_line, reading
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel_values")
 LONGEST_TEXT = 10_000  # bytes of a label or of a name
 MOST_BYTES = 512 << 20  # of an image
+MOST_CAPTION = 1 << 20
 MOST_TEXTS = 2 << 30  # bytes of all labels and names of a file
 SUSPICIOUS = 200  # times as large as its file: images are compressed already
 
@@ -45,6 +48,7 @@ class Table(NamedTuple):
     sources: list[str]
     groups: list[int]  # rows of each group of a Parquet file
     label_column: str | None = None
+    captions: Sequence[str] = ()  # of each row, where there is such a column
 
 
 def in_tables(tables: list[Table]) -> tuple[tuple[str, ...], Iterator[ImageRef]]:
@@ -53,10 +57,13 @@ def in_tables(tables: list[Table]) -> tuple[tuple[str, ...], Iterator[ImageRef]]
     def pictures() -> Iterator[ImageRef]:
         for table in tables:
             places = ((group, at) for group, rows in enumerate(table.groups) for at in range(rows))
-            for label, source, (group, at) in zip(table.labels, table.sources, places, strict=True):
+            captions = table.captions or [""] * len(table.labels)
+            told = zip(table.labels, table.sources, captions, places, strict=True)
+            for label, source, caption, (group, at) in told:
                 yield ImageRef(
-                    table.split, label, source, table.path, at, detail=table.image_column, group=group
-                )
+                    table.split, label, source, table.path, at, detail=table.image_column, group=group,
+                    caption=caption,
+                )  # fmt: skip
 
     return tables[0].names, pictures()
 
@@ -104,23 +111,26 @@ def parquet_table(source: Source, name: str, path: str, file: Any) -> Table:
     except (OSError, ValueError) as error:
         raise UserError(f"{where} is not a Parquet file that can be read: {in_one_line(error)}") from error
     columns = columns_of(source, parquet.schema_arrow, name)
-    texts = [c for c in (columns.label, "source") if c and c in parquet.schema_arrow.names]
+    wanted = dict.fromkeys((columns.label, "source", columns.caption))
+    texts = [c for c in wanted if c and c in parquet.schema_arrow.names]
     metadata = parquet.metadata
     unpacked, packed = unpacked_bytes(metadata, texts)
     if unpacked > MOST_TEXTS or (unpacked > MOST_TEXTS >> 5 and unpacked > SUSPICIOUS * packed):
         raise UserError(f"{where} has labels that would unpack to {unpacked >> 20} MB")
     # As dictionaries: a text that is in every row is held once.
-    dictionaries = pq.ParquetFile(file, read_dictionary=texts)
+    plain = [text for text in texts if is_text(parquet.schema_arrow.field(text).type)]
+    dictionaries = pq.ParquetFile(file, read_dictionary=plain)
     rows = dictionaries.read(texts)
     rows.validate(full=True)
     for text in texts:
-        check_texts(where, text, rows[text])
+        check_texts(where, text, rows[text], MOST_CAPTION if text == columns.caption else LONGEST_TEXT)
     labels = rows[columns.label].to_pylist() if columns.label else [NO_LABEL] * metadata.num_rows
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     rows = pa.table({text: rows[text] for text in texts})
     return Table(
         split_of(name), name, os.fsencode(path), columns.image, columns.names,
         label_texts(labels, columns.names), names_of(rows, name, metadata.num_rows), groups, columns.label,
+        [caption_of(text) for text in rows[columns.caption].to_pylist()] if columns.caption else (),
     )  # fmt: skip
 
 
@@ -146,18 +156,24 @@ def unpacked_bytes(
     return sum(c.total_uncompressed_size for c in mine), sum(c.total_compressed_size for c in mine)
 
 
-def check_texts(where: str, name: str, column: Any) -> None:
-    """UserError for a column with a text longer than any label."""
+def is_text(kind: Any) -> bool:
+    """Whether an Arrow type is that of texts, not of lists of them."""
+    import pyarrow as pa
+
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary))
+
+
+def check_texts(where: str, name: str, column: Any, most: int) -> None:
+    """UserError for a column with a text of more bytes than any label or caption."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     for chunk in column.chunks:
         values = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
-        kind = values.type
-        if any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)):
+        if is_text(values.type):
             longest = pc.max(pc.binary_length(values)).as_py() or 0
-            if longest > LONGEST_TEXT:
-                raise UserError(f"{where}: column {name} holds a text of {longest} bytes, which is no label")
+            if longest > most:
+                raise UserError(f"{where}: column {name} holds a text of {longest} bytes: at most {most}")
 
 
 def datasets_tables(source: Source) -> list[Table]:
@@ -176,12 +192,19 @@ def datasets_tables(source: Source) -> list[Table]:
             with reading(source.url):
                 held = rows.with_format("arrow").select_columns(columns.label)[:][columns.label]
                 held.validate(full=True)
-                check_texts(source.url, columns.label, held)
+                check_texts(source.url, columns.label, held, LONGEST_TEXT)
                 texts = label_texts(held.to_pylist(), columns.names)
+        captions: list[str] = []
+        if columns.caption:
+            with reading(source.url):
+                held = rows.with_format("arrow").select_columns(columns.caption)[:][columns.caption]
+                held.validate(full=True)
+                check_texts(source.url, columns.caption, held, MOST_CAPTION)
+                captions = [caption_of(text) for text in held.to_pylist()]
         sources = [f"{part or split}:{row}" for row in range(len(rows))]
         tables.append(Table(
             split, part or split, part.encode(), columns.image, columns.names, texts, sources, [len(rows)],
-            columns.label,
+            columns.label, captions,
         ))  # fmt: skip
     if not any(sum(table.groups) for table in tables):
         raise UserError(f"{source.url} has no rows")
@@ -194,6 +217,7 @@ class Columns(NamedTuple):
     image: str
     label: str | None
     names: tuple[str, ...]  # of the labels, if it says them
+    caption: str | None = None
 
 
 def columns_of(source: Source, schema: Any, name: str) -> Columns:
@@ -221,7 +245,12 @@ def columns_of(source: Source, schema: Any, name: str) -> Columns:
     names = feature.get("names") if isinstance(feature, dict) else None
     if not isinstance(names, list) or not all(isinstance(text, str) for text in names):
         names = []
-    return Columns(image, label, unique(names))
+    if source.caption_column and source.caption_column not in schema.names:
+        raise UserError(
+            f"{source.url}: {name} has no column {source.caption_column}, but {', '.join(schema.names)}"
+        )
+    usual = [column for column in CAPTION_COLUMNS if column in schema.names and column != label]
+    return Columns(image, label, unique(names), source.caption_column or next(iter(usual), None))
 
 
 def noted_features(schema: Any) -> dict[str, Any]:

@@ -160,6 +160,9 @@ class ShardEncoder:
             variant = 0 if place.view == 0 else variant
             picture = self.pictures[place.picture].picture
             for mirrored in tokens[place]:
-                rows.add(mirrored, number[picture.label], picture.source, variant, self.crops[place])
+                rows.add(
+                    mirrored, number[picture.label], picture.source, variant, self.crops[place],
+                    picture.caption,
+                )  # fmt: skip
                 variant += 1
         return rows

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from fitv2.data.storage import is_local
 from fitv2.encoding.images import UnusableImage
@@ -28,6 +29,7 @@ SYSTEM = frozenset([
     "@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found", "system volume information",
     "thumbs.db", "ehthumbs.db", "desktop.ini",
 ])  # fmt: skip
+CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "description")
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label", "category", "target")
 NO_LABEL = "image"
 WHOLE, BROKEN, UNUSED = -1, -2, -3  # places in a file: all of it, none of it, or what is not to be read
@@ -52,6 +54,7 @@ class ImageRef(NamedTuple):
     size: int = 0  # bytes
     detail: str = ""  # the column of a table; what is wrong with an archive; why it is not to be read
     group: int = 0  # of rows of a Parquet file; `at` counts in it
+    caption: str = ""  # empty for none
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Source:
     root: str
     image_column: str | None = None
     label_column: str | None = None
+    caption_column: str | None = None
     split: str | None = None  # that all images are to be of
     outside: tuple[str, ...] = ()  # links that lead out of it, which are not followed
 
@@ -213,3 +217,19 @@ def what_it_is(head: bytes) -> str | None:
     if head.startswith((b"PK\x03\x04", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         return "a compressed archive: unpack it"
     return None
+
+
+LONGEST_CAPTION = 10_000  # letters; what lies behind is no caption
+
+
+def caption_of(value: object) -> str:
+    """A caption as it is stored: NFC, one space between words, cut where it is too long for one.
+
+    Of several it is the first. Empty for what is no text.
+    """
+    if isinstance(value, list | tuple):
+        value = next((one for one in value if isinstance(one, str) and one.strip()), "")
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    text = value if isinstance(value, str) else ""
+    return " ".join(normalize("NFC", text[: 2 * LONGEST_CAPTION]).split())[:LONGEST_CAPTION]

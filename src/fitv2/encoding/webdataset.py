@@ -14,10 +14,12 @@ from fitv2.encoding.images import UnusableImage
 from fitv2.encoding.rules import Folders, labels_of_archives, pictures_of_sample
 from fitv2.encoding.sources import (
     BROKEN,
+    CAPTION_COLUMNS,
     UNUSED,
     ImageRef,
     Listing,
     Source,
+    caption_of,
     is_hidden,
     is_image_name,
     readable,
@@ -43,6 +45,7 @@ class Sample:
 
     pictures: list[Member] = field(default_factory=list)
     label: str | None = None  # as a member of its own says it
+    caption: str = ""
 
 
 @dataclass
@@ -132,27 +135,33 @@ def _add(file: IO[bytes], member: Member, archive: Archive) -> None:
         return
     base = posixpath.basename(member.name)
     ending = base.partition(".")[2].lower()
-    if ending in ("cls", "json"):
-        sample = archive.of(member.name)
-        sample.label = _stated_label(file, member, ending) or sample.label
+    if ending in ("cls", "json", "txt"):
+        _read_said(file, member, ending, archive.of(member.name))
     elif is_image_name(base) and "." in base:
         archive.of(member.name).pictures.append(member)
 
 
-def _stated_label(file: IO[bytes], member: Member, ending: str) -> str | None:
-    """What a member says the label is; None if it says none, or none that can be read."""
+def _read_said(file: IO[bytes], member: Member, ending: str, sample: Sample) -> None:
+    """What a member says of its sample; nothing, if that cannot be read."""
     if member.size > MOST_TEXT:
-        return None
+        return
     file.seek(member.at)
     text = file.read(member.size).decode("utf-8", "replace").strip("\ufeff \t\r\n\0")
     if ending == "cls":
-        return text or None
-    try:
-        said = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    label = said.get("label") if isinstance(said, dict) else None
-    return str(label) if isinstance(label, str | int) and not isinstance(label, bool) else None
+        sample.label = text or sample.label
+    elif ending == "txt":
+        sample.caption = caption_of(text) or sample.caption
+    else:
+        try:
+            said = json.loads(text)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(said, dict):
+            label = said.get("label")
+            if isinstance(label, str | int) and not isinstance(label, bool):
+                sample.label = str(label) or sample.label
+            captions = (caption_of(said.get(column)) for column in CAPTION_COLUMNS)
+            sample.caption = sample.caption or next(filter(None, captions), "")
 
 
 def _images(archive: Archive, folders: Folders, stated: bool, named: str | None) -> Iterator[ImageRef]:
@@ -167,7 +176,7 @@ def _images(archive: Archive, folders: Folders, stated: bool, named: str | None)
             source = f"{archive.name}/{readable(member.name).removeprefix('./')}"
             ref = ImageRef(
                 place.split or by_name, (sample.label or "") if stated else label, source, archive.path,
-                member.at, member.size,
+                member.at, member.size, caption=sample.caption,
             )  # fmt: skip
             yield ref if number in used else ref._replace(at=UNUSED, detail=reasons[number])
     if archive.broken:
