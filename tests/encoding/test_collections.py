@@ -36,7 +36,7 @@ def tar(members):
 
 def table(features=None, **columns):
     """A Parquet file; `features` is what `datasets` notes of its columns."""
-    images = pa.array([PNG] * len(columns["label"]), pa.binary())
+    images = pa.array([PNG] * len(next(iter(columns.values()))), pa.binary())
     file, columns = io.BytesIO(), {"image": images, **columns}
     noted = {b"huggingface": json.dumps({"info": {"features": features}}).encode()} if features else None
     pq.write_table(pa.table(columns).replace_schema_metadata(noted), file)
@@ -108,6 +108,57 @@ BECOMES = {
     "classes of one name": (
         {"train.parquet": table({"label": {"names": ["crane", "crane"], "_type": "ClassLabel"}}, label=[0, 1])},
         "train/crane train/crane (1)", "2 classes"),
+    "numbered splits": (
+        {"train2017/1.png": None, "val2017/2.png": None, "test_images/3.png": None},
+        "test/image train/image validation/image", "no labels"),
+    "a folder around all others": (
+        {"archive/train/cat/1.png": None, "archive/val/dog/2.png": None}, "train/cat validation/dog", "2 classes"),
+    "a folder around class folders": (
+        {"PetImages/Cat/1.png": None, "PetImages/Dog/2.png": None}, "train/Cat train/Dog", "2 classes"),
+    "a folder around all others in a tar": (
+        {"x.tar": tar(["net/train/cat/1.png", "net/val/dog/2.png"])}, "train/cat validation/dog", "2 classes"),
+    "a folder of pictures beside one of masks": (
+        {"train/images/1.jpg": None, "train/masks/1.png": None}, "train/image -", "1 images that are about others"),
+    "masks beside pictures in folders": (
+        {"cat/1.jpg": None, "cat/1_mask.png": None, "cat/2.jpg": None, "cat/2.seg.png": None},
+        "train/cat - train/cat -", "2 images that are about others"),
+    "a flat test beside class folders": (
+        {"cat/1.png": None, "dog/2.png": None, "test/3.png": None}, "- train/cat train/dog",
+        "test has no labels: 1 pictures skipped"),
+    "images without an ending beside others": (
+        {"cat/1": None, "cat/2.png": None, "cat/README": b"x"}, "train/cat train/cat", "1 classes"),
+    "images and texts without an ending in a tar": (
+        {"x.tar": tar({"cat/1": PNG, "cat/README": b"x", "dog/2.png": PNG})}, "train/cat train/dog", "2 classes"),
+    "labels of names with dots": (
+        {"x.tar": tar({"a.1.png": PNG, "a.1.cls": b"cat", "a.2.png": PNG, "a.2.png.json": b'{"label": "dog"}'})},
+        "train/cat train/dog", "2 classes"),
+    "labels of a tar that are floats, long, or of several lines": (
+        {"x.tar": tar({"a.png": PNG, "a.json": b'{"label": 3.0}', "b.png": PNG, "b.cls": b"4",
+                       "c.png": PNG, "c.cls": b"x" * 2000, "d.png": PNG, "d.cls": b"cat\ndog"})},
+        "train/3 train/4 - -", "2 of 4 pictures"),
+    "several tars a class": (
+        {"cats-000.tar": tar(["1.png"]), "cats-001.tar": tar(["2.png"]), "dogs-000.tar": tar(["3.png"])},
+        "train/cats train/cats train/dogs", "2 classes from the names of the archives"),
+    "tars a class in splits": (
+        {f"{split}/{name}.tar": tar(["images/1.png"]) for split in ("train", "val") for name in ("cats", "dogs")},
+        "train/cats train/dogs validation/cats validation/dogs", "2 classes"),
+    "tars in class folders": (
+        {"cats/000.tar": tar(["1.png"]), "dogs/000.tar": tar(["2.png"])}, "train/cats train/dogs", "2 classes"),
+    "metadata with a list, a null, or two labels": (
+        {f"{i}.png": None for i in range(4)}
+        | {"metadata.jsonl": b"\n".join(json.dumps({"file_name": f"{i}.png", "label": label}).encode()
+                                        for i, label in ((0, "cat"), (1, ["a"]), (2, None), (3, "a"), (3, "b")))},
+        "train/cat - - -", "3 of 4 pictures"),
+    "metadata in another spelling of Unicode": (
+        {"cafe\u0301.png": None, "metadata.csv": "file_name,label\ncaf\u00e9.png,cat\n".encode()}, "train/cat", "1 classes"),
+    "floats without names": (
+        {"train.parquet": table(label=[0.0, 1.0, None])}, "train/0 train/1 -", "2 classes"),
+    "test without a column of labels": (
+        {"train.parquet": table(NAMES, label=[0, 1]), "test.parquet": table(text=["a"])}, "- train/cat train/dog",
+        "test has no labels: 1 pictures skipped"),
+    "names of classes in one of the files": (
+        {"train.parquet": table(NAMES, label=[0, 1]), "test.parquet": table(label=[1, -1])},
+        "test/dog - train/cat train/dog", "2 classes"),
     "a table of test images": ({"test.parquet": table(NAMES, label=[0])}, "test/cat", "training needs images of"),
 }  # fmt: skip
 
@@ -115,6 +166,16 @@ REFUSED = {
     "a third folder beside splits": (
         {"train/cat/1.png": None, "val/cat/2.png": None, "extra/3.png": None},
         "holds train and val, named as splits are, beside extra: are those labels or splits\\? Give one folder"),
+    "a flat train beside one folder": (
+        {"train/1.png": None, "cat/2.png": None}, "holds train, named as splits are, beside cat: are those labels"),
+    "a column of lists": ({"x.parquet": table(label=[["a"]])}, "has lists in its column label, .*: give `label_column`"),
+    "a column without one label": (
+        {"x.parquet": table(label=pa.array([None], pa.string()))}, r"not one of its 1 images has a label \(column label\)"),
+    "more rows than bytes": (
+        {"x.parquet": table(text=pa.nulls(50_000, pa.string()), image=pa.nulls(50_000, pa.binary()))},
+        "50000 rows in .* bytes: those are no images"),
+    "a Git LFS pointer for a tar": ({"x.tar": LFS}, "a Git LFS pointer.*: run git lfs pull"),
+    "a tar compressed by gzip": ({"x.tar": b"\x1f\x8b\x08" + bytes(99)}, "compressed by gzip under another name"),
     "a tar of tars": ({"x.tar": tar({"cat.tar": tar(["1.png"])})}, "holds archives, not images: unpack it first"),
     "an empty table": ({"x.parquet": table(label=[])}, "has no rows"),
     "a Git LFS pointer for a table": ({"x.parquet": LFS}, "a Git LFS pointer.*: run git lfs pull"),
@@ -270,3 +331,23 @@ def test_what_is_small_on_the_disk_takes_no_more_memory_than_it_may(name, tmp_pa
     )
     megabytes, said = done.stdout.split(" ", 1)
     assert int(megabytes) < most, said
+
+
+def test_every_member_of_a_tar_is_used_or_listed(tmp_path):
+    members = {"cat/1.png": PNG, "cat/1.cls": b"cat", "cat/1.nfo": b"a", "cat/2.nfo": b"b", "README": b"x"}
+    manifest = list_images(open_source(fill(tmp_path / "set", {"x.tar": tar(members)})))
+    assert manifest.others == [
+        {"source": "x.tar/README", "reason": "no image by its first bytes", "files_like_it": 1},
+        {
+            "source": "x.tar/cat/1.nfo",
+            "reason": "no image by its name, which ends in .nfo",
+            "files_like_it": 2,
+        },
+    ]
+
+
+@pytest.mark.parametrize("url", ["reference://x", "dir://x", "zip://x::nothing", "foo://bar", "hf://"])
+def test_a_url_that_leads_nowhere_is_one_line(url):
+    with pytest.raises(UserError, match=f"{re.escape(url)} cannot be re") as raised:
+        open_source(url)
+    assert "\n" not in str(raised.value)

@@ -13,5 +13,5 @@ def test_folders_are_labels_and_files_are_read_by_their_path(tmp_path):
         ("", "0.png"), ("a", "a/deep/2.png"), ("b", "b/1.png"),
     ]  # fmt: skip
     assert read_file(source.url, found[0]) == encoded_picture()
-    labels, images, origin = list_folders(source)
+    labels, images, origin, _ = list_folders(source)
     assert (labels, list(images), origin) == ((), found, "folder names")

@@ -1,5 +1,6 @@
 import io
 import json
+import struct
 import zlib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fitv2.encoding.images import (
     center_crop,
     flexible_resize,
     load_rgb,
+    memory_of,
     parse_size,
     resized,
     views,
@@ -109,6 +111,24 @@ def test_broken_pictures_are_unusable_with_a_reason():
     for reason, content in cases.items():
         with pytest.raises(UnusableImage, match=f"(?i){reason}"):
             load_rgb(io.BytesIO(content))
+
+
+def tile(side):
+    """A TIFF of 16×16 pixels whose tiles are `side`² large."""
+    packed = zlib.compress(bytes(64))
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 284: 1, 322: side, 323: side, 324: 146,
+            325: len(packed)}  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + packed
+
+
+def test_how_much_memory_an_image_takes_is_known_from_its_header():
+    with pytest.raises(UnusableImage, match="16x16 pixels take 12207 MB of memory"):
+        load_rgb(io.BytesIO(tile(40_000)))
+    sizes = {form: memory_of(Image.open(saved(Image.new("RGB", (64, 32)), form)))
+             for form in ("PNG", "JPEG", "WEBP", "JPEG2000")}  # fmt: skip
+    assert sizes == {"PNG": 8 * 2048, "JPEG": 8 * 2048, "WEBP": 16 * 2048, "JPEG2000": 20 * 2048}
+    assert memory_of(Image.open(saved(Image.new("RGBA", (64, 32))))) == 20 * 2048
 
 
 def test_flexible_resize_gives_that_size_and_keeps_what_fits():

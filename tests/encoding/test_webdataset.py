@@ -86,6 +86,41 @@ def test_an_archive_that_breaks_off_gives_what_it_holds_and_says_so(whole, tmp_p
     assert pictures[-1].detail
 
 
+def long_header(kind):
+    info = tarfile.TarInfo("x")
+    info.size, info.type = 2 << 20, kind
+    return info.tobuf(tarfile.GNU_FORMAT) + bytes((2 << 20) + 1024)
+
+
+def negative(size):
+    """A header that says that its file has less than no bytes."""
+    header = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = size.to_bytes(12, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (long_header(tarfile.GNUTYPE_LONGNAME), "a header in it is too long"),
+        (long_header(tarfile.XHDTYPE), "a header in it is too long"),
+        (
+            tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT).replace(b"0000000 0", b"0000000 L") * 2000,
+            "damaged",
+        ),
+        (negative(-512) * 3 + bytes(1024), "has no size"),
+        (negative(-1) * 3 + bytes(1024), "has no size"),
+    ],
+)
+def test_an_archive_that_means_harm_is_one_line(tmp_path, content, said):
+    (tmp_path / "a.tar").write_bytes(content)
+    (broken,) = in_tars(open_source(str(tmp_path / "a.tar")))
+    assert broken.at == BROKEN
+    assert said in broken.detail
+
+
 def test_hard_links_are_the_pictures_they_link_to(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded_picture())
     (tmp_path / "b.png").hardlink_to(tmp_path / "a.png")

@@ -8,21 +8,27 @@ import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unicodedata import normalize
 
 from fitv2.data.storage import filesystem, is_local
 from fitv2.encoding.parquet import label_texts
-from fitv2.encoding.rules import Folders
+from fitv2.encoding.rules import Folders, about_others
 from fitv2.encoding.sources import (
     CAPTION_COLUMNS,
     LABEL_COLUMNS,
+    UNUSED,
     WHOLE,
     ImageRef,
     Listing,
     Source,
     caption_of,
+    head_of,
     is_image_name,
+    no_image,
+    others_of,
     read_whole,
     readable,
+    starts_as_image,
 )
 from fitv2.errors import UserError, reading
 
@@ -44,14 +50,29 @@ class Said:
 def list_folders(source: Source) -> Listing:
     """The images of a folder and where their labels are from; it has no list of labels."""
     said = read_metadata(source)
-    return Listing((), in_folders(source, said), "metadata" if said.of_labels else "folder names")
+    images = image_files(source)
+    read = {*images, *map(caption_file, images)}
+    used = METADATA if said.of_labels or said.captions else ()
+    others = [
+        (source.name(path), no_image(path))
+        for path in source.files
+        if path not in read and posixpath.basename(path) not in used
+    ]
+    origin = "metadata" if said.of_labels else "folder names"
+    return Listing((), in_folders(source, said), origin, others_of(others))
 
 
 def image_files(source: Source) -> list[str]:
-    """The files that are images by their names; those without an ending, if no other is."""
+    """The files that are images by their names; those without an ending by their first bytes.
+
+    Of a store elsewhere those without an ending are images if no other file is.
+    """
+    system, _ = filesystem(source.url)
     named = [path for path in source.files if is_image_name(path)]
     with_ending = [path for path in named if posixpath.splitext(path)[1]]
-    return with_ending or named
+    if not is_local(system):  # a request for each would take too long
+        return with_ending or named
+    return [path for path in named if posixpath.splitext(path)[1] or starts_as_image(head_of(path))]
 
 
 def in_folders(source: Source, said: Said | None = None) -> Iterator[ImageRef]:
@@ -63,16 +84,25 @@ def in_folders(source: Source, said: Said | None = None) -> Iterator[ImageRef]:
     said = said or Said({}, {}, of_labels=False)
     names = {path: readable(source.name(path)) for path in image_files(source)}
     above = {path: tuple(name.split("/")[:-1]) for path, name in names.items()}
+    about = about_others(names.values())
     folders = Folders(source.url, above.values())
     for path in sorted(names, key=lambda path: names[path].split("/")):
         name, place = names[path], folders.place(above[path])
-        label = said.labels.get(name, "") if said.of_labels else place.label
+        unused, key = place.unused or about.get(name, ""), normalize("NFC", name)
+        label = said.labels.get(key, "") if said.of_labels else place.label
         beside = caption_file(path)
-        caption = said.captions.get(name, "")
+        caption = said.captions.get(key, "")
         if beside in source.files:
             caption = caption_of(read_file_at(source.url, beside, MOST_CAPTION))
         yield ImageRef(
-            place.split or "train", label, name, os.fsencode(path), WHOLE, source.files[path], caption=caption
+            place.split or "train",
+            label,
+            name,
+            os.fsencode(path),
+            UNUSED if unused else WHOLE,
+            source.files[path],
+            unused,
+            caption=caption,
         )
 
 
@@ -100,11 +130,12 @@ def read_metadata(source: Source) -> Said:
         if "file_name" not in columns:
             continue
         places = [posixpath.join(posixpath.dirname(name), str(row.get("file_name") or "")) for row in rows]
-        places = [posixpath.normpath(place) for place in places]
+        places = [normalize("NFC", posixpath.normpath(place)) for place in places]
         if label:
             said = replace(said, of_labels=True)
-            texts = label_texts([row.get(label) for row in rows], ())
-            said.labels.update(zip(places, texts, strict=True))
+            for place, text in zip(places, texts_of(name, label, rows), strict=True):
+                one = said.labels.get(place, text) == text
+                said.labels[place] = text if one else ""  # two labels are none
         if caption:
             said.captions.update(
                 (p, caption_of(row.get(caption))) for p, row in zip(places, rows, strict=True)
@@ -121,6 +152,15 @@ def chosen_column(
     if wanted and wanted not in columns:
         raise UserError(f"{source.url}: {name} has no column {wanted}, but {', '.join(sorted(columns))}")
     return wanted or next((column for column in usual if column in columns), None)
+
+
+def texts_of(name: str, label: str, rows: list[dict[str, Any]]) -> list[str]:
+    """The labels of rows as text; empty for those that have several. Raises UserError if all have."""
+    held = [row.get(label) for row in rows]
+    several = [isinstance(value, list | dict) for value in held]
+    if several and all(several):
+        raise UserError(f"{name}: column {label} holds lists, not names or numbers: give `label_column`")
+    return label_texts([None if many else value for many, value in zip(several, held, strict=True)], ())
 
 
 def metadata_rows(name: str, content: bytes) -> list[dict[str, Any]]:

@@ -20,6 +20,9 @@ FORMATS = (
 
 MOST_BYTES = 1536 << 20  # of memory that an image may take
 LARGE = 128 << 20  # of these there is one at a time
+# What decoders hold beside Pillow's own image, as measured: so many images of four bytes a pixel.
+DECODER_COPIES = {"JPEG2000": 3, "WEBP": 2, "AVIF": 1}
+TILE_WIDTH, TILE_LENGTH = 322, 323
 
 
 class UnusableImage(Exception):  # noqa: N818 (the noun reads better where it is caught)
@@ -75,8 +78,11 @@ def load_rgb(source: Path | IO[bytes], hold: Callable[[], object] = lambda: None
 
 def memory_of(image: Image.Image) -> int:
     """Bytes that decoding an image and putting it on white takes: Pillow holds four a pixel, each time."""
-    copies = 4 if image.has_transparency_data or image.mode[0] in "IF" else 2
-    return 4 * copies * image.width * image.height
+    copies = 5 if image.has_transparency_data or image.mode[0] in "IF" else 2
+    copies += DECODER_COPIES.get(image.format or "", 0)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, whose tiles may be larger than the image
+    tile = tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0)
+    return 4 * copies * max(image.width * image.height, tile)
 
 
 def decode_smaller(image: Image.Image) -> None:

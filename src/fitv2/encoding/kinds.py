@@ -9,12 +9,12 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from fitv2.data.storage import filesystem, is_local
+from fitv2.data.storage import filesystem
 from fitv2.encoding.folders import METADATA, list_folders, read_file
 from fitv2.encoding.parquet import datasets_row, list_datasets, list_parquet, parquet_row
 from fitv2.encoding.sources import IMAGES, ImageRef, Listing, Source, files_below, root_of
 from fitv2.encoding.webdataset import list_tars, tar_member
-from fitv2.errors import UserError
+from fitv2.errors import UserError, reading
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,10 @@ def open_source(
     """
     if not url:
         raise UserError("the source has no name")
-    system, path = filesystem(url)
     outside: list[str] = []
-    try:
+    with reading(url):  # libraries of remote stores have errors of their own
+        system, path = filesystem(url)
         files = dict(files_below(system, path, None if follow_links else outside))
-    except Exception as error:  # libraries of remote stores have errors of their own
-        if is_local(system) and not isinstance(error, OSError):
-            raise
-        raise UserError(f"{url} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not files:
         if outside:
             raise UserError(f"{url} has links alone, which lead out of it: see `follow_links`")

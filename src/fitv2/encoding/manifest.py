@@ -7,10 +7,9 @@ import errno
 import io
 import json
 import os
-import posixpath
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -20,7 +19,6 @@ from unicodedata import normalize
 from PIL import Image
 
 from fitv2.data.storage import filesystem, is_local
-from fitv2.encoding.folders import caption_file, image_files
 from fitv2.encoding.images import UnusableImage, load_rgb
 from fitv2.encoding.kinds import KINDS
 from fitv2.encoding.sources import (
@@ -31,7 +29,7 @@ from fitv2.encoding.sources import (
     ImageRef,
     Listing,
     Source,
-    readable,
+    others_of,
     root_of,
     what_it_is,
 )
@@ -108,7 +106,7 @@ def list_images(source: Source, report: Report = lambda _: None) -> Manifest:
     import pyarrow as pa
 
     with reading(source.url):
-        names, found, origin = Listing(*KINDS[source.kind].list(source))
+        names, found, origin, listed = Listing(*KINDS[source.kind].list(source))
         pictures = []
         for picture in found:
             picture = picture._replace(
@@ -120,6 +118,8 @@ def list_images(source: Source, report: Report = lambda _: None) -> Manifest:
     report(len(pictures))
     used = [p for p in pictures if p.at not in (BROKEN, UNUSED)]
     labels = (*names, *sorted_labels({p.label for p in used} - {*names, ""}))
+    if not labels and used:
+        raise UserError(f"{source.url}: not one of its {len(used)} images has a label ({origin})")
     if not labels:
         expected = "expected folders of images, named by label"
         reason = f"{pictures[0].source}: {pictures[0].detail}" if pictures else expected
@@ -134,7 +134,9 @@ def list_images(source: Source, report: Report = lambda _: None) -> Manifest:
            for name, kind in PLACES.items()},
     })  # fmt: skip
     summary = tuple(summarize(used, labels, origin, source))
-    return Manifest(source.kind, source.url, labels, splits, others(source), table, summary)
+    if beside := sum(p.at == UNUSED for p in pictures):
+        summary += (f"{beside} images that are about others, such as masks: skipped",)
+    return Manifest(source.kind, source.url, labels, splits, others(source, listed), table, summary)
 
 
 def summarize(
@@ -168,26 +170,10 @@ def sorted_labels(labels: Iterable[str]) -> list[str]:
     return sorted(known, key=lambda label: (int(label), label)) if numbers else sorted(known)
 
 
-def others(source: Source) -> list[dict[str, Any]]:
-    """Files of a folder that are no images by their names, counted by how they end, with one of each."""
-    by_ending: dict[str, list[str]] = {}
-    images = set(image_files(source)) if source.kind == "images" else set(source.files)
-    images |= {caption_file(path) for path in images}
-    for path in source.files:
-        if path not in images:
-            by_ending.setdefault(posixpath.splitext(path)[1].lower(), []).append(path)
-    said = {
-        ending: f"no image by its name, which ends in {ending}"
-        if ending
-        else "no image by its name, as others are"
-        for ending in by_ending
-    }
-    if source.outside:
-        by_ending["link"], said["link"] = list(source.outside), "a link that leads out of the folder"
-    return [
-        {"source": readable(source.name(min(paths))), "reason": said[ending], "files_like_it": len(paths)}
-        for ending, paths in sorted(by_ending.items())
-    ]
+def others(source: Source, listed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Files that are no images, as the kind of source listed them, and links that lead out."""
+    outside = ((source.name(path), "a link that leads out of the folder") for path in source.outside)
+    return [*listed, *others_of(outside)]
 
 
 def read_image(
@@ -240,9 +226,10 @@ def may_pass(error: Exception, url: str) -> bool:
     """Whether to try again: stores elsewhere fail for a while; of a file here it is what is in it."""
     if isinstance(error, LASTING) or getattr(error, "errno", None) == errno.EIO:
         return False
-    if type(error) is OSError and error.errno is None:  # Arrow's, of a damaged file
-        return False
-    return isinstance(error, OSError) or not is_local(filesystem(url)[0])
+    if not is_local(filesystem(url)[0]):
+        return True
+    damaged = type(error) is OSError and error.errno is None  # as Arrow says it
+    return isinstance(error, OSError) and not damaged
 
 
 # Errors that stay however often one tries. Arrow's are ValueErrors.

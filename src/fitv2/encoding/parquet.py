@@ -3,13 +3,14 @@
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from fitv2.data.storage import filesystem, is_local
 from fitv2.encoding.images import UnusableImage
+from fitv2.encoding.saved import check_saved
 from fitv2.encoding.sources import (
     CAPTION_COLUMNS,
     HEAD_BYTES,
@@ -32,8 +33,9 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel
 LONGEST_TEXT = 10_000  # bytes of a label or of a name
 MOST_BYTES = 512 << 20  # of an image
 MOST_CAPTION = 1 << 20
-MOST_TEXTS = 2 << 30  # bytes of all labels and names of a file
+LITTLE = 64 << 20  # bytes, of which nobody minds how they were packed
 SUSPICIOUS = 200  # times as large as its file: images are compressed already
+SUSPICIOUS_GROUP = 8  # the same of one row group, of hundreds of megabytes, to the whole file
 
 
 class Table(NamedTuple):
@@ -80,8 +82,25 @@ def list_datasets(source: Source) -> Listing:
 
 def listing(tables: list[Table]) -> Listing:
     """The images of tables, and which column their labels are from."""
+    tables = agreed(tables)
     columns = sorted({table.label_column for table in tables if table.label_column})
     return Listing(*in_tables(tables), origin=f"column {' and '.join(columns)}" if columns else "no column")
+
+
+def agreed(tables: list[Table]) -> list[Table]:
+    """Tables of one collection: names of classes hold for all, and if one has labels, others lack them."""
+    names = next((table.names for table in tables if table.names), ())
+    labelled = any(table.label_column for table in tables)
+
+    def with_names(table: Table) -> list[str]:
+        if labelled and not table.label_column:
+            return [""] * len(table.labels)
+        if table.names or not names:
+            return table.labels
+        numbers = {str(number): name for number, name in enumerate(names)} | {"-1": ""}
+        return [numbers.get(label, label) for label in table.labels]
+
+    return [table._replace(names=names, labels=with_names(table)) for table in tables]
 
 
 def parquet_tables(source: Source) -> list[Table]:
@@ -114,9 +133,13 @@ def parquet_table(source: Source, name: str, path: str, file: Any) -> Table:
     wanted = dict.fromkeys((columns.label, "source", columns.caption))
     texts = [c for c in wanted if c and c in parquet.schema_arrow.names]
     metadata = parquet.metadata
-    unpacked, packed = unpacked_bytes(metadata, texts)
-    if unpacked > MOST_TEXTS or (unpacked > MOST_TEXTS >> 5 and unpacked > SUSPICIOUS * packed):
-        raise UserError(f"{where} has labels that would unpack to {unpacked >> 20} MB")
+    if metadata.num_rows > source.files[path]:
+        raise UserError(
+            f"{where} has {metadata.num_rows} rows in {source.files[path]} bytes: those are no images"
+        )
+    unpacked = unpacked_bytes(metadata)
+    if unpacked > LITTLE and unpacked > SUSPICIOUS * source.files[path]:
+        raise UserError(f"{where} would unpack to {unpacked >> 20} MB, from {source.files[path]} bytes")
     # As dictionaries: a text that is in every row is held once.
     plain = [text for text in texts if is_text(parquet.schema_arrow.field(text).type)]
     dictionaries = pq.ParquetFile(file, read_dictionary=plain)
@@ -124,7 +147,7 @@ def parquet_table(source: Source, name: str, path: str, file: Any) -> Table:
     rows.validate(full=True)
     for text in texts:
         check_texts(where, text, rows[text], MOST_CAPTION if text == columns.caption else LONGEST_TEXT)
-    labels = rows[columns.label].to_pylist() if columns.label else [NO_LABEL] * metadata.num_rows
+    labels = values_of(rows[columns.label]) if columns.label else [NO_LABEL] * metadata.num_rows
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     rows = pa.table({text: rows[text] for text in texts})
     return Table(
@@ -146,14 +169,27 @@ def names_of(rows: Any, name: str, count: int) -> list[str]:
     return [f"{name}:{row}" for row in range(count)]
 
 
-def unpacked_bytes(
-    metadata: Any, columns: Collection[str], groups: Iterable[int] | None = None
-) -> tuple[int, int]:
-    """Bytes of columns of a Parquet file when they are unpacked, and as they lie there, as the file says."""
+def unpacked_bytes(metadata: Any, groups: Iterable[int] | None = None) -> int:
+    """Bytes of row groups of a Parquet file when they are unpacked, as the file says [default: of all].
+
+    Of whole groups: pyarrow ends the process when the metadata of a single column is damaged.
+    """
     every = range(metadata.num_row_groups) if groups is None else groups
-    chunks = [metadata.row_group(g).column(c) for g in every for c in range(metadata.num_columns)]
-    mine = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
-    return sum(c.total_uncompressed_size for c in mine), sum(c.total_compressed_size for c in mine)
+    return sum(metadata.row_group(group).total_byte_size for group in every)
+
+
+def values_of(column: Any) -> list[Any]:
+    """The values of a column; those of a dictionary are held once, however many rows have them."""
+    import pyarrow as pa
+
+    values: list[Any] = []
+    for chunk in column.chunks:
+        if not pa.types.is_dictionary(chunk.type):
+            values += chunk.to_pylist()
+            continue
+        held = chunk.dictionary.to_pylist()
+        values += [None if index is None else held[index] for index in chunk.indices.to_pylist()]
+    return values
 
 
 def is_text(kind: Any) -> bool:
@@ -181,6 +217,7 @@ def datasets_tables(source: Source) -> list[Table]:
     import datasets
 
     with reading(source.url):
+        check_saved(source)
         loaded = datasets.load_from_disk(source.url)
     parts = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
     tables = []
@@ -241,6 +278,11 @@ def columns_of(source: Source, schema: Any, name: str) -> Columns:
     label = source.label_column or next(iter(usual), None)
     if label and label not in schema.names:
         raise UserError(f"{source.url}: {name} has no column {label}, but {', '.join(schema.names)}")
+    if label and pa.types.is_nested(schema.field(label).type):
+        raise UserError(
+            f"{source.url}: {name} has lists in its column {label}, not one name or number:"
+            " give `label_column`"
+        )
     feature = said.get(label or "")
     names = feature.get("names") if isinstance(feature, dict) else None
     if not isinstance(names, list) or not all(isinstance(text, str) for text in names):
@@ -288,9 +330,7 @@ def label_texts(labels: list[Any], names: tuple[str, ...]) -> list[str]:
             raise UserError(f"a label is {str(label)[:60]}, not one name or number: give `label_column`")
         if isinstance(label, bytes):
             return label.decode("utf-8", "replace")
-        if (
-            names and isinstance(label, float) and label == int(label)
-        ):  # as a table of other programs holds it
+        if isinstance(label, float) and label == int(label):  # so tables of other programs hold whole numbers
             label = int(label)
         known = names and isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names)
         return names[label] if known else str(label)
@@ -316,10 +356,10 @@ def folder_of(url: str) -> str | None:
 class Rows:
     """The image column of a row group, read row by row: how large a row gets is only seen when it is read."""
 
-    def __init__(self, parquet: Any, group: int, column: str) -> None:
+    def __init__(self, parquet: Any, size: int, group: int, column: str) -> None:
         self.parquet, self.group, self.column = parquet, group, column
-        unpacked, packed = unpacked_bytes(parquet.metadata, [column], [group])
-        if unpacked > MOST_BYTES and unpacked > SUSPICIOUS * packed:
+        unpacked = unpacked_bytes(parquet.metadata, [group])
+        if unpacked > MOST_BYTES and unpacked > SUSPICIOUS_GROUP * size:
             raise UnusableImage(f"its row group would unpack to {unpacked >> 20} MB")
         self.next = 0
         self.batches: Iterator[Any] = iter(())
@@ -348,14 +388,18 @@ def image_value(column: Any) -> Any:
 
 @lru_cache(1)
 def _rows_of(url: str, path: bytes, group: int, column: str, process: int) -> Rows:
-    return Rows(_parquet(url, path, process), group, column)
+    return Rows(*_parquet(url, path, process), group, column)
 
 
 @lru_cache(4)
-def _parquet(url: str, path: bytes, process: int) -> Any:
+def _parquet(url: str, path: bytes, process: int) -> tuple[Any, int]:
+    """A Parquet file, and its bytes."""
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(filesystem(url)[0].open(os.fsdecode(path), "rb"))
+    file = filesystem(url)[0].open(os.fsdecode(path), "rb")
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return pq.ParquetFile(file), size
 
 
 def datasets_row(url: str, picture: ImageRef) -> bytes:

@@ -3,8 +3,10 @@
 import hashlib
 import os
 import posixpath
+import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unicodedata import normalize
@@ -30,6 +32,13 @@ SYSTEM = frozenset([
     "thumbs.db", "ehthumbs.db", "desktop.ini",
 ])  # fmt: skip
 CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "description")
+WORDS = re.compile(r"[-_.\s]+")  # what lies between the words of a name
+DIGITS = "0123456789"
+SAYS_NOTHING = frozenset(["", "data", "image", "images", "img", "imgs", "photos", "pictures", "set", "split"])
+BEGINNINGS = (
+    b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"P1\n", b"P2\n", b"P3\n",
+    b"P4\n", b"P5\n", b"P6\n", b"8BPS", b"qoif", b"\0\0\1\0", b"DDS ", b"\1\xda", b"\xff\x4f\xff\x51",
+)  # fmt: skip
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label", "category", "target")
 NO_LABEL = "image"
 WHOLE, BROKEN, UNUSED = -1, -2, -3  # places in a file: all of it, none of it, or what is not to be read
@@ -41,6 +50,7 @@ class Listing(NamedTuple):
     labels: tuple[str, ...]  # where it says them, in their order
     images: Iterable["ImageRef"]
     origin: str = ""  # of the labels, in words
+    others: Sequence[dict[str, Any]] = ()  # files that are no images, as `others_of` counts them
 
 
 class ImageRef(NamedTuple):
@@ -178,6 +188,16 @@ def read_whole(path: str, within: str | None = None, most: int | None = None) ->
         return file.read()
 
 
+def head_of(path: str) -> bytes:
+    """The first bytes of a file of this machine; none if it cannot be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return b""
+    with open(descriptor, "rb") as file:  # noqa: PTH123
+        return file.read(HEAD_BYTES) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file may be an image by its name: one without an ending may be any."""
     suffix = posixpath.splitext(name)[1].lower()
@@ -192,11 +212,39 @@ def readable(name: str) -> str:
 def split_of(name: str) -> str:
     """The split that a file's name or its folder's tells: data/train-00000.parquet, val/0.tar; else train."""
     for part in reversed(name.lower().split("/")):
-        words = part.replace("_", "-").replace(".", "-").split("-")
-        for word in words:
-            if word in SPLITS:
-                return SPLITS[word]
+        for word in WORDS.split(part):
+            if word.rstrip(DIGITS) in SPLITS:
+                return SPLITS[word.rstrip(DIGITS)]
     return "train"
+
+
+def split_of_folder(name: str) -> str | None:
+    """The split that a folder is named by and by nothing else: val, train2017, test_images, Trainset."""
+    words = [word.rstrip(DIGITS) for word in WORDS.split(name.lower())]
+    telling = [word.removesuffix("set") for word in words if word not in SAYS_NOTHING]
+    return SPLITS.get(telling[0]) if len(telling) == 1 else None
+
+
+def starts_as_image(head: bytes) -> bool:
+    """Whether a file without an ending is an image, by its first bytes."""
+    return head.startswith(BEGINNINGS) or head[4:8] in (b"ftyp", b"jP  ")
+
+
+def others_of(reasons: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Files that are not used, as (name, reason), counted by their reasons, with one of each."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name, reason in reasons:
+        alike[reason].append(name)
+    return [
+        {"source": readable(min(names)), "reason": reason, "files_like_it": len(names)}
+        for reason, names in sorted(alike.items())
+    ]
+
+
+def no_image(name: str) -> str:
+    """Why a file is not used that is no image by its name."""
+    ending = posixpath.splitext(name)[1].lower()
+    return f"no image by its name, which ends in {ending}" if ending else "no image by its first bytes"
 
 
 HEAD_BYTES = 512

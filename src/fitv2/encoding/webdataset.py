@@ -6,15 +6,23 @@ import posixpath
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from fitv2.data.storage import filesystem, read_range
 from fitv2.encoding.folders import MOST_BYTES
 from fitv2.encoding.images import UnusableImage
-from fitv2.encoding.rules import Folders, labels_of_archives, pictures_of_sample
+from fitv2.encoding.parquet import label_texts
+from fitv2.encoding.rules import (
+    Folders,
+    about_others,
+    labels_of_archives,
+    labels_of_folders,
+    pictures_of_sample,
+)
 from fitv2.encoding.sources import (
     BROKEN,
     CAPTION_COLUMNS,
+    HEAD_BYTES,
     UNUSED,
     ImageRef,
     Listing,
@@ -22,13 +30,19 @@ from fitv2.encoding.sources import (
     caption_of,
     is_hidden,
     is_image_name,
+    no_image,
+    others_of,
     readable,
     split_of,
+    starts_as_image,
+    what_it_is,
 )
 from fitv2.errors import in_one_line
 
 MOST_TEXT = 1 << 20  # bytes of a label's file
+MOST_LABEL = 1_000  # letters of a label
 MOST_NAME = 4_096  # letters of a member's name
+MOST_HEADER = 1 << 20  # bytes of a header: what it says of one member
 
 
 class Member(NamedTuple):
@@ -39,13 +53,32 @@ class Member(NamedTuple):
     size: int
 
 
+class Headers:
+    """A file of which tarfile reads headers alone: one of gigabytes would be read whole."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """Some bytes. Raises ReadError for more than any header has."""
+        if not 0 <= size <= MOST_HEADER:
+            raise tarfile.ReadError("a header in it is too long")
+        return self.file.read(size)
+
+
 @dataclass
 class Sample:
     """Members of one name."""
 
     pictures: list[Member] = field(default_factory=list)
-    label: str | None = None  # as a member of its own says it
-    caption: str = ""
+    labels: dict[str, str] = field(default_factory=dict)  # as members say them, by all but their endings
+    captions: dict[str, str] = field(default_factory=dict)  # the same
+
+    def said_of(self, picture: Member, said: dict[str, str]) -> str:
+        """What is said of one of its pictures: of a.v1.jpg in a.v1.cls, in a.v1.jpg.cls, or in a.cls."""
+        base = posixpath.basename(picture.name)
+        told = (said.get(key) for key in (base.rpartition(".")[0], base, base.partition(".")[0]))
+        return next((text for text in told if text), "")
 
 
 @dataclass
@@ -55,6 +88,7 @@ class Archive:
     name: str
     path: bytes
     samples: dict[str, Sample] = field(default_factory=dict)  # by name up to the first dot
+    others: list[tuple[str, str]] = field(default_factory=list)  # members that are not used, and why
     broken: str = ""  # what is wrong with it
 
     def of(self, name: str) -> Sample:
@@ -83,23 +117,27 @@ def list_tars(source: Source) -> Listing:
         with system.open(path, "rb") as file:
             read_archive(archive, file)
         archives.append(archive)
-    stated = any(sample.label for archive in archives for sample in archive.samples.values())
+    stated = any(sample.labels for archive in archives for sample in archive.samples.values())
     folders = Folders(
         source.url, (_above(m) for a in archives for s in a.samples.values() for m in s.pictures)
     )
     names = [archive.name for archive in archives]
-    named = None if stated or folders.labelled else labels_of_archives(names)
+    named = None
+    if not stated and not folders.labelled:
+        named = labels_of_archives(names) or labels_of_folders(source.url, names)
     origin = "NAME.cls and NAME.json" if stated else "the names of the archives" if named else "folder names"
+    others = others_of((f"{a.name}/{name}", reason) for a in archives for name, reason in a.others)
     images = [
         image
         for number, archive in enumerate(archives)
         for image in _images(archive, folders, stated, named[number] if named else None)
     ]
-    return Listing((), images, origin)
+    return Listing((), images, origin, others)
 
 
 def _above(member: Member) -> list[str]:
-    return readable(posixpath.normpath(member.name)).lstrip("/").split("/")[:-1]
+    parts = readable(posixpath.normpath(member.name)).split("/")[:-1]
+    return [part for part in parts if part not in ("", "..")]
 
 
 def read_archive(archive: Archive, file: IO[bytes]) -> None:
@@ -107,7 +145,11 @@ def read_archive(archive: Archive, file: IO[bytes]) -> None:
     files: dict[str, Member] = {}
     tars = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        if what := what_it_is(file.read(HEAD_BYTES)):
+            raise tarfile.ReadError(f"it is {what}")
+        file.seek(0)
+        headers: Any = Headers(file)  # all of a file that tarfile asks for
+        with tarfile.open(fileobj=headers, mode="r:") as tar:
             for info in tar:
                 if len(info.name) > MOST_NAME:
                     raise tarfile.ReadError("a name in it has no end")
@@ -115,8 +157,13 @@ def read_archive(archive: Archive, file: IO[bytes]) -> None:
                     files[info.name] = Member(info.name, info.offset_data, info.size)
                 elif info.islnk() and info.linkname in files:  # another name of a file before it
                     files[info.name] = files[info.linkname]._replace(name=info.name)
-                else:
+                elif info.isdir():
                     continue
+                else:
+                    archive.others.append((info.name, "a link or a device in an archive"))
+                    continue
+                if info.size < 0 or info.issparse():
+                    raise tarfile.ReadError("a file in it has no size")
                 tars += info.name.lower().endswith((".tar", ".tar.gz", ".tgz"))
                 vars(tar)["members"] = []  # else it would keep all that was read
                 _add(file, files[info.name], archive)
@@ -133,52 +180,65 @@ def _add(file: IO[bytes], member: Member, archive: Archive) -> None:
     """A member to its sample."""
     if is_hidden(member.name):
         return
-    base = posixpath.basename(member.name)
-    ending = base.partition(".")[2].lower()
-    if ending in ("cls", "json", "txt"):
-        _read_said(file, member, ending, archive.of(member.name))
-    elif is_image_name(base) and "." in base:
+    stem, _, ending = posixpath.basename(member.name).rpartition(".")
+    if stem and ending.lower() in ("cls", "json", "txt"):
+        _read_said(file, member, ending.lower(), stem, archive.of(member.name))
+    elif is_image_name(member.name) and (stem or _starts_as_image(file, member)):
         archive.of(member.name).pictures.append(member)
+    else:
+        archive.others.append((member.name, no_image(member.name)))
 
 
-def _read_said(file: IO[bytes], member: Member, ending: str, sample: Sample) -> None:
+def _starts_as_image(file: IO[bytes], member: Member) -> bool:
+    file.seek(member.at)
+    return starts_as_image(file.read(min(HEAD_BYTES, member.size)))
+
+
+def _read_said(file: IO[bytes], member: Member, ending: str, stem: str, sample: Sample) -> None:
     """What a member says of its sample; nothing, if that cannot be read."""
     if member.size > MOST_TEXT:
         return
     file.seek(member.at)
     text = file.read(member.size).decode("utf-8", "replace").strip("\ufeff \t\r\n\0")
+    label: Any
     if ending == "cls":
-        sample.label = text or sample.label
+        label, caption = text, ""
     elif ending == "txt":
-        sample.caption = caption_of(text) or sample.caption
+        label, caption = None, caption_of(text)
     else:
         try:
             said = json.loads(text)
         except (ValueError, RecursionError):
             return
-        if isinstance(said, dict):
-            label = said.get("label")
-            if isinstance(label, str | int) and not isinstance(label, bool):
-                sample.label = str(label) or sample.label
-            captions = (caption_of(said.get(column)) for column in CAPTION_COLUMNS)
-            sample.caption = sample.caption or next(filter(None, captions), "")
+        if not isinstance(said, dict):
+            return
+        label = said.get("label")
+        captions = (caption_of(said.get(column)) for column in CAPTION_COLUMNS)
+        caption = next(filter(None, captions), "")
+    if isinstance(label, str | int | float) and not isinstance(label, bool):
+        (label,) = label_texts([label], ())
+        if 0 < len(label) <= MOST_LABEL and "\n" not in label:
+            sample.labels[stem] = label
+    if caption:
+        sample.captions[stem] = sample.captions.get(stem) or caption
 
 
 def _images(archive: Archive, folders: Folders, stated: bool, named: str | None) -> Iterator[ImageRef]:
     """The images of an archive. `stated`: labels are said by members; `named`: the archive's own label."""
     by_name = split_of(archive.name)
+    about = about_others(m.name for sample in archive.samples.values() for m in sample.pictures)
     for sample in archive.samples.values():
-        used, reasons = pictures_of_sample([member.name for member in sample.pictures])
-        for number in sorted([*used, *reasons]):
-            member = sample.pictures[number]
+        _, reasons = pictures_of_sample([member.name for member in sample.pictures])
+        for number, member in enumerate(sample.pictures):
             place = folders.place(_above(member))
-            label = named or place.label
+            label = named if named is not None else place.label
+            reason = reasons.get(number) or about.get(member.name) or place.unused
             source = f"{archive.name}/{readable(member.name).removeprefix('./')}"
             ref = ImageRef(
-                place.split or by_name, (sample.label or "") if stated else label, source, archive.path,
-                member.at, member.size, caption=sample.caption,
+                place.split or by_name, sample.said_of(member, sample.labels) if stated else label, source,
+                archive.path, member.at, member.size, caption=sample.said_of(member, sample.captions),
             )  # fmt: skip
-            yield ref if number in used else ref._replace(at=UNUSED, detail=reasons[number])
+            yield ref._replace(at=UNUSED, detail=reason) if reason else ref
     if archive.broken:
         yield ImageRef(by_name, "", archive.name, archive.path, BROKEN, detail=archive.broken)
 
