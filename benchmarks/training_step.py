@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -55,7 +55,7 @@ class Stopwatch:
 
 def watched(trainer: Trainer, watch: Stopwatch) -> Callable[[], bool]:
     """A step of the trainer whose parts are timed."""
-    trainer.batches = iter(watch.timed("data", trainer.batches.__next__), None)
+    trainer.batches = cast(Any, iter(watch.timed("data", trainer.batches.__next__), None))
     for part, owner, name in (
         ("data", trainer, "noise"),
         ("forward", type(trainer.objective), "loss"),  # it calls the model

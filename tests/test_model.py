@@ -228,7 +228,9 @@ def test_texts_padded_and_masked_are_as_packed(text_model):
     x, t = torch.randn(6, 6), torch.rand(1)
     packed = text_model(x, layout, t, condition)
     text = condition.values["text"]
-    padded = Text(torch.cat([text.states_ME, torch.randn(77 - length, 7)]), (77,), text.pooled_BE)
+    padded = Text(
+        torch.cat([text.states_ME, torch.randn(77 - length, 7)]), (77,), text.pooled_BE, text.held_B
+    )
     layout77 = layout.behind((77,))
     # Where the image would stand behind 5 tokens, and with keys that nobody sees.
     position = layout77.layout.pos_T2.clone()

@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from fitv2.errors import UserError
-from fitv2.text_encoder import MOST_TOKENS, load_text_encoder
+from fitv2.text_encoder import LONGEST_CAPTION, MOST_TOKENS, caption_of, load_text_encoder
 
 CAPTIONS = ["red apple", "", "two owls side by side", "日本の犬", "word " * 1000]
 
@@ -98,3 +98,18 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"not installed: pip install 'fitv2\[text\]'"):
         load_text_encoder("wordllama")
+
+
+@pytest.mark.parametrize(
+    ("value", "caption"),
+    [
+        (" a\n red\t apple ", "a red apple"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("x" * 99_999, "x" * LONGEST_CAPTION),
+        (["", "one", "two"], "one"),
+        (b"caf\xc3\xa9", "caf\u00e9"),
+        *((nothing, "") for nothing in (None, 3, float("nan"), [], {}, "  ", True)),
+    ],
+)
+def test_captions_are_stored_as_people_read_them(value, caption):
+    assert caption_of(value) == caption

@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unicodedata import normalize
 
 import torch
@@ -43,6 +43,9 @@ class Card:
     autoencoder: str
     max_tokens: int  # the longest image it was trained on
     guidance: float = 1.5
+    text_encoder: str = ""  # of a model of texts
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"text_encoder"})
 
     def __post_init__(self) -> None:
         """UserError for a number outside its range."""

@@ -25,12 +25,14 @@ class Text:
     states_ME: Tensor  # of the tokens of all texts
     lengths: tuple[int, ...]  # of each text, on the host; 0 for none
     pooled_BE: Tensor  # of each text as a whole
+    held_B: Tensor  # bool: whether there is one
 
     @classmethod
     def of(cls, texts: Sequence[tuple[Tensor, Tensor]]) -> Text:
         """Texts, each as its states (tokens, E) and what it is as a whole (E,)."""
         states, pooled = zip(*texts, strict=True)
-        return cls(torch.cat(states), tuple(map(len, states)), torch.stack(pooled))
+        lengths = tuple(map(len, states))
+        return cls(torch.cat(states), lengths, torch.stack(pooled), torch.tensor(lengths) > 0)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -40,26 +42,32 @@ class Text:
         numbers = chosen_B.tolist()
         pieces = self.states_ME.split(self.lengths)
         states = torch.cat([self.states_ME[:0], *(pieces[i] for i in numbers)])
-        return Text(states, tuple(self.lengths[i] for i in numbers), self.pooled_BE[chosen_B])
+        lengths = tuple(self.lengths[i] for i in numbers)
+        return Text(states, lengths, self.pooled_BE[chosen_B], self.held_B[chosen_B])
 
     def drop(self, dropped: Sequence[bool]) -> Text:
         """Without the tokens of some texts."""
         pieces = zip(self.states_ME.split(self.lengths), dropped, strict=True)
         states = torch.cat([self.states_ME[:0], *(piece for piece, gone in pieces if not gone)])
         lengths = tuple(0 if gone else n for n, gone in zip(self.lengths, dropped, strict=True))
-        return Text(states, lengths, self.pooled_BE)
+        gone_B = torch.tensor(dropped, device=self.held_B.device)
+        return Text(states, lengths, self.pooled_BE, self.held_B & ~gone_B)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Text:
         """The texts on another device."""
-        states = self.states_ME.to(device, non_blocking=non_blocking)
-        return Text(states, self.lengths, self.pooled_BE.to(device, non_blocking=non_blocking))
+        tensors = (self.states_ME, self.pooled_BE, self.held_B)
+        states, pooled, held = (tensor.to(device, non_blocking=non_blocking) for tensor in tensors)
+        return Text(states, self.lengths, pooled, held)
 
     @classmethod
     def concatenate(cls, texts: Sequence[Text]) -> Text:
         """Several texts' texts, in order."""
         states = torch.cat([text.states_ME for text in texts])
         lengths = tuple(length for text in texts for length in text.lengths)
-        return cls(states, lengths, torch.cat([text.pooled_BE for text in texts]))
+        pooled, held = (
+            torch.cat([getattr(text, name) for text in texts]) for name in ("pooled_BE", "held_B")
+        )
+        return cls(states, lengths, pooled, held)
 
 
 Value = Tensor | Text
@@ -181,7 +189,7 @@ class TextEmbedding(nn.Module):
         if text is None:
             return none_BD
         pooled_BD = self.pooled(text.pooled_BE.to(self.none.dtype))
-        return torch.where(present_B[:, None], pooled_BD, none_BD)
+        return torch.where((present_B & text.held_B)[:, None], pooled_BD, none_BD)
 
     def tokens(self, text: Text) -> Tensor:
         """The states of all texts (M, E) → tokens (M, D)."""

@@ -260,7 +260,10 @@ class Noising:
     """What a model learns from an image."""
 
     label_dropout: float = 0.1
-    """Share of images trained without their label, for classifier-free guidance."""
+    """Share of images trained without their label and text, for classifier-free guidance; where there are
+    both, the label alone is left out as often."""
+    text_encoder: str = "wordllama"
+    """What encodes captions, with --conditions text: "wordllama", or a CLIP from a folder or the hub."""
     times: Times = "logit-normal"
     """Distribution of the times. With --path ddpm all steps are equally likely."""
     time_mean: float = 0.0

@@ -19,13 +19,14 @@ from torch import Generator, Tensor
 
 from fitv2.autoencoder import Autoencoder, KLAutoencoder, Pixels, load_autoencoder, offline
 from fitv2.checkpoint import Card, find_model, load_model
-from fitv2.conditioning import Condition
+from fitv2.conditioning import Condition, Text
 from fitv2.config import Guidance, Positions, Sampling
 from fitv2.errors import UserError, nearest
 from fitv2.limits import MAX_TOKENS, check_limit
 from fitv2.model import FiT
 from fitv2.runtime.serialization import read_json
 from fitv2.sampling.generate import Request, generate
+from fitv2.text_encoder import TextEncoder, caption_of, load_text_encoder
 
 INDEX = "model_index.json"
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -49,11 +50,18 @@ class FiTPipeline(DiffusionPipeline):
         labels: Sequence[str] = (),
         max_tokens: int = 256,
         guidance_scale: float = 1.5,
+        text_encoder_name: str = "",
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
-        self.register_to_config(labels=list(labels), max_tokens=max_tokens, guidance_scale=guidance_scale)
-        self.card = Card(tuple(labels), "pixels" if vae is None else "vae", max_tokens, guidance_scale)
+        self.register_to_config(
+            labels=list(labels), max_tokens=max_tokens, guidance_scale=guidance_scale,
+            text_encoder_name=text_encoder_name,
+        )  # fmt: skip
+        codec = "pixels" if vae is None else "vae"
+        self.card = Card(tuple(labels), codec, max_tokens, guidance_scale, text_encoder_name)
+        self.allow_download = False  # of a text encoder that is not on this machine
+        self._encoder: TextEncoder | None = None
 
     @classmethod
     def of(
@@ -66,7 +74,9 @@ class FiTPipeline(DiffusionPipeline):
         if autoencoder is None:
             autoencoder = load_autoencoder(card.autoencoder, model.device, allow_download=allow_download)
         vae = autoencoder.model if isinstance(autoencoder, KLAutoencoder) else None
-        return cls(model, vae, card.labels, card.max_tokens, card.guidance)
+        made = cls(model, vae, card.labels, card.max_tokens, card.guidance, card.text_encoder)
+        made.allow_download = allow_download
+        return made
 
     @classmethod
     def from_pretrained(
@@ -96,6 +106,18 @@ class FiTPipeline(DiffusionPipeline):
         """What decodes."""
         return Pixels() if self.vae is None else KLAutoencoder(self.vae, "vae")
 
+    def encode_texts(self, texts: Sequence[str]) -> Text:
+        """Texts as the model's encoder gives them, which is loaded at the first.
+
+        Raises UserError for a model without texts, and when the encoder is not there.
+        """
+        if "text" not in self.transformer.architecture.conditions:
+            raise UserError("this model takes class labels, not `prompt`")
+        if self._encoder is None:
+            name = self.card.text_encoder
+            self._encoder = load_text_encoder(name, allow_download=self.allow_download)
+        return self._encoder.encode([caption_of(text) for text in texts])
+
     @property
     def unit(self) -> int:
         """Side of a token in pixels."""
@@ -112,6 +134,8 @@ class FiTPipeline(DiffusionPipeline):
         height: int | Sequence[int] | None = None,
         width: int | Sequence[int] | None = None,
         *,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         generator: Generator | Sequence[Generator] | None = None,
@@ -124,6 +148,8 @@ class FiTPipeline(DiffusionPipeline):
         Args:
             class_labels: names or numbers of labels; None for an image of nothing in particular.
             height, width: in pixels, exactly [default: the largest square trained on].
+            prompt: for a model of texts; what each image is to show.
+            negative_prompt: what guidance leads away from [default: nothing in particular].
             guidance_scale: of classifier-free guidance; 1 is none [default: the model's own].
             num_inference_steps: steps of the solver [default: 25].
             generator: one for each image, or one from which a seed for each is drawn.
@@ -143,7 +169,15 @@ class FiTPipeline(DiffusionPipeline):
             guidance = replace(guidance, guidance_scale=guidance_scale)
         made = list(
             self.stream(
-                class_labels, height, width, generator, guidance=guidance, sampling=sampling, **options
+                class_labels,
+                height,
+                width,
+                generator,
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                guidance=guidance,
+                sampling=sampling,
+                **options,
             )
         )
         images = _convert(made, output_type)
@@ -156,6 +190,8 @@ class FiTPipeline(DiffusionPipeline):
         width: int | Sequence[int] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         *,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         guidance: Guidance = Guidance(),  # noqa: B008  frozen
         sampling: Sampling = Sampling(),  # noqa: B008
         positions: Positions = Positions(),  # noqa: B008
@@ -168,15 +204,15 @@ class FiTPipeline(DiffusionPipeline):
         `progress` is called with the share done [default: a bar].
         """
         side = self.card.square[0] * self.unit
-        labels, heights, widths = _broadcast(
-            class_labels, side if height is None else height, side if width is None else width
-        )
+        labels, heights, widths, prompts, negatives = _broadcast(
+            class_labels, side if height is None else height, side if width is None else width, prompt,
+            negative_prompt,
+        )  # fmt: skip
         sizes = [(_pixels("height", h), _pixels("width", w)) for h, w in zip(heights, widths, strict=True)]
         rngs = _generators(generator, len(labels))
-        requests = [
-            Request(self._condition(label), size, rng)
-            for label, size, rng in zip(labels, sizes, rngs, strict=True)
-        ]
+        conditions = self._conditions(labels, prompts)
+        away = [None] * len(labels) if negative_prompt is None else self._conditions([None], negatives)
+        requests = [Request(*values) for values in zip(conditions, sizes, rngs, away, strict=True)]
         for request in requests:
             _check_tokens(request, self.unit)
         own = self.transformer.architecture.rope
@@ -192,15 +228,30 @@ class FiTPipeline(DiffusionPipeline):
             for image in pixels:
                 yield to_image(image)
 
-    def _condition(self, label: str | int | None) -> Condition:
-        if label is None:
-            return Condition.of(label=torch.zeros(1, dtype=torch.int64)).null()
+    def _conditions(
+        self, labels: Sequence[str | int | None], prompts: Sequence[str | None]
+    ) -> list[Condition]:
+        """What each image is to show; a single label serves all prompts."""
+        labels = [*labels] * (len(prompts) if len(labels) == 1 else 1)
+        numbers = [-1 if label is None else self._label_index(label) for label in labels]
+        values: dict[str, Tensor | Text] = {"label": torch.tensor(numbers)}
+        given = any(prompt is not None for prompt in prompts)
+        if given or "text" in self.transformer.architecture.conditions:
+            values["text"] = self.encode_texts([prompt or "" for prompt in prompts])
+        every = Condition.of(**values)
+        said = zip(numbers, prompts, strict=True)
+        every = every.drop(torch.tensor([number < 0 and not prompt for number, prompt in said]))
+        return [every.select([i]) for i in range(len(numbers))]
+
+    def _label_index(self, label: str | int) -> int:
+        if "label" not in self.transformer.architecture.conditions:
+            raise UserError("this model takes `prompt`, not class labels")
         # A number is an index, also where labels are named by numbers.
         index = self.card.label_index(label) if isinstance(label, str) else int(label)
         count = self.transformer.architecture.num_classes
         if not 0 <= index < count:
             raise UserError(f"unknown label {index}: numbers go from 0 to {count - 1}")
-        return Condition.of(label=torch.tensor([index]))
+        return index
 
 
 COMPONENTS = {"transformer": (FiT.__name__,), "vae": (AutoencoderKL.__name__, None)}
@@ -268,7 +319,8 @@ def _broadcast(*values: Any) -> list[list[Any]]:
     if 0 in map(len, lists) or {len(one) for one in lists} - {1, count}:
         lengths = ", ".join(str(len(one)) for one in lists)
         raise UserError(
-            f"class_labels, height and width have {lengths} entries: give one of each, or as many"
+            f"class_labels, height, width, prompt and negative_prompt have {lengths} entries:"
+            " give one of each, or as many"
         )
     return [one * count if len(one) == 1 else one for one in lists]
 

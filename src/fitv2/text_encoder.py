@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -122,3 +123,19 @@ def load_text_encoder(
     except Exception as error:  # a file from elsewhere can be anything at all
         hint = "" if Path(name).is_dir() or allow_download else "; to fetch it from the hub, `allow_download`"
         raise UserError(f"text encoder {name!r} cannot be loaded: {in_one_line(error, 200)}{hint}") from error
+
+
+LONGEST_CAPTION = 10_000  # letters; what lies behind is no caption
+
+
+def caption_of(value: object) -> str:
+    """A caption as it is stored: NFC, one space between words, cut where it is too long for one.
+
+    Of several it is the first. Empty for what is no text.
+    """
+    if isinstance(value, list | tuple):
+        value = next((one for one in value if isinstance(one, str) and one.strip()), "")
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    text = value if isinstance(value, str) else ""
+    return " ".join(normalize("NFC", text[: 2 * LONGEST_CAPTION]).split())[:LONGEST_CAPTION]

@@ -1,13 +1,11 @@
 import pytest
 from PIL import Image
 
-from fitv2.checkpoint import Card
-from fitv2.cli.saving import file_name, save_image
+from fitv2.cli.saving import distinct_names, file_name, save_image
 
 
 def names_of(*labels):
-    card = Card(labels, "pixels", 16)
-    return [file_name(card, number, (48, 96), 7) for number in range(len(labels))]
+    return [file_name(name, (48, 96), 7) for name in distinct_names(labels)]
 
 
 def test_file_names_hold_label_size_and_seed():
@@ -19,7 +17,7 @@ def test_file_names_hold_label_size_and_seed():
     ("tab\tor\nline", "tab-or-line"),
 ])  # fmt: skip
 def test_odd_characters_become_one_dash(label, name):
-    assert file_name(Card((label,), "pixels", 16), 0, (50, 97), 0) == f"{name}_50x97_0.png"
+    assert file_name(distinct_names((label,))[0], (50, 97), 0) == f"{name}_50x97_0.png"
 
 
 COLLIDING = {

@@ -4,7 +4,7 @@ import fsspec
 import pytest
 
 from fitv2.encoding.kinds import open_source
-from fitv2.encoding.sources import LONGEST_CAPTION, caption_of, is_hidden, is_image_name, readable, split_of
+from fitv2.encoding.sources import is_hidden, is_image_name, readable, split_of
 
 
 def test_hidden_files_do_not_count_and_order_is_by_name(holding):
@@ -66,18 +66,3 @@ def test_names():
 )
 def test_the_split_is_told_by_the_name(name, split):
     assert split_of(name) == split
-
-
-@pytest.mark.parametrize(
-    ("value", "caption"),
-    [
-        (" a\n red\t apple ", "a red apple"),
-        ("cafe\u0301", "caf\u00e9"),
-        ("x" * 99_999, "x" * LONGEST_CAPTION),
-        (["", "one", "two"], "one"),
-        (b"caf\xc3\xa9", "caf\u00e9"),
-        *((nothing, "") for nothing in (None, 3, float("nan"), [], {}, "  ", True)),
-    ],
-)
-def test_captions_are_stored_as_people_read_them(value, caption):
-    assert caption_of(value) == caption

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from conftest import FORK, held_out_set, randomized, together
 from fitv2.checkpoint import WEIGHTS, checkpoints, load_model, newest_checkpoint
+from fitv2.cli.commands import run as run_command
 from fitv2.config import Encoding, Rope, Sampling
 from fitv2.conversion.released import to_released
 from fitv2.data.dataset import Steps, TokenDataset
@@ -613,3 +614,86 @@ def test_precision_is_chosen_by_what_the_processor_has(tokens, tmp_path, monkeyp
             torch.bfloat16 if bfloat16 else torch.float32
         )
         assert next(trainer.weights.master.parameters()).dtype == torch.float32
+
+
+# Texts ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def captioned(folder, tmp_path_factory):
+    """The images of `folder`, some with a caption."""
+    root = tmp_path_factory.mktemp("captioned")
+    shutil.copytree(folder, root / "in")
+    for i, path in enumerate(sorted((root / "in").rglob("*.png"))):
+        if i % 4:
+            path.with_suffix(".txt").write_text(["red apple", "two owls side by side", "cat"][i % 3])
+    encode(root / "in", root / "set", Encoding(max_tokens=(16,)), workers=0)
+    return root / "set"
+
+
+def of_texts(**changes):
+    chosen = settings(**changes)
+    return replace(chosen, model=replace(chosen.model, conditions=("label", "text")))
+
+
+def test_a_model_of_texts_trains_resumes_bit_for_bit_and_samples(captioned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = train(of_texts(steps=6, sample_every=3), captioned, tmp_path / "whole")
+    train(of_texts(steps=3), captioned, tmp_path / "parts")
+    parts = train(of_texts(steps=6), captioned, tmp_path / "parts")
+    for one, other in zip(tensors(whole), tensors(parts), strict=True):
+        assert torch.equal(one, other)
+    model, card = load_model(tmp_path / "whole")
+    assert (card.text_encoder, model.architecture.text_channels) == ("wordllama", 256)
+    assert (tmp_path / "whole" / "samples" / "step-0000003.png").exists()
+    options = "--prompt cat --label red --negative-prompt owl --size 32x64 --size 16x16 --steps 2".split()
+    assert run_command(["sample", "whole", "--prompt", "red apple", *options]) == 0
+    made = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert made == [
+        "cat_16x16_0.png",
+        "cat_32x64_0.png",
+        "red-apple_16x16_0.png",
+        "red-apple_32x64_0.png",
+    ]
+
+
+def test_a_text_makes_its_image_whatever_is_beside_it(captioned, tmp_path):
+    train(of_texts(steps=2), captioned, tmp_path / "run")
+    model, card = load_model(tmp_path / "run")
+    pipe = FiTPipeline.of(randomized(model), card)
+    prompts, heights, widths = (
+        ["red apple", "two owls side by side", "", "cat"],
+        [16, 32, 48, 16],
+        [32, 32, 16, 64],
+    )
+    made = pipe(
+        height=heights, width=widths, prompt=prompts, negative_prompt="dog", output_type="np",
+        generator=[generator(i) for i in range(4)], num_inference_steps=2,
+    ).images  # fmt: skip
+    for i, image in enumerate(made):
+        alone = pipe(
+            height=heights[i], width=widths[i], prompt=prompts[i], negative_prompt="dog", output_type="np",
+            generator=[generator(i)], num_inference_steps=2,
+        ).images[0]  # fmt: skip
+        assert np.abs(alone - image).max() <= 1 / 255 + 1e-6
+    other = pipe(
+        prompt="cat", height=16, width=32, generator=[generator(0)], num_inference_steps=2, output_type="np"
+    )
+    assert np.abs(other.images[0] - made[0]).max() > 0.01
+
+
+def test_labels_and_texts_are_asked_for_where_a_model_takes_them(captioned, tmp_path, tokens):
+    only = of_texts(steps=1)
+    only = replace(only, model=replace(only.model, conditions=("text",)))
+    train(only, captioned, tmp_path / "texts")
+    pipe = FiTPipeline.from_pretrained(tmp_path / "texts")
+    with pytest.raises(UserError, match="takes `prompt`, not class labels"):
+        pipe("red", 16, 16)
+    with pytest.raises(UserError, match="this model takes texts: give `prompt`"):
+        run_command(["sample", str(tmp_path / "texts"), "--size", "16x16"])
+    assert len(pipe(prompt=["a", "b"], height=16, width=16, num_inference_steps=1).images) == 2
+    with pytest.raises(UserError, match="takes class labels, not `prompt`"):
+        FiTPipeline.from_pretrained("clipart")(prompt="cat")
+    with pytest.raises(UserError, match="no image of the dataset has a caption"):
+        train(of_texts(steps=1), tokens, tmp_path / "none")
+    assert not (tmp_path / "none").exists()

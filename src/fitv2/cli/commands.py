@@ -90,23 +90,50 @@ def sample(options: Sample) -> int:
     for size in chosen:
         check_limit("size", max(size))
     pipeline = FiTPipeline.from_pretrained(options.model, allow_download=options.allow_download)
-    card, side = pipeline.card, pipeline.card.square[0] * pipeline.unit
-    labels = dict.fromkeys(pipeline.get_label_ids(options.label) or range(len(card.labels)))
+    side = pipeline.card.square[0] * pipeline.unit
+    named, what = subjects(pipeline, options)
     sizes = dict.fromkeys(chosen or [(side, side)])
-    check_limit("num", options.num * len(labels) * len(sizes))
+    check_limit("num", options.num * len(named) * len(sizes))
     seeds = range(options.seed, options.seed + options.num)
-    wanted = [(label, size, seed) for label in labels for size in sizes for seed in seeds]
+    wanted = [(i, size, seed) for i in range(len(named)) for size in sizes for seed in seeds]
     with share_bar("sample", len(wanted), "image") as progress:
         made = pipeline.to(default_device()).stream(
-            [label for label, _, _ in wanted], [height for _, (height, _), _ in wanted],
-            [width for _, (_, width), _ in wanted], [generator(seed) for *_, seed in wanted],
-            guidance=options.guidance, sampling=options.sampling, positions=options.positions,
-            progress=progress,
+            height=[height for _, (height, _), _ in wanted], width=[width for _, (_, width), _ in wanted],
+            generator=[generator(seed) for *_, seed in wanted], guidance=options.guidance,
+            sampling=options.sampling, positions=options.positions, progress=progress,
+            **{key: [values[i] for i, *_ in wanted] for key, values in what.items()},
         )  # fmt: skip
-        for (label, size, seed), image in zip(wanted, made, strict=True):
-            save_image(image, options.out / file_name(card, label, size, seed))
+        for (i, size, seed), image in zip(wanted, made, strict=True):
+            save_image(image, options.out / file_name(named[i], size, seed))
     print(f"{len(wanted)} images in {options.out}")
     return 0
+
+
+def subjects(pipeline: Any, options: Sample) -> tuple[list[str], dict[str, list[Any]]]:
+    """What to make images of: a name for the files of each, and the arguments of the pipeline.
+
+    Raises UserError for labels and prompts that the model does not take, or not together.
+    """
+    from fitv2.cli.saving import distinct_names
+
+    labels = list(dict.fromkeys(pipeline.get_label_ids(options.label)))
+    if options.prompt:
+        prompts = list(dict.fromkeys(options.prompt))
+        if len(labels) > 1:
+            raise UserError("one label goes with all prompts: give `label` once")
+        what: dict[str, list[Any]] = {"prompt": prompts}
+        if labels:
+            what["class_labels"] = labels * len(prompts)
+        if options.negative_prompt is not None:
+            what["negative_prompt"] = [options.negative_prompt] * len(prompts)
+        return distinct_names(tuple(prompts)), what
+    if options.negative_prompt is not None:
+        raise UserError("`negative_prompt` goes with `prompt`")
+    if "label" not in pipeline.transformer.architecture.conditions:
+        raise UserError("this model takes texts: give `prompt`")
+    names = distinct_names(pipeline.card.labels)
+    chosen = labels or list(range(len(names)))
+    return [names[i] for i in chosen], {"class_labels": chosen}
 
 
 def convert(options: Convert) -> int:

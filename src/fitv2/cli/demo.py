@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from fitv2.checkpoint import Card
-from fitv2.cli.saving import file_name, save_image
+from fitv2.cli.saving import distinct_names, file_name, save_image
 from fitv2.config import Encoding, Sampling, Training
 from fitv2.encoding.encode import encode
 from fitv2.errors import UserError
@@ -51,6 +51,7 @@ def demo(out: Path, data: Path, minutes: float, share_bar: Bar, training_bar: Ba
 def make_sheet(pipeline: FiTPipeline, out: Path, share_bar: Bar) -> Path:
     """One packed batch at six sizes, as single images and as one sheet; the sheet's path."""
     card, unit = pipeline.card, pipeline.unit
+    names = distinct_names(card.labels)
     sizes = [scale_grid(grid, card) for grid in (*TRAINED, *BEYOND)]
     wanted = [(label, rows, columns) for rows, columns in sizes for label in pipeline.get_label_ids(LABELS)]
     rows: dict[Size, list[tuple[str, Image.Image]]] = {}
@@ -63,7 +64,7 @@ def make_sheet(pipeline: FiTPipeline, out: Path, share_bar: Bar) -> Path:
         )  # fmt: skip
         for (label, *grid), image in zip(wanted, made, strict=True):
             pixels = image.height, image.width
-            save_image(image, out / "images" / file_name(card, label, pixels, 0))
+            save_image(image, out / "images" / file_name(names[label], pixels, 0))
             row = rows.setdefault((grid[0], grid[1]), [])
             note = "" if grid[0] * grid[1] <= card.max_tokens else ", beyond training"
             size = "" if row else f" {pixels[0]}x{pixels[1]}{note}"

@@ -56,12 +56,19 @@ class Train:
 
 @dataclass(frozen=True)
 class Sample:
-    """Make images: every label at every size, NUM of each."""
+    """Make images: every label or prompt at every size, NUM of each.
+
+    A model of labels and texts takes one label with all prompts.
+    """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A model folder, a run folder, or the name of a shipped model such as clipart."""
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Name or number of a label; repeat for several [default: all]."""
+    """Name or number of a label; repeat for several [default: all, or none with a prompt]."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What to show, for a model of texts; repeat for several."""
+    negative_prompt: str | None = None
+    """What guidance leads away from."""
     size: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """HEIGHTxWIDTH in pixels, any; repeat for several [default: the largest square trained on]."""
     num: int = 1
@@ -69,7 +76,7 @@ class Sample:
     seed: int = 0
     """Seed of the first image."""
     out: Path = Path("samples")
-    """Folder for the images, LABEL_HEIGHTxWIDTH_SEED.png."""
+    """Folder for the images, LABEL_HEIGHTxWIDTH_SEED.png, or PROMPT_…."""
     allow_download: bool = False
     """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
     guidance: Annotated[Guidance, tyro.conf.OmitArgPrefixes] = field(default_factory=Guidance)

@@ -8,15 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fitv2.checkpoint import Card
 from fitv2.runtime.files import atomic_file
 
 LONGEST = 150  # bytes of a name before size and seed; file systems take 255 in all
 
 
-def file_name(card: Card, label: int, pixels: tuple[int, int], seed: int) -> str:
-    """LABEL_HEIGHTxWIDTH_SEED.png; see `distinct_names`."""
-    return f"{distinct_names(card.labels)[label]}_{pixels[0]}x{pixels[1]}_{seed}.png"
+def file_name(name: str, pixels: tuple[int, int], seed: int) -> str:
+    """NAME_HEIGHTxWIDTH_SEED.png; the name is one of `distinct_names`."""
+    return f"{name}_{pixels[0]}x{pixels[1]}_{seed}.png"
 
 
 @lru_cache(4)

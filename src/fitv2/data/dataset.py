@@ -1,8 +1,9 @@
 """Reading token datasets: rows as packs, from a folder or straight from remote storage."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from fitv2.data.format import (
 )
 from fitv2.data.packing import Images, Sampler, Step
 from fitv2.data.storage import Store
+from fitv2.data.texts import TextCache
 from fitv2.errors import UserError, reading
 from fitv2.runtime.serialization import from_dict, parse_json
 from fitv2.runtime.workers import read_ahead
@@ -60,6 +62,8 @@ class TokenDataset:
         self.first_rows = np.flatnonzero(column["variant"] == 0)  # of each image
         self.cropped: np.ndarray = column["crop"]
         self.lengths = self.sizes.prod(axis=1, dtype=np.int32)
+        self.texts: TextCache | None = None
+        self._text_lengths: np.ndarray | None = None
         shards = [self.card.shards[name] for name in self.shards]
         ends = np.cumsum([0, *(shard.rows for shard in shards)])
         self._shard_rows = ends[:-1]
@@ -103,7 +107,10 @@ class TokenDataset:
     def pack(self, rows: np.ndarray, tokens: np.ndarray) -> tuple[PackedTokens, Condition]:
         """The pack of these rows and what they show, given their tokens."""
         packed = PackedTokens(torch.from_numpy(tokens.astype(np.float32)), Layout.of(self.sizes[rows]))
-        return packed, Condition.of(label=torch.from_numpy(self.labels[rows].astype(np.int64)))
+        label = torch.from_numpy(self.labels[rows].astype(np.int64))
+        if self.texts is None:
+            return packed, Condition.of(label=label)
+        return packed, Condition.of(label=label, text=self.texts.of(self.captions(rows)))
 
     def captions(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The captions of these rows, empty where there is none."""
@@ -122,9 +129,16 @@ class TokenDataset:
         pairs = zip(self.shard_of(rows).tolist(), self._starts[rows].tolist(), strict=True)
         return [(self.shards[shard], at) for shard, at in pairs]
 
+    def use_texts(self, texts: TextCache) -> None:
+        """Give images their captions as `texts` has them."""
+        self.texts = texts
+        captions = self.captions(np.arange(len(self.lengths)))
+        self._text_lengths = np.array([texts.tokens(caption) for caption in captions], np.int32)
+
     def by_length(self, rows: np.ndarray) -> np.ndarray:
-        """The order of `rows` (positions in it) by image length: the fastest to compute with."""
-        return np.argsort(self.lengths[rows], kind="stable")
+        """The order of `rows` (positions in it) by length of image and text: the fastest to compute with."""
+        texts = 0 if self._text_lengths is None else self._text_lengths[rows]
+        return np.argsort(self.lengths[rows] + texts, kind="stable")
 
     def sources(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """Where the images of these rows came from."""
@@ -314,6 +328,7 @@ class Steps:
         return self.pack(self.read(number))
 
 
-def batches(steps: Steps, first: int, workers: int) -> Iterator[Batch]:
-    """The batches from step `first` on, without end, read ahead by so many processes."""
-    return map(steps.pack, read_ahead(steps.read, range(first, 1 << 40), workers))
+def batches(steps: Steps, first: int, workers: int) -> Generator[Batch, None, None]:
+    """The batches from step `first` on, without end, read ahead by so many processes until it is closed."""
+    with closing(read_ahead(steps.read, range(first, 1 << 40), workers)) as read:
+        yield from map(steps.pack, read)

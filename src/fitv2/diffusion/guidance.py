@@ -23,12 +23,14 @@ def guide(
     condition: Condition,
     guidance: Guidance,
     objective: Objective | None = None,
+    negative: Condition | None = None,
 ) -> Output:
     """What the model says of images of `layout`, float32: out∅ + w(t)·(out_condition − out∅).
 
     The channels that are not guided, and a predicted variance, are those with the condition. Where an
     image's time lies outside the interval (Kynkäänniemi et al., arXiv 2404.07724), and at scale 1, it
-    is not computed without. `objective` [default: the model's own] tells how far a time is on the way.
+    is not computed without. `negative` is what to lead away from [default: nothing in particular].
+    `objective` [default: the model's own] tells how far a time is on the way.
     Raises UserError for more channels than there are.
     """
     images, chosen = len(layout), model.architecture
@@ -39,7 +41,7 @@ def guide(
         )
     guided = (guidance.guidance_channels or chosen.in_channels) * chosen.patch_size**2
     scale = DEFAULT_SCALE if guidance.guidance_scale is None else guidance.guidance_scale
-    both = _Both(model, layout, condition)
+    both = _Both(model, layout, condition, condition.null() if negative is None else negative)
 
     def output(x_TC: Tensor, t: Tensor) -> Tensor:
         t_B = t.expand(images)
@@ -56,10 +58,10 @@ def guide(
 
 
 class _Both:
-    """The model with the condition and, of some images, without it, in one call."""
+    """The model with the condition and, of some images, with that to be led away from, in one call."""
 
-    def __init__(self, model: FiT, layout: Layout, condition: Condition) -> None:
-        self.model, self.layout, self.condition = model, layout, condition
+    def __init__(self, model: FiT, layout: Layout, condition: Condition, negative: Condition) -> None:
+        self.model, self.layout, self.condition, self.negative = model, layout, condition, negative
         self.prepared: tuple[Sequence[int], Layout, Condition] | None = None
 
     def __call__(self, x_TC: Tensor, t_B: Tensor, inside: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -84,8 +86,8 @@ class _Both:
         """Layout and condition of one call: the same until other images are inside."""
         if self.prepared is None or self.prepared[0] != inside:
             layout = Layout.concatenate([self.layout, self.layout.select(inside)])
-            null = self.condition.select(inside).null()
-            self.prepared = inside, layout, Condition.concatenate([self.condition, null])
+            without = self.negative.select(inside)
+            self.prepared = inside, layout, Condition.concatenate([self.condition, without])
         return self.prepared[1:]
 
 

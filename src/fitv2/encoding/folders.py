@@ -21,7 +21,6 @@ from fitv2.encoding.sources import (
     ImageRef,
     Listing,
     Source,
-    caption_of,
     head_of,
     is_image_name,
     no_image,
@@ -31,6 +30,7 @@ from fitv2.encoding.sources import (
     starts_as_image,
 )
 from fitv2.errors import UserError, reading
+from fitv2.text_encoder import caption_of
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 MOST_BYTES = 512 << 20  # of a file

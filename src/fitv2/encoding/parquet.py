@@ -20,7 +20,6 @@ from fitv2.encoding.sources import (
     ImageRef,
     Listing,
     Source,
-    caption_of,
     read_whole,
     readable,
     root_of,
@@ -28,6 +27,7 @@ from fitv2.encoding.sources import (
     what_it_is,
 )
 from fitv2.errors import UserError, in_one_line, reading
+from fitv2.text_encoder import caption_of
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel_values")
 LONGEST_TEXT = 10_000  # bytes of a label or of a name

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from unicodedata import normalize
 
 from fitv2.data.storage import is_local
 from fitv2.encoding.images import UnusableImage
@@ -265,19 +264,3 @@ def what_it_is(head: bytes) -> str | None:
     if head.startswith((b"PK\x03\x04", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         return "a compressed archive: unpack it"
     return None
-
-
-LONGEST_CAPTION = 10_000  # letters; what lies behind is no caption
-
-
-def caption_of(value: object) -> str:
-    """A caption as it is stored: NFC, one space between words, cut where it is too long for one.
-
-    Of several it is the first. Empty for what is no text.
-    """
-    if isinstance(value, list | tuple):
-        value = next((one for one in value if isinstance(one, str) and one.strip()), "")
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    text = value if isinstance(value, str) else ""
-    return " ".join(normalize("NFC", text[: 2 * LONGEST_CAPTION]).split())[:LONGEST_CAPTION]

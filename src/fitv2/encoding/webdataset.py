@@ -27,7 +27,6 @@ from fitv2.encoding.sources import (
     ImageRef,
     Listing,
     Source,
-    caption_of,
     is_hidden,
     is_image_name,
     no_image,
@@ -38,6 +37,7 @@ from fitv2.encoding.sources import (
     what_it_is,
 )
 from fitv2.errors import in_one_line
+from fitv2.text_encoder import caption_of
 
 MOST_TEXT = 1 << 20  # bytes of a label's file
 MOST_LABEL = 1_000  # letters of a label

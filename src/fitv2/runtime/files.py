@@ -9,8 +9,8 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -67,23 +67,18 @@ def atomic_file(target: Path, scratch: Path | None = None) -> Iterator[Path]:
 def scratch_folder(beside: Path) -> Iterator[Path]:
     """A folder for what is half-written, held by this process and removed in the end."""
     remove_leftovers(beside)
-    folder, held = _new_scratch(beside)
-    LIVE.add(folder)
+    folder = beside / f"{SCRATCH}{secrets.token_hex(8)}"
+    LIVE.add(folder)  # before it is there: a signal may come at any time
+    held = None
     try:
+        while held is None:  # another process may take it for a leftover before it is locked
+            folder.mkdir(mode=0o700, exist_ok=True)
+            held = _lock(folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         LIVE.discard(folder)
-        os.close(held)
-
-
-def _new_scratch(beside: Path) -> tuple[Path, int]:
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=beside))
-        held = _lock(folder)
-        if held is not None and folder.exists():
-            return folder, held
-        if held is not None:  # another process took it for a leftover before it was locked
+        if held is not None:
             os.close(held)
 
 
@@ -155,10 +150,13 @@ def only_writer(folder: Path) -> Iterator[None]:
     Whatever ends the process ends that too. An empty folder is removed in the end. Raises UserError when
     another process has it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    held = _lock(folder)
-    if held is None:
-        raise UserError(f"another process is writing {folder}: wait for its end, or choose another folder")
+    held = None
+    while held is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = _lock(folder)
+        if held is None and folder.exists():
+            said = f"another process is writing {folder}"
+            raise UserError(f"{said}: wait for its end, or choose another folder")
     remove_leftovers.__wrapped__(folder)
     try:
         yield
@@ -181,7 +179,7 @@ def wait_for_turn(path: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> int | None:
-    """A lock on a folder, as an open file; None if another process has it.
+    """A lock on a folder, as an open file; None if another process has it, or it is gone.
 
     Where a file system knows no locks, all get one.
     """
@@ -196,7 +194,11 @@ def _lock(folder: Path) -> int | None:
         return None
     except OSError:
         pass
-    return held
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(held), folder.stat()):
+            return held
+    os.close(held)  # it was removed meanwhile, and this is a lock on nothing
+    return None
 
 
 # What is ours -----------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ class Request:
     condition: Condition  # of one image
     pixels: tuple[int, int]  # height, width
     generator: Generator
+    negative: Condition | None = None  # what guidance leads away from [default: nothing in particular]
 
     def grid(self, unit: int) -> Size:
         """The smallest grid of tokens of `unit` pixels that covers the image."""
@@ -103,7 +104,13 @@ def _generate_pack(
     layout = Layout.of([sizes[i] for i in order]).to(model.device)
     condition = Condition.concatenate([request.condition for request in chosen]).to(model.device)
     generators = [request.generator for request in chosen]
-    x_TC = generate_tokens(model, layout, condition, generators, guidance, sampling, progress)
+    negative = None
+    if any(request.negative is not None for request in chosen):
+        away = [r.condition.null() if r.negative is None else r.negative for r in chosen]
+        negative = Condition.concatenate(away).to(model.device)
+    x_TC = generate_tokens(
+        model, layout, condition, generators, guidance, sampling, progress, negative=negative
+    )
     made = decode(unpack(PackedTokens(x_TC, layout)), autoencoder, model.architecture.patch_size)
     images: list[Tensor] = [made[order.index(i)] for i in range(len(requests))]
     for image in images:
@@ -120,11 +127,13 @@ def generate_tokens(
     guidance: Guidance,
     sampling: Sampling,
     progress: Callable[[float], None] = lambda _: None,
+    *,
+    negative: Condition | None = None,
 ) -> Tensor:
     """Clean tokens (T, C) of images of `layout`; each draws from its own generator."""
     x_TC = draw_noise(layout.lengths, model.token_channels, generators).to(layout.image_T.device)
     objective = objective_of(model.architecture)
-    output = guide(model, layout, condition, guidance, objective)
+    output = guide(model, layout, condition, guidance, objective, negative)
     return objective.generate(output, layout, x_TC, generators, sampling, progress)
 
 

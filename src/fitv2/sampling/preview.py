@@ -1,6 +1,8 @@
 """The sheet of samples that shows how far a training is."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,20 +16,21 @@ from fitv2.tokens import Size
 MAX_LABELS = 8
 
 
-def preview(pipeline: FiTPipeline, title: str) -> Image.Image:
-    """A row of samples for each of three sizes, some labels in each, always from the same noise."""
-    labels = pipeline.card.labels
+def preview(pipeline: FiTPipeline, title: str, prompts: Sequence[str] = ()) -> Image.Image:
+    """A row of samples for each of three sizes, some labels or prompts each, always from the same noise."""
+    labels = prompts or pipeline.card.labels
     chosen = np.linspace(0, len(labels) - 1, min(MAX_LABELS, len(labels))).astype(int).tolist()
     sizes = [
         (rows * pipeline.unit, columns * pipeline.unit) for rows, columns in grids(pipeline.card.max_tokens)
     ]
     wanted = [(label, *size) for size in sizes for label in chosen]
-    class_labels, heights, widths = (list(column) for column in zip(*wanted, strict=True))
+    numbers, heights, widths = (list(column) for column in zip(*wanted, strict=True))
+    what: dict[str, Any] = {"prompt": [labels[i] for i in numbers]} if prompts else {"class_labels": numbers}
     made = pipeline.stream(
-        class_labels, heights, widths, [generator(0) for _ in wanted], sampling=Sampling(steps=20),
-        progress=lambda _: None,
+        height=heights, width=widths, generator=[generator(0) for _ in wanted], **what,
+        sampling=Sampling(steps=20), progress=lambda _: None,
     )  # fmt: skip
-    captioned = [(labels[label], image) for label, image in zip(class_labels, made, strict=True)]
+    captioned = [(labels[number], image) for number, image in zip(numbers, made, strict=True)]
     rows = [captioned[i : i + len(chosen)] for i in range(0, len(captioned), len(chosen))]
     return contact_sheet(rows, title)
 

@@ -118,7 +118,7 @@ class Saver:
             torch.accelerator.set_device_index(self.world.device.index)  # each thread has its own
         with name_full_disk(self.run):
             if self.world.first:
-                (partial / "state").mkdir(parents=True)
+                (partial / "state").mkdir(parents=True, exist_ok=True)  # somebody else's file may be there
             if self.world.group is not None:
                 dist.barrier(self.world.group)
             if ema is not None:
@@ -205,11 +205,21 @@ def order_metadata(path: Path) -> None:
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        told = {key: in_order(value) for key, value in header.get("__metadata__", {}).items()}
+        header["__metadata__"] = dict(sorted(told.items()))
         ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(ordered) <= length:
             file.seek(8)
             file.write(ordered.ljust(length))
+
+
+def in_order(value: str) -> str:
+    """A text that is json, with its keys sorted; any other as it is."""
+    try:
+        ordered = json.dumps(json.loads(value), sort_keys=True)
+    except ValueError:
+        return value
+    return ordered if len(ordered) == len(value) else value
 
 
 def files_of(folder: Path) -> dict[str, str]:

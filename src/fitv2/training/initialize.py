@@ -1,16 +1,19 @@
 """What a run starts from: random weights, or those of another model."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
 from fitv2.checkpoint import load_model
 from fitv2.config import Architecture, Rope
 from fitv2.data.dataset import TokenDataset
+from fitv2.data.texts import TextCache
 from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.presets import Preset
 from fitv2.runtime.rng import WEIGHTS, derive_seed
+from fitv2.text_encoder import TextEncoder
 from fitv2.training.optim import freeze
 
 
@@ -49,6 +52,13 @@ def load_initial(name: str, architecture: Architecture, labels: tuple[str, ...])
     return model
 
 
+def give_texts(dataset: TokenDataset, encoder: TextEncoder) -> None:
+    """Have a dataset's captions encoded, or read where they were before. Raises UserError if it has none."""
+    captions = dataset.captions(dataset.first_rows)
+    folder = Path(dataset.store.url) if dataset.store.is_local else None
+    dataset.use_texts(TextCache(encoder, captions, folder))
+
+
 def fit_to_data(architecture: Architecture, dataset: TokenDataset) -> Architecture:
     """`architecture` with the token layout and labels of the dataset."""
     about = dataset.card.about
@@ -57,4 +67,6 @@ def fit_to_data(architecture: Architecture, dataset: TokenDataset) -> Architectu
         patch_size=about.patch_size,
         in_channels=about.in_channels,
         num_classes=len(about.labels),
+        text_channels=dataset.texts.channels if dataset.texts else 0,
+        pooled_channels=dataset.texts.pooled_channels if dataset.texts else 0,
     )

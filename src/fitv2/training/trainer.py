@@ -30,7 +30,8 @@ from fitv2.runtime.distributed import World, join, ranks
 from fitv2.runtime.files import atomic_file, only_writer, unused
 from fitv2.runtime.rng import NOISING, ORDER, derive_seed
 from fitv2.runtime.signals import catch_interrupts
-from fitv2.sampling.preview import preview
+from fitv2.sampling.preview import MAX_LABELS, preview
+from fitv2.text_encoder import load_text_encoder
 from fitv2.training.checkpointing import (
     DAMAGE,
     Saver,
@@ -39,8 +40,8 @@ from fitv2.training.checkpointing import (
     state_of,
     verify_state,
 )
-from fitv2.training.initialize import initialize
-from fitv2.training.noising import add_noise
+from fitv2.training.initialize import give_texts, initialize
+from fitv2.training.noising import add_noise, drop_labels
 from fitv2.training.optim import build_optimizers, learning_rate
 from fitv2.training.run_folder import cut_log, note_start, read_log, settle
 from fitv2.training.throughput import ByTime, Rates, TrainingFlops, memory_gib, peak_flops
@@ -123,8 +124,12 @@ class Trainer:
         self.config, self.dataset, self.run = preset.training, dataset, run
         self.world = world = world or World()
         self.device = default_device()
-        about = dataset.card.about
-        self.card = Card(about.labels, about.autoencoder, about.max_tokens)
+        about, encoder = dataset.card.about, None
+        if "text" in preset.model.conditions:
+            encoder = load_text_encoder(self.config.text_encoder, self.device, allow_download=allow_download)
+            give_texts(dataset, encoder)
+        named = encoder.name if encoder else ""
+        self.card = Card(about.labels, about.autoencoder, about.max_tokens, text_encoder=named)
         model = initialize(preset, dataset, self.card.labels, init)
         self.weights = Weights(model, self.device, self.dtype, world, self.config.fsdp_size)
         self.objective = objective_of(model.architecture, self.config)
@@ -133,8 +138,10 @@ class Trainer:
         self.pipeline = (
             FiTPipeline.of(self.weights.ema, self.card, allow_download=allow_download) if self.draws else None
         )
-        self.held_out = HeldOut(data, self.tokens_at_once, self.objective, world.rank, world.size)
+        self.held_out = HeldOut(data, self.tokens_at_once, self.objective, world.rank, world.size, encoder)
         self.optimizers = build_optimizers(self.weights.master, self.config)
+        self.conditions = model.architecture.conditions
+        self.prompts = some_captions(dataset) if encoder else []
         self.flops, self.rates = TrainingFlops(model), Rates(peak_flops(self.device))
         # Last of what can fail on wrong input: a run folder is only made for a run that can start.
         if world.first:
@@ -206,7 +213,10 @@ class Trainer:
         """The images of a step with noise, and their conditions, some of them dropped."""
         keys = [(self.config.seed, NOISING, int(key)) for key in batch.keys]
         sample, dropped = add_noise(batch.packed, keys, self.objective, self.config.label_dropout)
-        return sample.to(self.device), batch.condition.drop(dropped).to(self.device)
+        condition = batch.condition.drop(dropped)
+        if {"label", "text"} <= set(self.conditions):
+            condition = drop_labels(condition, keys, self.config.label_dropout)
+        return sample.to(self.device), condition.to(self.device)
 
     def update(self) -> None:
         """One step of the optimizers, then of the EMA."""
@@ -283,7 +293,7 @@ class Trainer:
         """A sheet of samples at several sizes from fixed seeds."""
         assert self.pipeline is not None
         try:
-            sheet = preview(self.pipeline, f"step {self.step}")
+            sheet = preview(self.pipeline, f"step {self.step}", self.prompts)
         except torch.OutOfMemoryError:
             if self.config.fsdp_size > 1:  # the others wait for this one
                 raise
@@ -314,13 +324,14 @@ class Trainer:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Close the trackers in the end; after an error, give a checkpoint that is being written a minute."""
+        """Close readers and trackers in the end; after an error, give a checkpoint being written a minute."""
         try:
             yield
         except Exception:  # an interrupt does not wait
             self.saver.abandon(60)
             raise
         finally:
+            self.batches.close()
             for tracker in self.trackers:
                 tracker.close()
 
@@ -379,6 +390,12 @@ class Trainer:
         except DAMAGE as error:
             return str(error)
         return None
+
+
+def some_captions(dataset: TokenDataset) -> list[str]:
+    """Captions for a sheet of samples, always the same."""
+    known = sorted({caption for caption in dataset.captions(dataset.first_rows) if caption})
+    return [known[i] for i in np.linspace(0, len(known) - 1, min(MAX_LABELS, len(known))).astype(int)]
 
 
 def build_sampler(dataset: TokenDataset, config: Training) -> Sampler:

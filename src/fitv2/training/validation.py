@@ -12,6 +12,8 @@ from fitv2.data.storage import Store
 from fitv2.diffusion.noise import NoisySample, draw_noise
 from fitv2.diffusion.objective import Objective
 from fitv2.runtime.rng import VALIDATION, generator
+from fitv2.text_encoder import TextEncoder
+from fitv2.training.initialize import give_texts
 
 Held = tuple[NoisySample, Condition, bool]
 
@@ -24,12 +26,20 @@ class HeldOut:
     """
 
     def __init__(
-        self, data: Path | str, tokens: int, objective: Objective, rank: int = 0, ranks: int = 1
+        self,
+        data: Path | str,
+        tokens: int,
+        objective: Objective,
+        rank: int = 0,
+        ranks: int = 1,
+        encoder: TextEncoder | None = None,
     ) -> None:
         self.objective, self.rank, self.ranks = objective, rank, ranks
         there = open_card(Store(data)).pictures.get("validation")
         self.dataset = TokenDataset(data, "validation") if there else None
         if self.dataset:
+            if encoder:
+                give_texts(self.dataset, encoder)
             rows = self.dataset.first_rows
             self.rows = rows[self.dataset.by_length(rows)]
             order = torch.randperm(len(rows), generator=generator(VALIDATION))
