@@ -14,17 +14,17 @@ import json
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 
-from fitv2.data.dataset import TokenDataset
+from fitv2.data.dataset import Batch, TokenDataset
 from fitv2.presets import preset
 from fitv2.training.throughput import peak_flops
 from fitv2.training.trainer import Trainer
@@ -53,9 +53,16 @@ class Stopwatch:
         return perf_counter()
 
 
+def timed_batches(batches: Generator[Batch, None, None], watch: Stopwatch) -> Generator[Batch, None, None]:
+    """Batches, with the time that each takes."""
+    following = watch.timed("data", batches.__next__)
+    while True:
+        yield following()
+
+
 def watched(trainer: Trainer, watch: Stopwatch) -> Callable[[], bool]:
     """A step of the trainer whose parts are timed."""
-    trainer.batches = cast(Any, iter(watch.timed("data", trainer.batches.__next__), None))
+    trainer.batches = timed_batches(trainer.batches, watch)
     for part, owner, name in (
         ("data", trainer, "noise"),
         ("forward", type(trainer.objective), "loss"),  # it calls the model

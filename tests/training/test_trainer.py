@@ -646,7 +646,8 @@ def test_a_model_of_texts_trains_resumes_bit_for_bit_and_samples(captioned, tmp_
     model, card = load_model(tmp_path / "whole")
     assert (card.text_encoder, model.architecture.text_channels) == ("wordllama", 256)
     assert (tmp_path / "whole" / "samples" / "step-0000003.png").exists()
-    options = "--prompt cat --label red --negative-prompt owl --size 32x64 --size 16x16 --steps 2".split()
+    both = ["--prompt", "cat", "--label", "red", "--negative-prompt", "owl"]
+    options = [*both, "--size", "32x64", "--size", "16x16", "--steps", "2"]
     assert run_command(["sample", "whole", "--prompt", "red apple", *options]) == 0
     made = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert made == [
@@ -697,3 +698,16 @@ def test_labels_and_texts_are_asked_for_where_a_model_takes_them(captioned, tmp_
     with pytest.raises(UserError, match="no image of the dataset has a caption"):
         train(of_texts(steps=1), tokens, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_run_of_texts_starts_from_a_model_of_labels(captioned, tmp_path):
+    train(settings(steps=2), captioned, tmp_path / "labels")
+    with pytest.warns(UserWarning, match="label_embed, text_embed start at random"):
+        trainer = Trainer(
+            of_texts(), TokenDataset(captioned), captioned, tmp_path / "x", str(tmp_path / "labels")
+        )
+    given, made = load_model(tmp_path / "labels")[0].state_dict(), trainer.weights.master.state_dict()
+    shared = [key for key in made if not key.startswith(("label_embed", "text_embed"))]
+    assert len(shared) > 20
+    assert all(torch.equal(made[key], given[key]) for key in shared)
+    assert not torch.equal(made["label_embed.weight"], given["label_embed.weight"])

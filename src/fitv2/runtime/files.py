@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from fitv2.errors import UserError
@@ -25,6 +26,7 @@ FULL = 1 << 20  # bytes free, below which an error is put down to the disk
 SAID_OF_FULL = ("No space left", "Disk quota exceeded", "os error 28", "errno 28", "errno 122")
 SCRATCH = ".fitv2-"
 LIVE: set[Path] = set()  # scratch folders of this process
+ENDING = RLock()  # held while one is made, and from when the process is about to end
 
 
 # Whole or not at all ----------------------------------------------------------------------------
@@ -72,7 +74,8 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
     held = None
     try:
         while held is None:  # another process may take it for a leftover before it is locked
-            folder.mkdir(mode=0o700, exist_ok=True)
+            with ENDING:
+                folder.mkdir(mode=0o700, exist_ok=True)
             held = _lock(folder)
         yield folder
     finally:
@@ -94,7 +97,8 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def remove_live_scratch() -> None:
-    """Remove what this process is writing: it is about to end."""
+    """Remove what this process is writing, and let none of its threads begin anew: it is about to end."""
+    ENDING.acquire(timeout=1)
     for folder in list(LIVE):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -4,12 +4,13 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 
 from fitv2.errors import UserError
+from fitv2.runtime.signals import NUMBERS
 
 Key = TypeVar("Key")
 Item = TypeVar("Item")
@@ -32,7 +33,7 @@ def read_ahead(read: Callable[[Key], Item], keys: Iterable[Key], workers: int) -
         prefetch_factor=AHEAD, collate_fn=_same, worker_init_fn=end_with_parent,
     )  # fmt: skip
     try:
-        for item in loader:
+        for item in started(loader):
             if isinstance(item, UserError):
                 raise item
             yield item
@@ -43,6 +44,15 @@ def read_ahead(read: Callable[[Key], Item], keys: Iterable[Key], workers: int) -
             "a reading process was ended from outside; perhaps it ran out of memory:"
             " run the same command again to resume, with fewer `workers`"
         ) from error
+
+
+def started(loader: Iterable[Item]) -> Iterator[Item]:
+    """The iterator of a loader. Its processes never see a signal to stop, not even while they start."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Reading(torch.utils.data.Dataset[Any]):
@@ -66,7 +76,7 @@ def end_with_parent(_: int) -> None:
     torch's loader workers notice too, but then wait for ever to hand over what they read. Signals to stop go
     to all processes of a group, and the parent decides when: it may have something to save.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 

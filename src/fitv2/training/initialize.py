@@ -1,5 +1,6 @@
 """What a run starts from: random weights, or those of another model."""
 
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -34,10 +35,15 @@ def initialize(preset: Preset, dataset: TokenDataset, labels: tuple[str, ...], i
     return model.train()
 
 
+CONDITIONS = {"conditions", "num_classes", "text_channels", "pooled_channels", "labels"}
+
+
 def load_initial(name: str, architecture: Architecture, labels: tuple[str, ...]) -> FiT:
     """The model `name`, with the positions of `architecture` if it scales any: they hold no weights.
 
-    Raises UserError when it has another architecture else, or other labels.
+    If it has other conditions, such as labels in place of texts, their embeddings start at random, and a
+    warning says so. Raises UserError when it has another architecture else, or other labels of the same
+    number.
     """
     model, card = load_model(name)
     if architecture.rope == Rope():
@@ -47,9 +53,22 @@ def load_initial(name: str, architecture: Architecture, labels: tuple[str, ...])
     differing = [key for key, value in asdict(architecture).items() if theirs[key] != value]
     if card.labels != labels:
         differing.append("labels")
+    if {"conditions", "num_classes"} & set(differing) and set(differing) <= CONDITIONS:
+        return with_conditions(model, architecture)
     if differing:
         raise UserError(f"{name} cannot start this run: it has another {', '.join(differing)}")
     return model
+
+
+def with_conditions(model: FiT, architecture: Architecture) -> FiT:
+    """A model of other conditions with the weights of `model` for all that both have."""
+    made, given = FiT(**asdict(architecture)), model.state_dict()
+    new_ones = tuple(f"{name}_embed." for name in architecture.conditions)
+    kept = {key: given[key] for key in made.state_dict() if not key.startswith(new_ones)}
+    made.load_state_dict(kept, strict=False)
+    new = sorted({key.split(".")[0] for key in made.state_dict().keys() - kept.keys()})
+    warnings.warn(f"{', '.join(new)} start at random: the initial model has other conditions", stacklevel=2)
+    return made
 
 
 def give_texts(dataset: TokenDataset, encoder: TextEncoder) -> None:
