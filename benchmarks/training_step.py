@@ -84,7 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     chosen = preset(options.preset)
     model = replace(chosen.model, depth=options.depth, width=options.width or chosen.model.width)
-    training = replace(chosen.training, tokens_per_step=options.tokens, log_every=1 << 40, track=())
+    training = replace(chosen.training, tokens_per_step=options.tokens, log_every=10**9, track=())
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "tokens"
         synthetic(data, 500, imagenet_sizes(500, np.random.default_rng(0)))
