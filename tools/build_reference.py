@@ -34,6 +34,8 @@ GIVEN = (
     "patch_size",
     "in_channels",
     "num_classes",
+    "text_channels",
+    "pooled_channels",
 )  # shown elsewhere, or by the data
 PLACEHOLDERS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 
@@ -166,7 +168,8 @@ def differing(values: dict[str, Any], usual: dict[str, Any]) -> str:
             flags.append(differing(value, usual[key]))
             continue
         name = key.replace("_", "-")
-        flags.append(f"`--no-{name}`" if value is False else f"`--{name} {value}`")
+        said = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        flags.append(f"`--no-{name}`" if value is False else f"`--{name} {said}`")
     return ", ".join(flags)
 
 

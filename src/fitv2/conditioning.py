@@ -177,9 +177,11 @@ class TextEmbedding(nn.Module):
         self.none = nn.Parameter(torch.empty(width))  # of an image without text
 
     def reset(self) -> None:
-        """Xavier-uniform layers; N(0, 0.02) for what stands for no text."""
+        """Zero last layers, so that a model begins as one without texts; N(0, 0.02) for no text."""
+        nn.init.xavier_uniform_(self.up.weight)
+        for last in (self.down, self.pooled):
+            nn.init.zeros_(last.weight)
         for layer in (self.up, self.down, self.pooled):
-            nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.none, std=0.02)
 

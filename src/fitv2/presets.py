@@ -102,6 +102,11 @@ PRESETS = {
         _FITV2_3B, "Post-training of fitv2-3b (--init) to 1024 tokens. The paper's FID at 512x512: 2.41.",
         {"rope": POST_TRAINED}, steps=200_000, **_HR,
     ),
+    "t2i-b": _derived(
+        _FITV2_B, "fitv2-b of texts, as the paper's text-to-image: CLIP-L's states in front of the image.",
+        {"conditions": ("text",), "text_channels": 768, "pooled_channels": 768},
+        text_encoder="openai/clip-vit-large-patch14",
+    ),
     "fit-b": _FIT_B,
     "fit-xl": Preset(
         "FiT-XL/2 of the first paper: 824M parameters, DDPM. Its FID on ImageNet at 2M steps: 4.21.",

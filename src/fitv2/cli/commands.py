@@ -24,7 +24,8 @@ from fitv2.runtime.signals import RECEIVED, leave_on_signals
 
 FINISHED_WITH_SKIPS = 3  # exit status: all done, but images were left out
 DEBUG = "--debug"
-FROM_DATA = ("patch_size", "in_channels", "num_classes")  # no choice when training
+# No choice when training.
+FROM_DATA = ("patch_size", "in_channels", "num_classes", "text_channels", "pooled_channels")
 
 
 def encode(options: Encode) -> int:
