@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from conftest import FORK, picture
 from fitv2.__main__ import main
@@ -49,6 +51,7 @@ class Forked:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             remove_leftovers.cache_clear()  # a new process has none
+            tqdm.set_lock(threading.RLock())  # tqdm's own is shared by forks, and a killed one may hold it
             sys.argv = ["fitv2", *map(str, arguments)]
             change()
             main()
@@ -366,7 +369,7 @@ def stop_while_readers_start(command, number, group, delay, tmp_path, tally):
     before = own_scratch(command.out.parent)
     process = Forked([*command.arguments, "--workers", "2"], tmp_path / "said")
     deadline = time.monotonic() + 20
-    while not children(process.pid) and time.monotonic() < deadline:
+    while not children(process.pid) and process.process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(delay)
     tally["with readers"] += bool(children(process.pid))
