@@ -1,4 +1,5 @@
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from conftest import FORK
 from fitv2.errors import UserError
 from fitv2.runtime.files import (
     atomic_file,
@@ -164,3 +166,30 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     flushed.clear()
     write_json(tmp_path / "x.json", {})
     assert [path.rpartition("/")[2] for path in flushed] == ["x.json", tmp_path.name]
+
+
+def test_a_fork_does_not_hold_what_its_parent_held(tmp_path):
+    """Readers of a killed command live on for a moment: the next start must not find the folder taken."""
+    ready, end = FORK.Event(), FORK.Event()
+
+    def child():
+        ready.set()
+        end.wait(30)
+
+    def parent():
+        with only_writer(tmp_path / "run"):
+            (tmp_path / "run" / "x").touch()
+            FORK.Process(target=child).start()
+            ready.wait(30)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    holder = FORK.Process(target=parent)
+    holder.start()
+    assert ready.wait(30)
+    while os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT) is None:
+        pass
+    try:
+        with only_writer(tmp_path / "run"):
+            pass
+    finally:
+        end.set()

@@ -27,6 +27,7 @@ SAID_OF_FULL = ("No space left", "Disk quota exceeded", "os error 28", "errno 28
 SCRATCH = ".fitv2-"
 LIVE: set[Path] = set()  # scratch folders of this process
 ENDING = RLock()  # held while one is made, and from when the process is about to end
+HELD: set[int] = set()  # open files that hold a lock
 
 
 # Whole or not at all ----------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         LIVE.discard(folder)
         if held is not None:
-            os.close(held)
+            _unlock(held)
 
 
 @lru_cache(1024)  # once a process: a folder of many images is not listed for each
@@ -93,7 +94,7 @@ def remove_leftovers(folder: Path) -> None:
             held = None if left.is_symlink() or not left.is_dir() else _lock(left)
             if held is not None:
                 shutil.rmtree(left, ignore_errors=True)
-                os.close(held)
+                _unlock(held)
 
 
 def remove_live_scratch() -> None:
@@ -167,7 +168,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             folder.rmdir()
-        os.close(held)
+        _unlock(held)
 
 
 @contextmanager
@@ -200,9 +201,28 @@ def _lock(folder: Path) -> int | None:
         pass
     with suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(held), folder.stat()):
+            HELD.add(held)
             return held
     os.close(held)  # it was removed meanwhile, and this is a lock on nothing
     return None
+
+
+def _unlock(held: int) -> None:
+    HELD.discard(held)
+    os.close(held)
+
+
+def _let_go() -> None:
+    """In a fork: locks and scratch are its parent's, and must not outlive it."""
+    global ENDING  # noqa: PLW0603
+    for held in HELD:
+        os.close(held)
+    HELD.clear()
+    LIVE.clear()
+    ENDING = RLock()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 # What is ours -----------------------------------------------------------------------------------
