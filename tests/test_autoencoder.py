@@ -1,17 +1,19 @@
 import hashlib
 import io
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fitv2.autoencoder import load_autoencoder
+from fitv2.autoencoder import DiffusersAutoencoder, load_autoencoder, shrinking
 from fitv2.errors import UserError
 
 
@@ -32,6 +34,58 @@ def test_kl_autoencoder_owns_its_statistics(tiny_vae):
         mean = model.encode(image).latent_dist.mean
         torch.testing.assert_close(latents, (mean - 0.25) * 0.5)
         torch.testing.assert_close(codec.decode(latents), model.decode(mean).sample)
+
+
+def with_stem():
+    """An AutoencoderKL on patches of 4×4 pixels."""
+    return AutoencoderKL(
+        in_channels=48, out_channels=48, block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+
+
+def deep_compression():
+    shape = {
+        "block_out_channels": (8, 8, 8), "block_types": "ResBlock", "layers_per_block": (1, 1, 1),
+        "qkv_multiscales": ((), (), ()),
+    }  # fmt: skip
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in shape.items()}
+    return AutoencoderDC(latent_channels=4, attention_head_dim=4, scaling_factor=0.5, **sides)
+
+
+@pytest.mark.parametrize(
+    ("make", "downsample"), [(with_stem, 8), (AutoencoderTiny, 8), (deep_compression, 4)]
+)
+def test_other_autoencoders_of_diffusers_shrink_as_their_config_says(make, downsample, tmp_path):
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path)
+    codec = load_autoencoder(str(tmp_path))
+    image = torch.rand(2, 3, 4 * downsample, 6 * downsample) * 2 - 1
+    latents = codec.encode(image)
+    assert codec.downsample == downsample
+    assert latents.shape == (2, 4, 4, 6)
+    assert codec.decode(latents).shape == image.shape
+    assert codec.decode(latents).std() > 0
+
+
+def test_a_stem_cuts_patches_and_puts_them_back(tmp_path):
+    model = with_stem()
+    model.encode = lambda x: [x]  # what the stem gives comes back
+    model.decode = lambda x: SimpleNamespace(sample=x)
+    codec, image = DiffusersAutoencoder(model, "stem"), torch.rand(1, 3, 8, 16)
+    assert torch.equal(codec.encode(image)[0, :, 0, 0], image[0, :, :4, :4].flatten() * codec.scale)
+    torch.testing.assert_close(codec.decode(codec.encode(image)), image)
+
+
+def test_an_autoencoder_of_another_kind_is_named(tiny_vae, tmp_path):
+    shutil.copytree(tiny_vae, tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderKLWan"}))
+    with pytest.raises(UserError, match="unknown autoencoder class 'AutoencoderKLWan'"):
+        load_autoencoder(str(tmp_path / "vae"))
+    for channels in (4, 0, 6):
+        with pytest.raises(UserError, match=f"{channels} input channels"):
+            shrinking({"in_channels": channels, "block_out_channels": (8,)})
 
 
 def test_unknown_autoencoder_is_one_clear_line(tmp_path):

@@ -1,13 +1,16 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fitv2.checkpoint import Card, find_model, load_model, save_model
+from fitv2.autoencoder import load_autoencoder
+from fitv2.checkpoint import Card, export_model, find_model, load_model, save_model
 from fitv2.config import Rope
 from fitv2.errors import UserError
+from fitv2.model import FiT
 
 CARD = Card(labels=("flags", "flowers", "fruit", "cards", "birds"), autoencoder="pixels", max_tokens=16)
 
@@ -23,6 +26,58 @@ def test_positions_and_everything_else_of_the_model_come_back(model, tmp_path):
     rope = Rope("yarn", train_side=4, grid=(3, 5))
     save_model(model.with_rope(rope), CARD, tmp_path)
     assert load_model(tmp_path)[0].architecture == replace(model.architecture, rope=rope)
+
+
+def test_an_exported_model_decodes_where_its_autoencoder_never_was(tiny_vae, tmp_path):
+    here = tmp_path / "here" / "vae"
+    shutil.copytree(tiny_vae, here)
+    model, latents = FiT(2, 32, 2, in_channels=4, num_classes=5), torch.randn(1, 4, 2, 3)
+    expected = load_autoencoder(str(here)).decode(latents)
+    export_model(model, replace(CARD, autoencoder=str(here)), tmp_path / "made")
+    shutil.rmtree(here)
+    (tmp_path / "made").rename(tmp_path / "there")
+    _, card = load_model(tmp_path / "there")
+    assert torch.equal(load_autoencoder(card.autoencoder).decode(latents), expected)
+    assert str(tmp_path) not in (tmp_path / "there" / "card.json").read_text()
+    # And from there again; a changed autoencoder is seen.
+    export_model(model, card, tmp_path / "again")
+    shutil.rmtree(tmp_path / "there")
+    assert torch.equal(
+        load_autoencoder(load_model(tmp_path / "again")[1].autoencoder).decode(latents), expected
+    )
+    (tmp_path / "again" / "autoencoder" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"autoencoder/config\.json is damaged or was changed"):
+        load_model(tmp_path / "again")
+
+
+def test_autoencoders_that_everybody_has_are_named_and_lost_ones_are_asked_for(model, tmp_path):
+    for name in ("pixels", "emoji", "stabilityai/sd-vae-ft-ema"):
+        export_model(model, replace(CARD, autoencoder=name), tmp_path / name)
+        assert load_model(tmp_path / name)[1].autoencoder == name
+        assert not (tmp_path / name / "autoencoder").exists()
+    with pytest.raises(UserError, match=r"/nowhere/vae, is not there: give `autoencoder`"):
+        export_model(model, replace(CARD, autoencoder="/nowhere/vae"), tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_export_in_half_precision_is_half_as_large_and_rounds_once(model, tmp_path, dtype):
+    sizes = []
+    for name, chosen in (("whole", torch.float32), ("half", dtype)):
+        export_model(model, CARD, tmp_path / name, chosen)
+        sizes.append((tmp_path / name / "diffusion_pytorch_model.safetensors").stat().st_size)
+    assert sizes[1] < 0.6 * sizes[0]
+    for mine, read in zip(model.parameters(), load_model(tmp_path / "half")[0].parameters(), strict=True):
+        assert mine.dtype == torch.float32  # the model itself stays
+        assert torch.equal(read, mine.to(dtype).float())
+
+
+def test_weights_beyond_float16_are_not_exported_in_it(model, tmp_path):
+    with torch.no_grad():
+        model.patch_embed.weight[0, 0] = 1e6
+    with pytest.raises(UserError, match=r"patch_embed\.weight has values beyond the range of float16"):
+        export_model(model, CARD, tmp_path / "half", torch.float16)
+    export_model(model, CARD, tmp_path / "other", torch.bfloat16)
 
 
 def test_half_precision_weights_load_as_float32(model, tmp_path):

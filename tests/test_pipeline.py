@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from conftest import randomized
-from fitv2.autoencoder import KLAutoencoder
+from fitv2.autoencoder import DiffusersAutoencoder
 from fitv2.checkpoint import Card, save_model
 from fitv2.config import Guidance, Positions, Sampling
 from fitv2.errors import UserError
@@ -143,7 +143,7 @@ def test_it_is_saved_and_opened_as_diffusers_does(tiny_vae, tmp_path):
     shape = {"depth": 1, "width": 32, "heads": 2, "patch_size": 2, "in_channels": 4, "num_classes": 5}
     vae = AutoencoderKL.from_pretrained(tiny_vae)
     before = FiTPipeline.of(
-        randomized(FiT(**shape)).eval(), Card(LABELS, "vae", 4, 3.0), KLAutoencoder(vae, "vae")
+        randomized(FiT(**shape)).eval(), Card(LABELS, "vae", 4, 3.0), DiffusersAutoencoder(vae, "vae")
     )
     before.save_pretrained(tmp_path / "pipe")
     with warnings.catch_warnings():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fitv2.checkpoint import SHIPPED, load_model, save_model
+from fitv2.checkpoint import SHIPPED, export_model, load_model
 
 RECORD = ("run.json", "log.jsonl", "loss.png")
 
@@ -23,8 +23,8 @@ def main(run: Path, name: str, guidance: float) -> None:
     model, card = load_model(run)
     folder = SHIPPED / name
     shutil.rmtree(folder, ignore_errors=True)
-    # float16 holds 11 bits of each weight, bfloat16 only 8; no weight comes near its range.
-    save_model(torch.nn.Module.to(model, torch.float16), replace(card, guidance=guidance), folder)
+    # float16 holds 11 bits of each weight, bfloat16 only 8.
+    export_model(model, replace(card, guidance=guidance), folder, torch.float16)
     record = Path(__file__).parents[1] / "docs" / "results" / "models" / name
     record.mkdir(parents=True, exist_ok=True)
     for file in RECORD:

@@ -1,20 +1,21 @@
 """Between pixels and latents. An autoencoder owns its statistics: what it returns is ready to train on."""
 
-from collections.abc import Iterator
+import math
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from fitv2.errors import UserError
+from fitv2.errors import UserError, nearest
 from fitv2.runtime.serialization import read_json
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
-
+# Of diffusers: those of single images.
+CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 SHIPPED = Path(__file__).parent / "autoencoders"
 
 
@@ -54,23 +55,25 @@ class Pixels:
         return latents
 
 
-class KLAutoencoder:
-    """Any diffusers `AutoencoderKL`."""
+class DiffusersAutoencoder:
+    """An autoencoder of diffusers, of `CLASSES`. One with 3·p² input channels takes patches of p² pixels."""
 
-    def __init__(self, model: "AutoencoderKL", name: str) -> None:
+    def __init__(self, model: Any, name: str) -> None:
         self.name = name
         self.model = model.eval().requires_grad_(False)
         self.channels: int = model.config.latent_channels
-        self.downsample = 2 ** (len(model.config.block_out_channels) - 1)
-        self.scale: float = model.config.scaling_factor
+        self.patch, self.downsample = shrinking(model.config)
+        self.scale: float = getattr(model.config, "scaling_factor", None) or 1.0
         self.shift: float = getattr(model.config, "shift_factor", None) or 0.0
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(posterior mean, or a sample − shift) · scale."""
-        posterior = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist
-        latents = posterior.mean.float()
-        if noise is not None:
+        """(posterior mean, or a sample − shift) · scale. Noise is left out where there is no posterior."""
+        patches = pixel_unshuffle(pixels.to(self.model.device, self.model.dtype), self.patch)
+        encoded = self.model.encode(patches)
+        posterior = getattr(encoded, "latent_dist", None)
+        latents = (encoded[0] if posterior is None else posterior.mean).float()
+        if noise is not None and posterior is not None:
             latents = latents + posterior.std.float() * noise.to(latents.device)
         return (latents - self.shift) * self.scale
 
@@ -78,7 +81,20 @@ class KLAutoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """The decoder's output for latents / scale + shift."""
         latents = latents.to(self.model.device, self.model.dtype)
-        return self.model.decode(latents / self.scale + self.shift).sample
+        return pixel_shuffle(self.model.decode(latents / self.scale + self.shift).sample, self.patch)
+
+
+def shrinking(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Sides of a patch and of a latent's cell in pixels, as an autoencoder's config tells.
+
+    Raises UserError for input channels that are no patches of RGB.
+    """
+    channels = config.get("in_channels", 3)
+    patch = math.isqrt(channels // 3)
+    if patch < 1 or channels != 3 * patch**2:
+        raise UserError(f"an autoencoder of {channels} input channels takes no patches of RGB")
+    blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
+    return patch, patch * 2 ** (len(blocks) - 1)
 
 
 def load_autoencoder(
@@ -88,7 +104,7 @@ def load_autoencoder(
     *,
     allow_download: bool = False,
 ) -> Autoencoder:
-    """`"pixels"`, the shipped `"emoji"`, or a diffusers `AutoencoderKL` from a folder or a hub name.
+    """`"pixels"`, the shipped `"emoji"`, or one of diffusers (`CLASSES`) from a folder or a hub name.
 
     One of the hub that was not fetched before is fetched with `allow_download` alone: a name that stands in
     a file is no wish to use the network. Raises UserError when there is none of that name, and when its
@@ -100,25 +116,36 @@ def load_autoencoder(
         raise UserError(f"autoencoder {name}: there is no such folder")
     shipped = SHIPPED / name
     ours = "/" not in name and shipped.is_dir()
-    model = load_kl(shipped if ours else name, getattr(torch, precision), allow_download)
+    model = load_diffusers(shipped if ours else name, getattr(torch, precision), allow_download)
     # A local folder by its full path: a run may be sampled from anywhere.
-    local = Path(name).is_dir() and not ours
-    return KLAutoencoder(model.to(device), str(Path(name).resolve()) if local else name)
+    local = is_folder(name)
+    return DiffusersAutoencoder(model.to(device), str(Path(name).resolve()) if local else name)
 
 
-def load_kl(name: str | Path, dtype: torch.dtype, allow_download: bool) -> "AutoencoderKL":
-    """A diffusers `AutoencoderKL`, strictly."""
-    from diffusers import AutoencoderKL
+def is_folder(name: str) -> bool:
+    """Whether an autoencoder is one of a folder of this machine, and none that others have by its name."""
+    ours = name == Pixels.name or ("/" not in name and (SHIPPED / name).is_dir())
+    return not ours and Path(name).is_dir()
+
+
+def load_diffusers(name: str | Path, dtype: torch.dtype, allow_download: bool) -> Any:
+    """An autoencoder of diffusers of the class that its config names, strictly."""
+    import diffusers
 
     local = Path(name).is_dir()
     if local and (Path(name) / "config.json").exists():
         read_json(Path(name) / "config.json")  # diffusers takes one that is a string for a name of the hub
+    here = local or not allow_download
     try:
-        with offline(local or not allow_download):
-            model, report = AutoencoderKL.from_pretrained(
-                name, use_safetensors=True, torch_dtype=dtype, output_loading_info=True,
-                local_files_only=local or not allow_download,
-            )  # fmt: skip
+        with offline(here):
+            with warnings.catch_warnings(action="ignore"):  # diffusers' own argument is out of date
+                config = diffusers.AutoencoderKL.load_config(name, local_files_only=here)
+            kind = str(config.get("_class_name", CLASSES[0]))
+            if kind not in CLASSES:
+                raise nearest("autoencoder class", kind, CLASSES)
+            model, report = getattr(diffusers, kind).from_pretrained(
+                name, use_safetensors=True, torch_dtype=dtype, output_loading_info=True, local_files_only=here
+            )
     except Exception as error:  # a file from elsewhere can be anything at all
         if isinstance(error, MemoryError):
             raise

@@ -2,12 +2,15 @@
 
 A model folder holds what diffusers writes (config.json, diffusion_pytorch_model.safetensors),
 card.json, which says how to use the weights (labels, autoencoder, token limit), and files.json, the
-SHA-256 of these files.
+SHA-256 of these files. One that travels holds an autoencoder that nobody else has, in its folder
+`autoencoder`.
 """
 
 import math
 import re
-from dataclasses import asdict, dataclass
+import shutil
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fitv2.autoencoder import is_folder
 from fitv2.config import Architecture, Rope
 from fitv2.errors import UserError, in_one_line, nearest, reading
 from fitv2.limits import check_limits
@@ -31,6 +35,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
 CARD = "card.json"
 FILES = "files.json"
+HELD = "./autoencoder"  # what a card says of an autoencoder in the model's own folder
 PART = re.compile(r"[\w.-]+\.safetensors")  # of a large model
 NAME = re.compile(r"step-\d{7,}")  # of a checkpoint
 
@@ -92,6 +97,31 @@ def save_model(model: FiT, card: Card, folder: Path) -> None:
     note_files(folder)
 
 
+def export_model(model: FiT, card: Card, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a model folder that can be opened on any machine, its weights in `dtype`.
+
+    An autoencoder of a folder of this machine is copied into it; one of the hub, and a shipped one, is named.
+    Raises UserError when that folder is not there, and for weights beyond the range of `dtype`.
+    """
+    largest = torch.finfo(dtype).max
+    if beyond := [name for name, value in model.state_dict().items() if value.abs().max() > largest]:
+        raise UserError(f"{beyond[0]} has values beyond the range of {str(dtype).removeprefix('torch.')}")
+    if is_folder(card.autoencoder):
+        copy_autoencoder(Path(card.autoencoder), folder / HELD)
+        card = replace(card, autoencoder=HELD)
+    elif Path(card.autoencoder).is_absolute():
+        raise UserError(f"the model's autoencoder, {card.autoencoder}, is not there: give `autoencoder`")
+    save_model(torch.nn.Module.to(deepcopy(model), dtype), card, folder)
+
+
+def copy_autoencoder(source: Path, target: Path) -> None:
+    """Copy what diffusers reads of an autoencoder's folder."""
+    target.mkdir(parents=True)
+    for path in [source / CONFIG, *sorted(source.glob("*.safetensors*"))]:
+        with reading(path):
+            shutil.copyfile(path, target / path.name)
+
+
 def write_config(model: FiT, folder: Path) -> None:
     """Write config.json, which rebuilds the model."""
     model.save_config(folder)
@@ -104,7 +134,8 @@ def note_files(folder: Path) -> None:
     """Write files.json, the SHA-256 of every file of a model folder."""
     index = folder / f"{WEIGHTS}.index.json"
     files = [folder / CONFIG, folder / CARD, *weight_files(folder), *([index] if index.exists() else [])]
-    write_json(folder / FILES, {path.name: sha256(path) for path in files})
+    files += sorted((folder / HELD).glob("*"))
+    write_json(folder / FILES, {path.relative_to(folder).as_posix(): sha256(path) for path in files})
 
 
 def verify_model(folder: Path) -> None:
@@ -133,6 +164,8 @@ def load_model(name: str | Path) -> tuple[FiT, Card]:
     verify_model(folder)
     with reading(folder / CARD):
         card = from_dict(Card, read_json(folder / CARD), complete=True)
+    if card.autoencoder == HELD:
+        card = replace(card, autoencoder=str((folder / HELD).resolve()))
     architecture = read_architecture(folder)
     weights = read_weights(folder, architecture)
     with torch.device("meta"):

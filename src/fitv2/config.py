@@ -243,8 +243,9 @@ class Optimization:
     """After warm-up."""
     warmup_steps: int = 5_000
     """Steps over which the learning rate rises linearly from zero."""
-    decay_steps: int = 0
-    """Last steps, over which it falls linearly to zero."""
+    decay_steps: int = free(0)
+    """Last steps, over which it falls linearly to zero. A run without an end in sight can be given one later:
+    more `steps`, and a decay over them."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     beta2: float = 0.999

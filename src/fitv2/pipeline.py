@@ -17,7 +17,14 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from torch import Generator, Tensor
 
-from fitv2.autoencoder import Autoencoder, KLAutoencoder, Pixels, load_autoencoder, offline
+from fitv2.autoencoder import (
+    CLASSES,
+    Autoencoder,
+    DiffusersAutoencoder,
+    Pixels,
+    load_autoencoder,
+    offline,
+)
 from fitv2.checkpoint import Card, find_model, load_model
 from fitv2.conditioning import Condition, Text
 from fitv2.config import Guidance, Positions, Sampling
@@ -73,7 +80,7 @@ class FiTPipeline(DiffusionPipeline):
         """
         if autoencoder is None:
             autoencoder = load_autoencoder(card.autoencoder, model.device, allow_download=allow_download)
-        vae = autoencoder.model if isinstance(autoencoder, KLAutoencoder) else None
+        vae = autoencoder.model if isinstance(autoencoder, DiffusersAutoencoder) else None
         made = cls(model, vae, card.labels, card.max_tokens, card.guidance, card.text_encoder)
         made.allow_download = allow_download
         return made
@@ -104,7 +111,7 @@ class FiTPipeline(DiffusionPipeline):
     @property
     def autoencoder(self) -> Autoencoder:
         """What decodes."""
-        return Pixels() if self.vae is None else KLAutoencoder(self.vae, "vae")
+        return Pixels() if self.vae is None else DiffusersAutoencoder(self.vae, "vae")
 
     def encode_texts(self, texts: Sequence[str]) -> Text:
         """Texts as the model's encoder gives them, which is loaded at the first.
@@ -254,7 +261,7 @@ class FiTPipeline(DiffusionPipeline):
         return index
 
 
-COMPONENTS = {"transformer": (FiT.__name__,), "vae": (AutoencoderKL.__name__, None)}
+COMPONENTS = {"transformer": (FiT.__name__,), "vae": (*CLASSES, None)}
 
 
 def check_index(folder: Path) -> None:

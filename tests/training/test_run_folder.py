@@ -41,6 +41,22 @@ def test_only_when_may_change_not_what(tmp_path):
     assert read_json(run / "run.json")["training"]["seed"] == 0
 
 
+def test_a_run_is_lengthened_and_ended_with_a_decay_but_not_one_that_began_before(tmp_path):
+    run = tmp_path / "run"
+
+    def changed(**schedule):
+        return settle(run, replace(DEBUG, training=replace(DEBUG.training, **schedule)), DATA, None)
+
+    assert changed(steps=20) == {}
+    (run / "checkpoints" / "step-0000020").mkdir(parents=True)
+    assert changed(steps=30, decay_steps=10) == {"steps": [20, 30], "decay_steps": [0, 10]}
+    with pytest.raises(UserError, match=r"begun at step 18, and the run is at 20: give `steps` 30"):
+        changed(steps=28, decay_steps=10)
+    assert read_json(run / "run.json")["training"]["steps"] == 30
+    (run / "checkpoints" / "step-0000025").mkdir()
+    assert changed(steps=30, decay_steps=10) == {}  # the same run, resumed within its decay
+
+
 OLD_NAMES = {
     "tokens_per_step": "tokens_a_step", "grad_accum_steps": "micro_batches", "max_grad_norm": "clip",
     "gradient_checkpointing": "recompute", "fsdp_size": "shard",
@@ -89,13 +105,14 @@ def test_the_log_is_cut_to_the_checkpoint(tmp_path):
 
 def test_each_start_is_noted(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fitv2", "train", "a b"])
-    note_start(tmp_path, 0, 1)
-    note_start(tmp_path, 30, 8)
+    note_start(tmp_path, 0, 1, {})
+    note_start(tmp_path, 30, 8, {"steps": [20, 40]})
     first, second = (json.loads(line) for line in (tmp_path / "starts.jsonl").open())
     assert (first["step"], second["step"], second["processes"]) == (0, 30, 8)
     assert first["command"] == "fitv2 train 'a b'"
     assert {"python", "fitv2", "torch", "diffusers"} <= first["versions"].keys()
     assert first["machine"]
+    assert (first["schedule"], second["schedule"]) == ({}, {"steps": [20, 40]})
 
 
 def repository(folder):

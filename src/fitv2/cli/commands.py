@@ -5,7 +5,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from io import TextIOWrapper
 from typing import Any
 
@@ -175,12 +175,16 @@ def convert(options: Convert) -> int:
 
 def export(options: Export) -> int:
     """Run `fitv2 export`."""
-    from fitv2.checkpoint import load_model, save_model
+    import torch
+
+    from fitv2.checkpoint import export_model, load_model
     from fitv2.runtime.files import atomic_folder
 
     model, card = load_model(options.model)
+    if options.autoencoder is not None:
+        card = replace(card, autoencoder=options.autoencoder)
     with atomic_folder(options.out) as partial:
-        save_model(model, card, partial)
+        export_model(model, card, partial, getattr(torch, options.precision))
     print(f"{options.out}: the model of {options.model}")
     return 0
 

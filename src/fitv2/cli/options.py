@@ -110,16 +110,21 @@ class Convert:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run's EMA model as a folder of its own.
+    """Write a run's EMA model as a folder of its own, to be opened anywhere.
 
-    What is in it: config.json, safetensors, card.json. `fitv2 sample` opens it, and so does
-    FiT.from_pretrained.
+    What is in it: config.json, safetensors, card.json, and its autoencoder where that lies in a folder of
+    this machine. `fitv2 sample` opens it, and so does FiT.from_pretrained.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder, or any other model."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """New folder."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in the file; computing is in float32 all the same. float16 rounds the least of the short
+    ones."""
+    autoencoder: str | None = None
+    """What decodes, by another name than the model's: a folder, or a name of the hub."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fitv2.checkpoint import newest_checkpoint
+from fitv2.checkpoint import newest_checkpoint, step_of
 from fitv2.config import FREE, Architecture, Training
 from fitv2.data.format import DatasetCard
 from fitv2.errors import UserError
@@ -23,12 +23,16 @@ from fitv2.presets import Preset
 from fitv2.runtime.files import atomic_file, write_json
 from fitv2.runtime.serialization import from_dict, read_json
 
+SCHEDULE = ("steps", "decay_steps")  # free, but they decide how the learning rate goes on
 
-def settle(run: Path, preset: Preset, data: DatasetCard, init: str | None) -> None:
-    """Write run.json, or check that the run already there is this one.
 
-    Only settings that are free may change once there is a checkpoint. Raises UserError naming the others.
+def settle(run: Path, preset: Preset, data: DatasetCard, init: str | None) -> dict[str, list[int]]:
+    """Write run.json, or check that the run already there is this one; how its schedule changes.
+
+    That is [before, now] by setting. Only settings that are free may change once there is a checkpoint.
+    Raises UserError naming the others, and for a decay that would have begun before the newest checkpoint.
     """
+    changes: dict[str, list[int]] = {}
     path = run / "run.json"
     tokens = asdict(data.about) | {"pictures": data.pictures, "rows": data.rows}
     del tokens["encoding"]  # the same images encoded elsewhere, in other shards, are the same data
@@ -41,20 +45,35 @@ def settle(run: Path, preset: Preset, data: DatasetCard, init: str | None) -> No
         before = read_json(path)
         if not all(isinstance(before.get(part), dict) for part in ("data", "model", "training")):
             raise UserError(f"{path} is not that of a run")
-        old, new = (
-            {key: value for key, value in settings.items() if key not in FREE}
-            for settings in (flat(before), flat(described))
-        )
-        changed = [key for key in new if old.get(key) != new[key]]
-        if changed and newest_checkpoint(run):
+        old, new = flat(before), flat(described)
+        changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
+        newest = newest_checkpoint(run)
+        if changed and newest:
             raise UserError(f"{run} is a run with another {', '.join(changed)}: choose another folder")
+        changes = {key: [old[key], new[key]] for key in SCHEDULE if old[key] != new[key]}
+        if changes and newest:
+            check_schedule(preset.training, step_of(newest))
     elif run.exists() and any(run.iterdir()):
         raise UserError(f"{run} exists and is not a run: choose another folder")
     write_json(path, described | {"torch": torch.__version__})
+    return changes
 
 
-def note_start(run: Path, step: int, processes: int) -> None:
-    """Append to starts.jsonl what is being started: the command, versions, the state of the code."""
+def check_schedule(training: Training, step: int) -> None:
+    """UserError if the learning rate would jump at `step` into a decay that had begun before."""
+    begins = training.steps - training.decay_steps
+    if begins < step < training.steps and training.decay_steps:
+        raise UserError(
+            f"`decay_steps` {training.decay_steps} of `steps` {training.steps} would have begun at step"
+            f" {begins}, and the run is at {step}: give `steps` {step + training.decay_steps}"
+        )
+
+
+def note_start(run: Path, step: int, processes: int, schedule: Mapping[str, list[int]]) -> None:
+    """Append to starts.jsonl what is being started: the command, versions, the state of the code.
+
+    `schedule` is what `settle` returned.
+    """
     line = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
@@ -66,6 +85,7 @@ def note_start(run: Path, step: int, processes: int) -> None:
         },
         "machine": describe_machine(),
         "code": describe_code(),
+        "schedule": schedule,
     }
     with (run / "starts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")

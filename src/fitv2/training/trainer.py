@@ -144,8 +144,10 @@ class Trainer:
         self.prompts = some_captions(dataset) if encoder else []
         self.flops, self.rates = TrainingFlops(model), Rates(peak_flops(self.device))
         # Last of what can fail on wrong input: a run folder is only made for a run that can start.
+        schedule: dict[str, list[int]] = {}
         if world.first:
-            settle(run, Preset(preset.about, model.architecture, preset.training), dataset.card, init)
+            chosen = Preset(preset.about, model.architecture, preset.training)
+            schedule = settle(run, chosen, dataset.card, init)
         world.wait()
         self.step = 0
         self.saver = Saver(run, self.card, world, self.config.keep, self.config.milestone_every)
@@ -155,7 +157,7 @@ class Trainer:
         if world.first:
             self.saver.clean()
             cut_log(run / "log.jsonl", self.step)
-            note_start(run, self.step, world.size)
+            note_start(run, self.step, world.size, schedule)
             self.trackers = build_trackers(self.config.track, run, self.step, asdict(preset))
         if self.config.compile:
             compile_blocks(self.weights.model)
