@@ -124,8 +124,19 @@ PRESETS = {
         _on_pixels(depth=14, width=384, heads=6),
         replace(_SMALL, learning_rate=5e-4, steps=100_000, decay_steps=20_000),
     ),
+    "emoji": Preset(
+        "The shipped model: 8M parameters, captions, latents of 8x8 pixels (docs/results/models/emoji).",
+        Architecture(
+            depth=8, width=256, heads=4, patch_size=2, in_channels=8, num_classes=7, prediction="data",
+            conditions=("label", "text"), text_channels=256, pooled_channels=256,
+        ),
+        replace(
+            _SMALL, steps=40_000, optimizer="muon", learning_rate=4e-3, warmup_steps=20, decay_steps=8_000,
+            direction_weight=0.5, weight_decay=0.0,
+        ),
+    ),
     "clipart": Preset(
-        "The shipped model: 5.6M parameters, an hour on two CPU cores (docs/results/models/clipart).",
+        "On pixels, of labels: 5.6M parameters, an hour on two CPU cores (docs/results/models/clipart).",
         _on_pixels(depth=5, width=256, heads=4),
         replace(_SMALL, batch_size=48, steps=8_000, decay_steps=2_000),
     ),

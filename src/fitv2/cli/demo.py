@@ -1,83 +1,125 @@
-"""The main job from end to end: images of six sizes from the shipped model, then more training."""
+"""The main job from end to end: sheets of images of captions by the shipped model, then more training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from PIL import Image
 
-from fitv2.checkpoint import Card
 from fitv2.cli.saving import distinct_names, file_name, save_image
-from fitv2.config import Encoding, Sampling, Training
+from fitv2.config import Encoding, Positions, Sampling, Training
 from fitv2.encoding.encode import encode
 from fitv2.errors import UserError
 from fitv2.figures import contact_sheet
 from fitv2.pipeline import FiTPipeline
 from fitv2.presets import preset
 from fitv2.runtime.device import default_device
+from fitv2.runtime.files import atomic_file
 from fitv2.runtime.rng import generator
 from fitv2.tokens import Size
 from fitv2.training.trainer import train
 
-# The paper's test grids for a model trained at 16×16 tokens (its tables 1 and 4).
-TRAINED = ((16, 16), (10, 20), (8, 24))
-BEYOND = ((20, 20), (14, 28), (10, 30))
-CLIPART_LIMITS = (64, 36, 16)  # what the shipped model was trained on
-LABELS = ("flags", "smilies", "roadsigns", "fruit")
+MODEL = "emoji"
 STEPS = 14  # so that the first image is there within 20 seconds on two cores
+PACK = 512  # tokens: some eight images are shown while the next are made
+EVERY = 14  # of so many drawings one is trained on, so that encoding takes seconds
 
 Bar = Callable[..., AbstractContextManager[Callable[..., None]]]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """One image of a sheet."""
+
+    prompt: str
+    pixels: Size
+    said: str = ""  # below it [default: the prompt]
+    positions: Positions = Positions()
+
+
+Rows = Sequence[Sequence[Wanted]]
+
+PROMPTS: Rows = [
+    [Wanted(name, (128, 128)) for name in ("red apple", "owl", "fox", "house", "rocket", "sunflower")],
+    [Wanted(f"two {name} side by side", (88, 176)) for name in ("penguins", "red hearts", "cats", "pizzas")],
+    [Wanted(f"three {name} in a row", (64, 208)) for name in ("foxes", "grinning faces", "tulips")],
+    [Wanted(f"two {name} on top of each other", (176, 88)) for name in ("bananas", "owls", "dogs", "crowns")],
+]
+
+SHAPES: Rows = [
+    [Wanted("fox", size, f"{size[0]}x{size[1]}") for size in sizes]
+    for sizes in (((96, 96), (128, 128), (88, 176)), ((64, 208), (176, 88), (208, 64)))
+]
+
+WAYS = {"as it is": Positions(), "ntk": Positions("ntk"), "yarn": Positions("yarn")}
+BEYOND: Rows = [
+    [Wanted("sunflower", size, f"{size[0]}x{size[1]}, {way}", chosen) for way, chosen in WAYS.items()]
+    for size in ((192, 192), (128, 256))
+]
+
+SHEETS = {
+    "prompts": ("FiTv2: any prompt, any shape", PROMPTS),
+    "six_shapes": ("One prompt, six shapes", SHAPES),
+    "beyond": ("Larger than anything it was trained on, by extrapolation", BEYOND),
+}
+
+
 def demo(out: Path, data: Path, minutes: float, share_bar: Bar, training_bar: Bar) -> None:
     """Make everything below `out`, and say where it lies."""
-    if not data.is_dir():
-        raise UserError(f"the clip-art set is not at {data}: run this in the repository, or give --data")
-    sheet = make_sheet(FiTPipeline.from_pretrained("clipart").to(default_device()), out, share_bar)
-    tokens = out / "tokens"
-    encode(data, tokens, Encoding(max_tokens=CLIPART_LIMITS, mirror=False))
-    chosen = preset("clipart")
-    run = out / "run"
+    if not (data / "train.parquet").is_file():
+        raise UserError(f"the emoji set is not at {data}: run this in the repository, or give --data")
+    pipeline = FiTPipeline.from_pretrained(MODEL).to(default_device())
+    for name, (title, rows) in SHEETS.items():
+        make_sheet(pipeline, name, title, rows, out, share_bar)
+    tokens, chosen, run = out / "tokens", preset(MODEL), out / "run"
+    columns = {"label_column": "artist", "caption_column": "caption"}
+    few = some_drawings(data / "train.parquet", out / "drawings" / "train.parquet")
+    encode(few.parent, tokens, Encoding(max_tokens=(64,), mirror=False, autoencoder=MODEL, **columns))
     training = continue_training(chosen.training, minutes)
     with training_bar(training) as report:
-        train(replace(chosen, training=training), tokens, run, init="clipart", report=report)
+        train(replace(chosen, training=training), tokens, run, init=MODEL, report=report)
+    sheets = " ".join(f"{out}/{name}.png" for name in SHEETS)
     print(
-        f"\nimages         {out}/images/\ncontact sheet  {sheet}\n"
-        f"loss curve     {run}/loss.png\ntrained model  {run}  (fitv2 sample {run} --label flags)"
+        f"\nsheets         {sheets}\nimages         {out}/images/\nloss curve     {run}/loss.png\n"
+        f'trained model  {run}  (fitv2 sample {run} --prompt "red apple")'
     )
 
 
-def make_sheet(pipeline: FiTPipeline, out: Path, share_bar: Bar) -> Path:
-    """One packed batch at six sizes, as single images and as one sheet; the sheet's path."""
-    card, unit = pipeline.card, pipeline.unit
-    names = distinct_names(card.labels)
-    sizes = [scale_grid(grid, card) for grid in (*TRAINED, *BEYOND)]
-    wanted = [(label, rows, columns) for rows, columns in sizes for label in pipeline.get_label_ids(LABELS)]
-    rows: dict[Size, list[tuple[str, Image.Image]]] = {}
-    with share_bar("six sizes, one batch", len(wanted), "image") as progress:
-        made = pipeline.stream(
-            [label for label, *_ in wanted], [rows * unit for _, rows, _ in wanted],
-            [columns * unit for *_, columns in wanted], [generator(0) for _ in wanted],
-            sampling=Sampling(steps=STEPS), progress=progress,
-            tokens_per_pack=sum(rows * columns for _, rows, columns in wanted),
-        )  # fmt: skip
-        for (label, *grid), image in zip(wanted, made, strict=True):
-            pixels = image.height, image.width
-            save_image(image, out / "images" / file_name(names[label], pixels, 0))
-            row = rows.setdefault((grid[0], grid[1]), [])
-            note = "" if grid[0] * grid[1] <= card.max_tokens else ", beyond training"
-            size = "" if row else f" {pixels[0]}x{pixels[1]}{note}"
-            row.append((card.labels[label] + size, image))
-    sheet = out / "contact_sheet.png"
-    save_image(contact_sheet(list(rows.values()), "FiTv2: one model, one batch, six sizes"), sheet)
+def make_sheet(pipeline: FiTPipeline, name: str, title: str, rows: Rows, out: Path, share_bar: Bar) -> Path:
+    """The images of a sheet, each in a file, and the sheet; its path."""
+    wanted = [one for row in rows for one in row]
+    names = distinct_names(tuple(f"{one.prompt} {one.said}".strip() for one in wanted))
+    made: dict[int, Image.Image] = {}
+    with share_bar(title, len(wanted), "image") as progress:
+        for positions in dict.fromkeys(one.positions for one in wanted):
+            these = [i for i, one in enumerate(wanted) if one.positions == positions]
+
+            def share(done: float, before: int = len(made), now: int = len(these)) -> None:
+                progress((before + done * now) / len(wanted))
+
+            images = pipeline.stream(
+                prompt=[wanted[i].prompt for i in these], height=[wanted[i].pixels[0] for i in these],
+                width=[wanted[i].pixels[1] for i in these], generator=[generator(0) for _ in these],
+                positions=positions, sampling=Sampling(steps=STEPS), tokens_per_pack=PACK, progress=share,
+            )  # fmt: skip
+            for i, image in zip(these, images, strict=True):
+                save_image(image, out / "images" / file_name(names[i], wanted[i].pixels, 0))
+                made[i] = image
+    numbers = iter(range(len(wanted)))
+    shown = [[(one.said or one.prompt, made[next(numbers)]) for one in row] for row in rows]
+    sheet = out / f"{name}.png"
+    save_image(contact_sheet(shown, title), sheet)
     return sheet
 
 
-def scale_grid(grid: Size, card: Card) -> Size:
-    """A grid of the paper's for a model whose square is another than 16×16."""
-    side = card.square[0]
-    return max(1, grid[0] * side // 16), max(1, grid[1] * side // 16)
+def some_drawings(source: Path, target: Path) -> Path:
+    """A part of a Parquet file: every so many rows."""
+    table = pq.read_table(source)
+    with atomic_file(target) as partial:
+        pq.write_table(table.take(list(range(0, len(table), EVERY))), partial)
+    return target
 
 
 def continue_training(training: Training, minutes: float) -> Training:

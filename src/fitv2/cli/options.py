@@ -62,7 +62,7 @@ class Sample:
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A model folder, a run folder, or the name of a shipped model such as clipart."""
+    """A model folder, a run folder, or the name of a shipped model such as emoji."""
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Name or number of a label; repeat for several [default: all, or none with a prompt]."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -148,11 +148,11 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Demo:
-    """Make images at six sizes with the shipped model, then train it for another minute."""
+    """Make sheets of images of captions with the shipped model, then train it for another minute."""
 
     out: Path = Path("demo")
     """Folder for all that the demo makes."""
-    data: Path = Path("data/clipart")
-    """The clip-art set."""
+    data: Path = Path("data/emoji")
+    """The emoji set."""
     minutes: float = 1.0
     """How long to train."""

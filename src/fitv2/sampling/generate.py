@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from fitv2.autoencoder import Autoencoder
-from fitv2.conditioning import Condition
+from fitv2.conditioning import Condition, Text
 from fitv2.config import Guidance, Sampling
 from fitv2.diffusion.guidance import guide
 from fitv2.diffusion.noise import draw_noise
@@ -34,6 +34,12 @@ class Request:
         """The smallest grid of tokens of `unit` pixels that covers the image."""
         height, width = self.pixels
         return -(-height // unit), -(-width // unit)
+
+    def length(self, unit: int) -> int:
+        """Tokens of its text and of the image."""
+        rows, columns = self.grid(unit)
+        text = self.condition.values.get("text")
+        return rows * columns + (sum(text.lengths) if isinstance(text, Text) else 0)
 
 
 @torch.no_grad()  # not inference mode: FSDP keeps its buffers for later passes
@@ -98,8 +104,9 @@ def _generate_pack(
 ) -> list[Tensor]:
     unit = autoencoder.downsample * model.architecture.patch_size
     sizes = [request.grid(unit) for request in requests]
-    # Sorted by length, images of equal length are neighbours and are computed together.
-    order = sorted(range(len(requests)), key=lambda i: sizes[i][0] * sizes[i][1])
+    # Sorted by length, images of equal length are neighbours and are computed together; and decoded, if
+    # they are of equal size too.
+    order = sorted(range(len(requests)), key=lambda i: (requests[i].length(unit), sizes[i]))
     chosen = [requests[i] for i in order]
     layout = Layout.of([sizes[i] for i in order]).to(model.device)
     condition = Condition.concatenate([request.condition for request in chosen]).to(model.device)
