@@ -30,6 +30,18 @@ def test_captions_say_what_stands_how():
     assert rows.caption(["owl", "fox", "cat"], column) == "owl, fox and cat in a column"
 
 
+def test_a_part_of_the_set_is_named_by_groups_and_concepts():
+    def drawn(name, group, artists):
+        return [
+            {"caption": name, "group": group, "subgroup": f"{group}-x", "artist": str(i)}
+            for i in range(artists)
+        ]
+
+    drawings = [*drawn("owl", "animals", 4), *drawn("emu", "animals", 3), *drawn("flag: Japan", "flags", 2)]
+    assert rows.concepts_of(drawings, ["animals"]) & {"owl", "emu", "flag: Japan"} == {"owl"}
+    assert {"owl", "flag: Japan"} <= rows.concepts_of(drawings, ["animals-x", "flag: Japan"])
+
+
 def test_drawings_stand_in_cells_as_large_as_the_largest():
     red, blue = Image.new("RGB", (4, 8), "red"), Image.new("RGB", (6, 2), "blue")
     row = rows.arranged([red, blue], upright=False)

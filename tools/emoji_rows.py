@@ -6,6 +6,11 @@
 Every drawing is kept, and appears once more in a row or a column: of copies of itself ("two owls side by
 side"), or, one in three, with others of its artist and group ("owl and fox side by side"). Which it gets
 follows from the hash of its `source`, so the same set gives the same files.
+
+    python tools/emoji_rows.py data/emoji tokens/few-pictures animals-nature food-drink "flag: Japan"
+
+leaves out what is in none of the groups and subgroups named, and concepts of fewer than four artists;
+concepts named themselves stay.
 """
 
 import hashlib
@@ -13,7 +18,7 @@ import io
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +27,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
+SPLITS = ("train", "validation")
+FEWEST_ARTISTS = 4
 MIXED = 1 / 3  # share of arrangements of different drawings
 COLUMNS = ("image", "caption", "concept", "artist", "source")
 IRREGULAR = {
@@ -111,16 +118,27 @@ def with_rows(drawings: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {"image": held.getvalue(), "caption": words, "source": f"{source}+{words}", **said}
 
 
-def main(emoji: Path, out: Path) -> None:
+def concepts_of(drawings: Sequence[Mapping[str, Any]], names: Sequence[str]) -> set[str]:
+    """The concepts that `names` keep."""
+    artists = defaultdict(set)
+    for drawing in drawings:
+        artists[drawing["caption"]].add(drawing["artist"])
+    named = {d["caption"] for d in drawings if {d["group"], d["subgroup"]} & set(names)}
+    return {name for name in named if len(artists[name]) >= FEWEST_ARTISTS} | set(names)
+
+
+def main(emoji: Path, out: Path, names: Sequence[str]) -> None:
     """Write train.parquet and validation.parquet."""
     out.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "validation"):
-        rows = list(with_rows(pq.read_table(emoji / f"{split}.parquet").to_pylist()))
+    splits = {split: pq.read_table(emoji / f"{split}.parquet").to_pylist() for split in SPLITS}
+    kept = concepts_of([drawing for drawings in splits.values() for drawing in drawings], names)
+    for split, drawings in splits.items():
+        rows = list(with_rows([each for each in drawings if not names or each["caption"] in kept]))
         table = pa.table({column: [row[column] for row in rows] for column in COLUMNS})
         pq.write_table(table, out / f"{split}.parquet", row_group_size=512)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -36,7 +36,7 @@ class Wanted:
     prompt: str
     pixels: Size
     said: str = ""  # below it [default: the prompt]
-    positions: Positions = Positions()
+    positions: Positions = field(default_factory=Positions)
 
 
 Rows = Sequence[Sequence[Wanted]]
