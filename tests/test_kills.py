@@ -395,12 +395,15 @@ def test_signals_while_readers_start(command, tmp_path, name):
     assert tally["with readers"] >= 8
 
 
+EMOJI = Path(__file__).parents[1] / "data" / "emoji"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", STOPS[1:])
-def test_demo_leaves_on_signals(given, tmp_path, number):
+def test_demo_leaves_on_signals(tmp_path, number):
     tally = Counter()
     for delay in (1, 4, 8):
-        process = Fresh(["demo", "--out", tmp_path / "demo", "--data", given / "pictures"], tmp_path / "said")
+        process = Fresh(["demo", "--out", tmp_path / "demo", "--data", EMOJI], tmp_path / "said")
         time.sleep(delay)
         end(process, number, True, tally)
         assert not own_scratch(tmp_path)

@@ -97,7 +97,7 @@ def test_skipped_pictures_show_in_the_exit_status(folder, tmp_path, capsys):
         (["sample", "clipart", "--guidance-interval", "0.9", "0.1"], "two rising times"),
         (["convert", "nowhere.bin", "out"], "nowhere.bin does not exist"),
         (["encode", "nowhere", "out"], "nowhere does not exist"),
-        (["demo", "--data", "nowhere"], "clip-art set is not at nowhere"),
+        (["demo", "--data", "nowhere"], "emoji set is not at nowhere"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(arguments, said, capsys, tmp_path, monkeypatch):

@@ -1,29 +1,39 @@
 import contextlib
+import io
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fitv2.checkpoint import load_model
-from fitv2.cli.demo import BEYOND, LABELS, TRAINED, demo, scale_grid
+from fitv2.checkpoint import SHIPPED, load_model
+from fitv2.cli.demo import EVERY, SHEETS, demo
 from fitv2.presets import preset
 
-CARD = load_model("clipart")[1]
+CARD = load_model("emoji")[1]
+UNIT = 16
 
 
-def test_grids_have_the_ratios_of_the_papers_tables():
-    for size in (*TRAINED, *BEYOND):
-        rows, columns = scale_grid(size, CARD)
-        assert columns * size[0] == rows * size[1]
-    assert all(rows * columns <= CARD.max_tokens for rows, columns in (scale_grid(s, CARD) for s in TRAINED))
-    assert all(rows * columns > CARD.max_tokens for rows, columns in (scale_grid(s, CARD) for s in BEYOND))
+def tokens_of(size):
+    return -(-size[0] // UNIT) * -(-size[1] // UNIT)
 
 
-def test_the_shipped_model_is_small_and_is_its_preset():
-    from fitv2.checkpoint import SHIPPED
+def test_sheets_show_shapes_that_were_trained_and_one_that_was_not():
+    lengths = {
+        name: [tokens_of(one.pixels) for row in rows for one in row] for name, (_, rows) in SHEETS.items()
+    }
+    assert max(lengths["prompts"] + lengths["six_shapes"]) <= CARD.max_tokens
+    assert min(lengths["beyond"]) > CARD.max_tokens
+    shapes = [one for row in SHEETS["six_shapes"][1] for one in row]
+    assert len({one.pixels for one in shapes}) == 6
+    assert len({one.prompt for one in shapes}) == 1
 
-    assert sum(path.stat().st_size for path in (SHIPPED / "clipart").iterdir()) <= 12_000_000
-    assert load_model("clipart")[0].architecture == preset("clipart").model
+
+@pytest.mark.parametrize(("name", "most"), [("clipart", 12_000_000), ("emoji", 20_000_000)])
+def test_the_shipped_models_are_small_and_are_their_presets(name, most):
+    assert sum(path.stat().st_size for path in (SHIPPED / name).iterdir()) <= most
+    assert load_model(name)[0].architecture == preset(name).model
 
 
 @pytest.mark.slow
@@ -34,18 +44,24 @@ def test_demo_makes_what_it_says(tmp_path, capsys):
     def bar(*_):
         yield lambda _: None
 
-    source = tmp_path / "source"
-    for label in CARD.labels:
-        (source / label).mkdir(parents=True)
-        Image.effect_noise((64, 48), 80).save(source / label / "x.png")
-    demo(tmp_path / "demo", source, 0.02, bar, bar)
+    held = io.BytesIO()
+    Image.effect_noise((64, 48), 80).convert("RGB").save(held, "PNG")
+    rows = [
+        {"image": {"bytes": held.getvalue(), "path": None}, "caption": f"drawing {i}",
+         "artist": CARD.labels[i // EVERY % len(CARD.labels)]}
+        for i in range(2 * EVERY * len(CARD.labels))
+    ]  # fmt: skip
+    (tmp_path / "source").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "source" / "train.parquet")
+    demo(tmp_path / "demo", tmp_path / "source", 0.02, bar, bar)
+    wanted = [one for _, rows in SHEETS.values() for row in rows for one in row]
     pictures = sorted((tmp_path / "demo" / "images").iterdir())
-    assert len(pictures) == 6 * len(LABELS)
-    sizes = {Image.open(path).size for path in pictures}
-    assert sizes == {(c * 16, r * 16) for r, c in (scale_grid(s, CARD) for s in (*TRAINED, *BEYOND))}
+    assert len(pictures) == len(wanted)
+    assert {Image.open(path).size[::-1] for path in pictures} == {one.pixels for one in wanted}
     assert min(np.array(Image.open(path)).std() for path in pictures) > 5
     said = capsys.readouterr().out
     for line in said.strip().splitlines():
         assert "demo" in line
-    for name in ("contact_sheet.png", "run/loss.png"):
+    for name in (*(f"{sheet}.png" for sheet in SHEETS), "run/loss.png"):
         assert Image.open(tmp_path / "demo" / name).width > 300
+    assert load_model(tmp_path / "demo" / "run")[0].architecture == load_model("emoji")[0].architecture

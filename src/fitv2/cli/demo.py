@@ -43,14 +43,14 @@ Rows = Sequence[Sequence[Wanted]]
 
 PROMPTS: Rows = [
     [Wanted(name, (128, 128)) for name in ("red apple", "owl", "fox", "house", "rocket", "sunflower")],
-    [Wanted(f"two {name} side by side", (88, 176)) for name in ("penguins", "red hearts", "cats", "pizzas")],
+    [Wanted(f"two {name} side by side", (80, 160)) for name in ("penguins", "red hearts", "cats", "pizzas")],
     [Wanted(f"three {name} in a row", (64, 208)) for name in ("foxes", "grinning faces", "tulips")],
-    [Wanted(f"two {name} on top of each other", (176, 88)) for name in ("bananas", "owls", "dogs", "crowns")],
+    [Wanted(f"two {name} on top of each other", (160, 80)) for name in ("bananas", "owls", "dogs", "crowns")],
 ]
 
 SHAPES: Rows = [
     [Wanted("fox", size, f"{size[0]}x{size[1]}") for size in sizes]
-    for sizes in (((96, 96), (128, 128), (88, 176)), ((64, 208), (176, 88), (208, 64)))
+    for sizes in (((96, 96), (128, 128), (80, 160)), ((64, 208), (160, 80), (208, 64)))
 ]
 
 WAYS = {"as it is": Positions(), "ntk": Positions("ntk"), "yarn": Positions("yarn")}
