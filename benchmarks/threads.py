@@ -1,6 +1,6 @@
 """What it costs when OpenMP's threads wait busily, on quiet cores and on busy ones.
 
-    python benchmarks/threads.py [--preset debug fast] [--rounds 3] [--seconds 8]
+    python benchmarks/threads.py [--preset debug fast] [--state quiet busy] [--rounds 3]
 
 A training step of a preset on synthetic images, as many threads as cores, under several settings of how
 threads wait; and with one thread. All settings take turns, first on quiet cores, then beside one process a
@@ -90,34 +90,38 @@ def busy(processes: int) -> Iterator[None]:
             burner.terminate()
 
 
+def run(name: str, seconds: float, variables: dict[str, str]) -> float:
+    """Images per second of a process with these environment variables, and none of OpenMP's else."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
+    command = [sys.executable, __file__, "--child", "--preset", name, "--seconds", str(seconds)]
+    done = subprocess.run(command, env=kept | variables, check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.split()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--preset", nargs="+", default=["debug", "fast"])
     parser.add_argument("--state", nargs="+", default=["quiet", "busy"], choices=["quiet", "busy"])
+    parser.add_argument("--setting", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         return measure(arguments.preset[0], arguments.seconds)
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
     cores = len(os.sched_getaffinity(0))
     for name in arguments.preset:
         for state in arguments.state:
             speeds = defaultdict[str, list[float]](list)
             with busy(cores if state == "busy" else 0):
                 for _ in range(arguments.rounds):
-                    print(dict(speeds), flush=True)
-                    for setting, variables in SETTINGS.items():
-                        command = [sys.executable, __file__, "--child", "--preset", name]
-                        command += ["--seconds", str(arguments.seconds)]
-                        done = subprocess.run(
-                            command, env=kept | variables, check=True, stdout=subprocess.PIPE, text=True
-                        )
-                        speeds[setting].append(float(done.stdout.split()[-1]))
+                    for setting in arguments.setting:
+                        speeds[setting].append(run(name, arguments.seconds, SETTINGS[setting]))
             medians = {setting: round(statistics.median(found), 1) for setting, found in speeds.items()}
-            print(dict(speeds))
-            print(json.dumps({"preset": name, "cores": cores, "state": state} | medians), flush=True)
+            print(
+                json.dumps({"preset": name, "cores": cores, "state": state, **medians, "runs": speeds}),
+                flush=True,
+            )
     return None
 
 

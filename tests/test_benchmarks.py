@@ -38,6 +38,19 @@ TINY = ["--width=48", "--depth=1"]
             [*TINY, "--preset=fitv2-b", "--images=4", "--grad-accum-steps=2", "--steps=1", "--eager-only"],
             {"images_per_second", "share_of_peak"},
         ),
+        (
+            "threads.py",
+            [
+                "--preset=debug",
+                "--state=busy",
+                "--setting",
+                "passive",
+                "1 thread",
+                "--rounds=1",
+                "--seconds=0.1",
+            ],
+            {"passive", "1 thread", "runs"},
+        ),
         ("planning.py", ["20000"], {"fill", "seconds_an_epoch", "megabytes"}),
         ("encoding.py", ["--pictures=40", "--milliseconds=1"], {"busy", "reading_alone_per_second"}),
         (
