@@ -41,21 +41,28 @@ class Wanted:
 
 Rows = Sequence[Sequence[Wanted]]
 
+SQUARE = ("penguin", "tiger face", "fire engine", "strawberry", "pig face", "smiling face with sunglasses")
 PROMPTS: Rows = [
-    [Wanted(name, (128, 128)) for name in ("red apple", "owl", "fox", "house", "rocket", "sunflower")],
-    [Wanted(f"two {name} side by side", (80, 160)) for name in ("penguins", "red hearts", "cats", "pizzas")],
-    [Wanted(f"three {name} in a row", (64, 208)) for name in ("foxes", "grinning faces", "tulips")],
-    [Wanted(f"two {name} on top of each other", (160, 80)) for name in ("bananas", "owls", "dogs", "crowns")],
+    [Wanted(name, (128, 128)) for name in SQUARE],
+    [
+        Wanted(f"two {name} side by side", (80, 160))
+        for name in ("penguins", "red hearts", "pig faces", "frogs")
+    ],
+    [Wanted(f"three {name} in a row", (64, 208)) for name in ("tiger faces", "grinning faces", "red hearts")],
+    [
+        Wanted(f"two {name} on top of each other", (160, 80))
+        for name in ("automobiles", "grinning faces", "strawberries", "dogs")
+    ],
 ]
 
 SHAPES: Rows = [
-    [Wanted("fox", size, f"{size[0]}x{size[1]}") for size in sizes]
+    [Wanted("grinning face", size, f"{size[0]}x{size[1]}") for size in sizes]
     for sizes in (((96, 96), (128, 128), (80, 160)), ((64, 208), (160, 80), (208, 64)))
 ]
 
-WAYS = {"as it is": Positions(), "ntk": Positions("ntk"), "yarn": Positions("yarn")}
+WAYS = {"as it is": Positions(), "pi": Positions("pi"), "yarn": Positions("yarn")}
 BEYOND: Rows = [
-    [Wanted("sunflower", size, f"{size[0]}x{size[1]}, {way}", chosen) for way, chosen in WAYS.items()]
+    [Wanted("tiger face", size, f"{size[0]}x{size[1]}, {way}", chosen) for way, chosen in WAYS.items()]
     for size in ((192, 192), (128, 256))
 ]
 
