@@ -62,7 +62,7 @@ SHAPES: Rows = [
 
 WAYS = {"as it is": Positions(), "pi": Positions("pi"), "yarn": Positions("yarn")}
 BEYOND: Rows = [
-    [Wanted("tiger face", size, f"{size[0]}x{size[1]}, {way}", chosen) for way, chosen in WAYS.items()]
+    [Wanted("grinning face", size, f"{size[0]}x{size[1]}, {way}", chosen) for way, chosen in WAYS.items()]
     for size in ((192, 192), (128, 256))
 ]
 
