@@ -81,9 +81,11 @@ def demo(out: Path, data: Path, minutes: float, share_bar: Bar, training_bar: Ba
     for name, (title, rows) in SHEETS.items():
         make_sheet(pipeline, name, title, rows, out, share_bar)
     tokens, chosen, run = out / "tokens", preset(MODEL), out / "run"
-    columns = {"label_column": "artist", "caption_column": "caption"}
     few = some_drawings(data / "train.parquet", out / "drawings" / "train.parquet")
-    encode(few.parent, tokens, Encoding(max_tokens=(64,), mirror=False, autoencoder=MODEL, **columns))
+    encoding = Encoding(
+        max_tokens=(64,), mirror=False, autoencoder=MODEL, label_column="artist", caption_column="caption"
+    )
+    encode(few.parent, tokens, encoding)
     training = continue_training(chosen.training, minutes)
     with training_bar(training) as report:
         train(replace(chosen, training=training), tokens, run, init=MODEL, report=report)
