@@ -114,18 +114,21 @@ def load_autoencoder(
         return Pixels()
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():  # else it would be looked for on the hub
         raise UserError(f"autoencoder {name}: there is no such folder")
-    shipped = SHIPPED / name
-    ours = "/" not in name and shipped.is_dir()
-    model = load_diffusers(shipped if ours else name, getattr(torch, precision), allow_download)
+    source = SHIPPED / name if is_shipped(name) else name
+    model = load_diffusers(source, getattr(torch, precision), allow_download)
     # A local folder by its full path: a run may be sampled from anywhere.
-    local = is_folder(name)
-    return DiffusersAutoencoder(model.to(device), str(Path(name).resolve()) if local else name)
+    return DiffusersAutoencoder(model.to(device), str(Path(name).resolve()) if is_folder(name) else name)
+
+
+def is_shipped(name: str) -> bool:
+    """Whether the package holds an autoencoder of that name."""
+    return bool(name) and "/" not in name and (SHIPPED / name).is_dir()
 
 
 def is_folder(name: str) -> bool:
     """Whether an autoencoder is one of a folder of this machine, and none that others have by its name."""
-    ours = name == Pixels.name or ("/" not in name and (SHIPPED / name).is_dir())
-    return not ours and Path(name).is_dir()
+    ours = name == Pixels.name or is_shipped(name)
+    return bool(name) and not ours and Path(name).is_dir()
 
 
 def load_diffusers(name: str | Path, dtype: torch.dtype, allow_download: bool) -> Any:
