@@ -1,0 +1,1 @@
+"""Scores of pictures: features of a judge, distances between sets of them, and studies made of such."""

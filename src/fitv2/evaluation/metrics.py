@@ -1,0 +1,213 @@
+"""Figures of a set of pictures beside a reference, from the features of both. Pure functions of tensors (N, D).
+
+The features are those of any judge. What is called FID elsewhere is `frechet` of Inception's features alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fitv2.errors import UserError
+
+BLOCK = 4096  # rows of a matrix of distances that are held at once
+MOST = 10_000  # real pictures that are compared pair by pair, as many as ADM's reference batches hold
+NEIGHBOURS_OF_PRECISION, NEIGHBOURS_OF_DENSITY = 3, 5  # those of the papers
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (D,) and covariance (D, D) of features, in float64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Moments":
+        """Those of features (N, D), N ≥ 2; the covariance over N − 1."""
+        at_least(features, 2)
+        wide = features.double()
+        return cls(wide.mean(0), wide.T.cov())
+
+    @cached_property
+    def root(self) -> Tensor:
+        """The square root of the covariance, symmetric."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def frechet(made: Moments, real: Moments) -> float:
+    """The Fréchet distance of two Gaussians (Heusel et al., 1706.08500, equation 6).
+
+    |μ1 − μ2|² + tr(Σ1) + tr(Σ2) − 2·tr((Σ1·Σ2)^½); the last is the sum of the roots of the eigenvalues of
+    R·Σ1·R, R² = Σ2, which is symmetric: no complex numbers, no ε on the diagonal.
+    """
+    inner = real.root @ made.covariance @ real.root
+    between = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp_min(0).sqrt().sum()
+    apart = (made.mean - real.mean).square().sum()
+    return float(apart + made.covariance.trace() + real.covariance.trace() - 2 * between)
+
+
+@dataclass(frozen=True, eq=False)
+class Real:
+    """Features (N, D) of the pictures of a reference, and what is computed of them once."""
+
+    features: Tensor
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Their mean and covariance."""
+        return Moments.of(self.features)
+
+    @cached_property
+    def some(self) -> Tensor:
+        """At most MOST of them, evenly spread: for what grows with the square of their number."""
+        return self.features[:: -(-len(self.features) // MOST)]
+
+    @cached_property
+    def kernel_mean(self) -> float:
+        """The mean of the kernel over pairs of them."""
+        return kernel_mean(self.some)
+
+    @cached_property
+    def radii(self) -> dict[int, Tensor]:
+        """The distances to the neighbours that precision and density ask for."""
+        return {k: radii(self.some, k) for k in (NEIGHBOURS_OF_PRECISION, NEIGHBOURS_OF_DENSITY)}
+
+
+def frechet_infinity(made: Tensor, real: Moments, points: int = 10) -> float:
+    """The Fréchet distance that infinitely many pictures would have (Chong and Forsyth, 1911.07023).
+
+    The distance of N pictures is that of all plus a constant over N: a line through the distances of the
+    first N/2 to N pictures, over 1/N, at 0. Their order has to say nothing.
+    """
+    sizes = torch.linspace(len(made) / 2, len(made), points).round().long()
+    distances = [frechet(Moments.of(made[:size]), real) for size in sizes.tolist()]
+    columns = torch.stack([torch.ones(points), 1 / sizes], dim=1).double()
+    return float(torch.linalg.lstsq(columns, torch.tensor(distances).double()[:, None]).solution[0])
+
+
+def kernel_distance(made: Tensor, real: Real) -> float:
+    """The squared maximum mean discrepancy of all pictures, unbiased, with the kernel (x·y/D + 1)³.
+
+    Bińkowski et al., 1801.01401; KID is its mean over subsets of 1,000. It may be below 0.
+    """
+    at_least(made, 2)
+    between = _kernel_sum(made, real.some) / (len(made) * len(real.some))
+    return kernel_mean(made) + real.kernel_mean - 2 * between
+
+
+def kernel_mean(features: Tensor) -> float:
+    """The mean of the kernel over pairs of different pictures."""
+    at_least(features, 2)
+    return _kernel_sum(features, features, diagonal=False) / (len(features) * (len(features) - 1))
+
+
+def _kernel_sum(a: Tensor, b: Tensor, diagonal: bool = True) -> float:
+    total = 0.0
+    for first in range(0, len(a), BLOCK):
+        kernel = (a[first : first + BLOCK].double() @ b.T.double() / a.shape[1] + 1) ** 3
+        total += float(kernel.sum())
+        if not diagonal:
+            total -= float(kernel.diagonal(first).sum())
+    return total
+
+
+def inception_score(logits: Tensor, splits: int = 10) -> float:
+    """exp(E KL(p(y|x) ‖ p(y))) of class logits (N, classes), the mean of so many parts (1606.03498)."""
+    at_least(logits, splits)
+    scores = []
+    for i in range(splits):
+        part = logits[i * len(logits) // splits : (i + 1) * len(logits) // splits].double()
+        mean = part.softmax(1).mean(0)
+        divergence = (part.softmax(1) * (part.log_softmax(1) - mean.log())).sum(1)
+        scores.append(divergence.mean().exp())
+    return float(torch.stack(scores).mean())
+
+
+def precision_recall(made: Tensor, real: Real) -> tuple[float, float]:
+    """The share of made pictures near real ones, and of real near made ones (1904.06991).
+
+    Near is within the distance of the other's own third neighbour.
+    """
+    k = NEIGHBOURS_OF_PRECISION
+    precision = _share_within(made, real.some, real.radii[k])
+    return precision, _share_within(real.some, made, radii(made, k))
+
+
+def density_coverage(made: Tensor, real: Real) -> tuple[float, float]:
+    """How many real neighbourhoods a made picture lies in, over k; the share of those that hold one.
+
+    Naeem et al., 2002.09797, k = 5. Unlike recall, coverage does not reward outliers.
+    """
+    around = real.radii[NEIGHBOURS_OF_DENSITY]
+    inside = 0.0
+    nearest = torch.full_like(around, torch.inf)
+    for block in made.split(BLOCK):
+        distances = torch.cdist(block, real.some)
+        inside += float((distances < around).sum())
+        nearest = torch.minimum(nearest, distances.min(0).values)
+    return inside / (NEIGHBOURS_OF_DENSITY * len(made)), float((nearest < around).float().mean())
+
+
+def radii(features: Tensor, k: int) -> Tensor:
+    """Of each picture the distance to its k-th neighbour, (N,)."""
+    at_least(features, k + 1)
+    return torch.cat([torch.cdist(block, features).kthvalue(k + 1).values for block in features.split(BLOCK)])
+
+
+def _share_within(some: Tensor, others: Tensor, around: Tensor) -> float:
+    """The share of `some` that lie within `around` of one of the others."""
+    found = [(torch.cdist(block, others) <= around).any(1) for block in some.split(BLOCK)]
+    return float(torch.cat(found).float().mean())
+
+
+def nearest_names(made: Tensor, real: Tensor, names: Sequence[str], most: int = 5) -> list[list[str]]:
+    """Of each picture the names of the nearest real ones by the cosine, the first `most` distinct ones."""
+    real = normalize(real, dim=1)
+    found = []
+    for block in made.split(BLOCK):
+        nearest = (block @ real.T).topk(min(len(names), 12 * most)).indices
+        found += [list(dict.fromkeys(names[i] for i in row))[:most] for row in nearest.tolist()]
+    return found
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure, and its standard error: 1.96 of it to either side hold 95 % of the outcomes."""
+
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} ± {1.96 * self.error:.2g}"
+
+
+def with_errors(
+    figures: Callable[[Tensor], dict[str, float]], count: int, groups: int = 10
+) -> dict[str, Figure]:
+    """Figures of all `count` pictures, with the standard error of each by the delete-a-group jackknife.
+
+    `figures` computes them of the pictures that it is given the indices of. Each tenth is left out once; a
+    bootstrap would count pictures twice, which distances of neighbours and of Gaussians take for a finding.
+    The reference is taken as it is.
+    """
+    whole = figures(torch.arange(count))
+    groups = min(groups, count)
+    parts = torch.arange(count) % groups
+    without = [figures((parts != group).nonzero().flatten()) for group in range(groups)]
+    made = {}
+    for name, value in whole.items():
+        of_group = torch.tensor([one[name] for one in without]).double()
+        spread = (of_group - of_group.mean()).square().sum() * (groups - 1) / groups
+        made[name] = Figure(value, float(spread.sqrt()))
+    return made
+
+
+def at_least(features: Tensor, count: int) -> None:
+    """UserError for fewer pictures."""
+    if len(features) < count:
+        raise UserError(f"{len(features)} pictures are too few: this takes {count} or more")
