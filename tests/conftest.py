@@ -1,10 +1,13 @@
 """Small real images, datasets and models that tests share."""
 
+import importlib.util
 import io
 import multiprocessing
 import os
 import socket
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
+from fitv2.checkpoint import Card, save_model
 from fitv2.config import Encoding
 from fitv2.diffusion.noise import draw_noise
 from fitv2.encoding.encode import encode
@@ -196,3 +200,58 @@ def latents(tmp_path):
     write_latent(root / "greater_than_16_crop" / "c.safetensors", (4, 4), 7, 4)
     write_latent(root / "less_than_16" / "d.safetensors", (1, 1), 7, 4)
     return root
+
+
+# Evaluation
+
+
+@pytest.fixture(scope="session")
+def fidelity():
+    """torch_fidelity. It imports torchvision for built-in datasets alone, which no test asks for."""
+    if importlib.util.find_spec("torchvision") is None:
+        names = [
+            "torchvision",
+            "torchvision.datasets",
+            "torchvision.transforms",
+            "torchvision.transforms.functional",
+        ]
+        modules = {name: ModuleType(name) for name in names}
+        for name in ("CIFAR10", "CIFAR100", "STL10"):
+            setattr(modules["torchvision.datasets"], name, type(name, (), {}))
+        for name, module in modules.items():
+            above, _, own = name.rpartition(".")
+            if above:
+                setattr(modules[above], own, module)
+        sys.modules |= modules
+    return pytest.importorskip("torch_fidelity")
+
+
+class Colours:
+    """An extractor that a test can reckon with: means and deviations of the colours, and of the halves'."""
+
+    names = ("efficientnet",)
+
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, pixels):
+        x = pixels.float() / 255
+        half = x.shape[3] // 2
+        parts = [x.mean((2, 3)), x.std((2, 3)), x[..., :half].mean((2, 3)), x[..., half:].std((2, 3))]
+        return {"efficientnet": torch.cat(parts, 1)}
+
+
+@pytest.fixture
+def colours(monkeypatch):
+    """Features that cost nothing, under the name of the default ones."""
+    monkeypatch.setattr("fitv2.evaluation.features.EfficientNet", Colours)
+    return Colours()
+
+
+@pytest.fixture(scope="session")
+def pixel_model(tmp_path_factory):
+    """The folder of a tiny model of labels."""
+    shape = {"depth": 1, "width": 32, "heads": 2, "patch_size": 4, "in_channels": 3, "num_classes": 2}
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save_model(randomized(FiT(**shape)), Card(("blue", "red"), "pixels", 16, 1.0), folder)
+    return folder

@@ -110,6 +110,8 @@ LIMITS = {
     "num": Range(1, MAX_IMAGES),
     "size": Range(1, MAX_SIDE),
     "samples": Range(0, 10_000),
+    # Evaluation
+    "crop_at_most": SHARE,
     # The card of a dataset
     "scale": Range(0, 1e6, above=True),
     "shift": Range(-1e6, 1e6),

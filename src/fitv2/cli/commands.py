@@ -1,6 +1,7 @@
 """The command `fitv2`. Parses first and imports after, so that help and mistakes answer at once."""
 
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -13,7 +14,7 @@ import tyro
 from tqdm import tqdm
 
 from fitv2 import __version__
-from fitv2.cli.options import Convert, Demo, Encode, Export, Inspect, Sample, Train
+from fitv2.cli.options import Convert, Demo, Encode, Evaluate, Export, Inspect, Sample, Train
 from fitv2.cli.parsing import name_flags, option_names, parse
 from fitv2.cli.progress import share_bar, stages_bar, training_bar
 from fitv2.config import Architecture, Network
@@ -208,6 +209,33 @@ def inspect(options: Inspect) -> int:
     return 0
 
 
+def evaluate(options: Evaluate) -> int:
+    """Run `fitv2 evaluate`."""
+    from fitv2.encoding.images import parse_size
+    from fitv2.evaluation.evaluate import How, evaluate
+    from fitv2.evaluation.table import draw_plots, table
+    from fitv2.runtime.files import write_text
+
+    sizes = [parse_size(text[:32]) for text in options.size]
+    for size in sizes:
+        check_limit("size", max(size))
+    how = How(options.guidance, options.sampling, options.positions)
+    command = shlex.join(["fitv2", *sys.argv[1:]])
+    with stages_bar("image", os.environ.get("LOCAL_RANK", "0") == "0") as progress:
+        leave_on_signals("; run the same command again to resume")
+        result = evaluate(
+            options.judged, options.reference, options.out, options.evaluation, how, sizes,
+            allow_download=options.allow_download, progress=progress, command=command,
+        )  # fmt: skip
+    if result is None:
+        print(f"{options.out}: this share is done; the process that finishes last computes the figures")
+        return 0
+    write_text(options.out / "table.md", table(result))
+    draw_plots(result, options.out / "plots.png")
+    print(table(result))
+    return 0
+
+
 def demo(options: Demo) -> int:
     """Run `fitv2 demo`."""
     from fitv2.cli.demo import demo
@@ -223,6 +251,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "convert": (Convert, convert),
     "export": (Export, export),
     "inspect": (Inspect, inspect),
+    "evaluate": (Evaluate, evaluate),
     "demo": (Demo, demo),
 }
 

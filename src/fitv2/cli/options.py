@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fitv2.config import Encoding, Guidance, Network, Positions, Sampling, Training
+from fitv2.evaluation.settings import Evaluation
 from fitv2.presets import PRESETS
 
 
@@ -144,6 +145,32 @@ class Inspect:
     """Which images."""
     allow_download: bool = False
     """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Compare pictures with real ones: Fréchet distances, precision, recall and more, each with its error.
+
+    JUDGED is a model, an npz of ADM's evaluator, or a collection of pictures as `fitv2 encode` takes it. Run
+    the same command again to resume. Under torchrun all processes share the work. Writes evaluation.json,
+    table.md, plots.png and a sheet of each size into OUT.
+    """
+
+    judged: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="JUDGED")]
+    """A model as of `fitv2 sample`, an .npz with arr_0, or pictures."""
+    reference: str
+    """Real pictures as `fitv2 encode` takes them, the folder `reference` of an earlier evaluation, or an
+    .npz of ADM's."""
+    out: Path
+    """Folder for the results."""
+    size: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """HEIGHTxWIDTH in pixels; repeat for several [default: the largest square trained on]."""
+    allow_download: bool = False
+    """Fetch what is of the hub and not on this machine: an autoencoder, Inception, DINOv2."""
+    evaluation: Annotated[Evaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=Evaluation)
+    guidance: Annotated[Guidance, tyro.conf.OmitArgPrefixes] = field(default_factory=Guidance)
+    positions: Annotated[Positions, tyro.conf.OmitArgPrefixes] = field(default_factory=Positions)
+    sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Networks whose features pictures are compared in. Weights come from a package, a file, or, if asked, the hub."""
+"""Networks in whose features pictures are compared; their weights are in a package, a file, or on the hub."""
 
 import importlib
 import math
@@ -21,7 +21,10 @@ SPATIAL_CHANNELS = 7  # of sFID, which ADM took from 17×17 places of the sevent
 class Extractor(Protocol):
     """Pictures as uint8 (B, 3, H, W) to named features (B, D) in float32, on the host."""
 
-    names: tuple[str, ...]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the features."""
+        ...
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         """The features of a batch; those of a picture depend on it alone."""

@@ -1,4 +1,4 @@
-"""Figures of a set of pictures beside a reference, from the features of both. Pure functions of tensors (N, D).
+"""Figures of a set of pictures beside a reference, from the features of both, tensors (N, D).
 
 The features are those of any judge. What is called FID elsewhere is `frechet` of Inception's features alone.
 """
@@ -56,11 +56,12 @@ class Real:
     """Features (N, D) of the pictures of a reference, and what is computed of them once."""
 
     features: Tensor
+    known: Moments | None = None  # of more pictures than these
 
     @cached_property
     def moments(self) -> Moments:
         """Their mean and covariance."""
-        return Moments.of(self.features)
+        return self.known or Moments.of(self.features)
 
     @cached_property
     def some(self) -> Tensor:
@@ -78,12 +79,13 @@ class Real:
         return {k: radii(self.some, k) for k in (NEIGHBOURS_OF_PRECISION, NEIGHBOURS_OF_DENSITY)}
 
 
-def frechet_infinity(made: Tensor, real: Moments, points: int = 10) -> float:
+def frechet_infinity(made: Tensor, real: Moments, points: int = 5) -> float:
     """The Fréchet distance that infinitely many pictures would have (Chong and Forsyth, 1911.07023).
 
     The distance of N pictures is that of all plus a constant over N: a line through the distances of the
-    first N/2 to N pictures, over 1/N, at 0. Their order has to say nothing.
+    first N/2 to N pictures, shuffled, over 1/N, at 0.
     """
+    made = made[shuffled(len(made))]
     sizes = torch.linspace(len(made) / 2, len(made), points).round().long()
     distances = [frechet(Moments.of(made[:size]), real) for size in sizes.tolist()]
     columns = torch.stack([torch.ones(points), 1 / sizes], dim=1).double()
@@ -197,7 +199,7 @@ def with_errors(
     """
     whole = figures(torch.arange(count))
     groups = min(groups, count)
-    parts = torch.arange(count) % groups
+    parts = shuffled(count) % groups
     without = [figures((parts != group).nonzero().flatten()) for group in range(groups)]
     made = {}
     for name, value in whole.items():
@@ -205,6 +207,11 @@ def with_errors(
         spread = (of_group - of_group.mean()).square().sum() * (groups - 1) / groups
         made[name] = Figure(value, float(spread.sqrt()))
     return made
+
+
+def shuffled(count: int) -> Tensor:
+    """The numbers below `count` in an order that says nothing, the same every time."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def at_least(features: Tensor, count: int) -> None:

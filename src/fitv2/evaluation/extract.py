@@ -1,0 +1,118 @@
+"""Features of many pictures, piece by piece: resumable, and shared by any number of processes.
+
+A piece is always the same pictures, so the features are the same bytes whoever computes them, and a piece
+that is there needs no doing again.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fitv2.errors import UserError, reading
+from fitv2.evaluation.features import Extractor
+from fitv2.evaluation.pictures import Pictures
+from fitv2.runtime.files import atomic_file
+
+PIECE = 64
+WAIT = 0.5  # seconds between looks for the pieces of other processes
+NUMBERS, DIGESTS = "numbers", "digests"
+
+Progress = Callable[[int, int], None]  # how many pictures are done, of how many
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of the pictures that were not left out, in order."""
+
+    values: dict[str, Tensor]  # (N, D)
+    numbers: list[int]  # of the pictures
+    digest: str  # SHA-256 of all their pixels
+
+
+def pieces(count: int) -> list[range]:
+    """The numbers of `count` pictures in pieces."""
+    return [range(first, min(first + PIECE, count)) for first in range(0, count, PIECE)]
+
+
+def extract(
+    pictures: Pictures,
+    extractors: Sequence[Extractor],
+    folder: Path,
+    place: tuple[int, int] = (0, 1),
+    progress: Progress = lambda done, total: None,
+    look: Callable[[Sequence[Image.Image]], None] = lambda _: None,
+) -> None:
+    """Do this process's share of the pieces that are not yet in `folder`; `place` is which, of how many.
+
+    `look` gets the pictures of each piece.
+    """
+    rank, world = place
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = list(enumerate(pieces(len(pictures))))[rank::world]
+    done, total = 0, sum(len(piece) for _, piece in mine)
+    for number, piece in mine:
+        path = piece_path(folder, number)
+        if not path.exists():
+            images = pictures.read(piece)
+            if used := [image for image in images if image is not None]:
+                look(used)
+            with atomic_file(path) as partial:
+                save_file(features_of(images, piece, extractors), partial)
+        done += len(piece)
+        progress(done, total)
+
+
+def piece_path(folder: Path, number: int) -> Path:
+    """Where a piece lies."""
+    return folder / f"{number:05}.safetensors"
+
+
+def features_of(
+    images: Sequence[Image.Image | None], numbers: range, extractors: Sequence[Extractor]
+) -> dict[str, Tensor]:
+    """What is stored of a piece."""
+    kept = [i for i, image in enumerate(images) if image is not None]
+    arrays = [np.asarray(images[i]) for i in kept]
+    digests = [np.frombuffer(hashlib.sha256(array.tobytes()).digest(), np.uint8) for array in arrays]
+    found = {
+        NUMBERS: torch.tensor([numbers[i] for i in kept], dtype=torch.int64),
+        DIGESTS: torch.from_numpy(np.array(digests, np.uint8).reshape(-1, 32)),
+    }
+    if kept:
+        pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+        for extractor in extractors:
+            found |= {name: value.contiguous() for name, value in extractor(pixels).items()}
+    return found
+
+
+def collect(folder: Path, count: int) -> Features | None:
+    """The features of all `count` pictures; None while pieces are missing. Raises UserError for none left."""
+    paths = [piece_path(folder, number) for number in range(len(pieces(count)))]
+    if not all(path.exists() for path in paths):
+        return None
+    found = []
+    for path in paths:
+        with reading(path):
+            found.append(load_file(path))
+    full = [piece for piece in found if len(piece[NUMBERS])]
+    if not full:
+        raise UserError(f"none of the {count} pictures for {folder.name} can be used")
+    joined = {name: torch.cat([piece[name] for piece in full]) for name in full[0]}
+    digest = hashlib.sha256(joined.pop(DIGESTS).numpy().tobytes()).hexdigest()
+    return Features(joined, joined.pop(NUMBERS).tolist(), digest)
+
+
+def wait_for(folder: Path, count: int, waiting: Callable[[], None] = lambda: None) -> Features:
+    """`collect`, once the other processes have done their pieces."""
+    while (found := collect(folder, count)) is None:
+        waiting()
+        time.sleep(WAIT)
+    return found

@@ -1,0 +1,48 @@
+"""What an evaluation takes. Imports nothing heavy: `--help` is built from it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from fitv2.limits import check_limits
+
+FeaturesName = Literal["efficientnet", "inception", "dinov2"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What pictures are compared with, and how."""
+
+    num: int = 1000
+    """Images to make of each size; the paper's tables have 50000."""
+    seed: int = 0
+    """Seed of the first image; the others have SEED+1, SEED+2, …"""
+    features: tuple[FeaturesName, ...] = ("efficientnet",)
+    """Networks whose features are compared. efficientnet: EfficientNet-Lite0, whose weights a package holds;
+    inception: that of FID, sFID, IS and KID; dinov2: ViT-L/14."""
+    inception_weights: Path | None = None
+    """File of torch-fidelity's Inception [default: where torch keeps what it fetched]."""
+    dinov2_weights: Path | None = None
+    """Folder of DINOv2 in transformers' format [default: the hub's on this machine]."""
+    balanced: bool = False
+    """Make as many of every label as of any other, in place of labels by chance: FID falls by about 0.1."""
+    split: Literal["train", "validation", "test"] = "train"
+    """Split of the reference."""
+    image_column: str | None = None
+    """As of `fitv2 encode`, of the reference."""
+    label_column: str | None = None
+    """As of `fitv2 encode`, of the reference."""
+    caption_column: str | None = None
+    """As of `fitv2 encode`, of the reference. A model of texts gets its captions as prompts."""
+    crop_at_most: float = 1.0
+    """Leave out real pictures of which more than this share would be cropped away."""
+    fit_samples: bool = False
+    """Bring SAMPLES to the size as the reference is [default: take those of exactly that size]."""
+    samples_split: Literal["train", "validation", "test"] | None = None
+    """Split of SAMPLES, if they are a collection with splits."""
+
+    RENAMED: ClassVar[dict[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        """UserError for a number outside its range."""
+        check_limits(self)
