@@ -1,4 +1,5 @@
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import randomized
 from fitv2.conditioning import Condition
 from fitv2.model import FiT
+from fitv2.presets import PRESETS
 from fitv2.tokens import Layout
 from fitv2.training.optim import freeze
-from fitv2.training.throughput import ByTime, Rates, TrainingFlops, memory_gib, peak_flops
+from fitv2.training.throughput import ByTime, MultiplyAdds, Rates, TrainingFlops, memory_gib, peak_flops
 
 
 def test_losses_by_time():
@@ -60,6 +62,27 @@ def test_as_many_as_torch_counts(changes, trainable):
         output = model(torch.zeros(layout.tokens, 8), layout, torch.rand(3), condition)
         output.square().sum().backward()
     assert TrainingFlops(model)(layout.lengths) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "gflops", "parameters"), [
+    ("fitv2-b", 27.3, 128_149_072), ("fitv2-xl", 147, 671_045_776), ("fitv2-3b", 653, 2_971_928_080),
+    ("fit-b", 29.1, 158_664_224), ("fit-xl", 153, 823_599_392),
+])  # fmt: skip
+def test_multiply_adds_are_those_of_the_paper(name, gflops, parameters):
+    """To half a percent: the paper's counter adds some for each norm."""
+    with torch.device("meta"):
+        model = FiT(**asdict(PRESETS[name].model))
+    assert MultiplyAdds.of(model, 256).linear == pytest.approx(1e9 * gflops, rel=0.005)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_multiply_adds_are_those_that_torch_counts():
+    model = randomized(FiT(**SHAPE))
+    layout = Layout.of([(4, 5)])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(torch.zeros(20, 8), layout, torch.rand(1), Condition.of(label=torch.tensor([1])))
+    found = MultiplyAdds.of(model, 20)
+    assert 2 * (found.linear + found.attention) == counter.get_total_flops()
 
 
 def test_a_longer_image_costs_more_a_token():

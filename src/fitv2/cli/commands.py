@@ -6,7 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from io import TextIOWrapper
 from typing import Any
 
@@ -14,7 +14,7 @@ import tyro
 from tqdm import tqdm
 
 from fitv2 import __version__
-from fitv2.cli.options import Convert, Demo, Encode, Evaluate, Export, Inspect, Sample, Train
+from fitv2.cli.options import Convert, Demo, Encode, Evaluate, Export, Flops, Inspect, Sample, Train
 from fitv2.cli.parsing import name_flags, option_names, parse
 from fitv2.cli.progress import share_bar, stages_bar, training_bar
 from fitv2.config import Architecture, Network
@@ -236,6 +236,32 @@ def evaluate(options: Evaluate) -> int:
     return 0
 
 
+def flops(options: Flops) -> int:
+    """Run `fitv2 flops`."""
+    import torch
+
+    from fitv2.checkpoint import find_model, read_architecture
+    from fitv2.encoding.images import parse_size
+    from fitv2.model import FiT
+    from fitv2.training.throughput import MultiplyAdds
+
+    known = PRESETS.get(options.model)
+    architecture = known.model if known else read_architecture(find_model(options.model))
+    with torch.device("meta"):
+        model = FiT(**asdict(architecture))
+    print(f"{options.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    unit = architecture.rope.pixels_per_token
+    for height, width in map(parse_size, options.size or ("256x256",)):
+        check_limit("size", max(height, width))
+        tokens = -(-height // unit) * -(-width // unit)
+        found = MultiplyAdds.of(model, tokens)
+        print(
+            f"{height}x{width}: {tokens:,} tokens, {found.linear / 1e9:.2f} GMAC of linear layers (as papers"
+            f" count), {found.attention / 1e9:.2f} GMAC of attention's products"
+        )
+    return 0
+
+
 def demo(options: Demo) -> int:
     """Run `fitv2 demo`."""
     from fitv2.cli.demo import demo
@@ -252,6 +278,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "export": (Export, export),
     "inspect": (Inspect, inspect),
     "evaluate": (Evaluate, evaluate),
+    "flops": (Flops, flops),
     "demo": (Demo, demo),
 }
 

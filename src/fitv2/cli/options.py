@@ -174,6 +174,19 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Flops:
+    """Count parameters and multiply-adds of a preset or a model, for images of some sizes.
+
+    Multiply-adds are those of one evaluation, without guidance: what papers on such models call FLOPs.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
+    """A preset, or a model as of `fitv2 sample`."""
+    size: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """HEIGHTxWIDTH in pixels; repeat for several [default: 256x256]."""
+
+
+@dataclass(frozen=True)
 class Demo:
     """Make sheets of images of captions with the shipped model, then train it for another minute."""
 

@@ -58,6 +58,7 @@ def extract(
     folder.mkdir(parents=True, exist_ok=True)
     mine = list(enumerate(pieces(len(pictures))))[rank::world]
     done, total = 0, sum(len(piece) for _, piece in mine)
+    progress(0, total)
     for number, piece in mine:
         path = piece_path(folder, number)
         if not path.exists():

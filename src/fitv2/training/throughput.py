@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from time import perf_counter
 
@@ -123,6 +124,24 @@ class TrainingFlops:
         """For one step of images of so many tokens each."""
         pairs = sum(length**2 for length in lengths)
         return self.a_token * sum(lengths) + self.an_image * len(lengths) + self.a_pair * pairs
+
+
+@dataclass(frozen=True)
+class MultiplyAdds:
+    """Of the matmuls in a forward pass over an image without text; each is two floating-point operations."""
+
+    linear: int  # of matrices of weights: what the paper gives
+    attention: int  # of queries with keys, and of weights with values
+
+    @classmethod
+    def of(cls, model: FiT, tokens: int) -> "MultiplyAdds":
+        """For an image of so many tokens."""
+        linear = 0
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and not name.startswith("text_embed"):
+                once = "modulation" in name or "time_embed" in name
+                linear += module.weight.numel() * (1 if once else tokens)
+        return cls(linear, 2 * model.architecture.depth * model.architecture.width * tokens**2)
 
 
 @cache
