@@ -95,6 +95,8 @@ LIMITS = {
     "save_every": COUNT,
     "keep": COUNT,
     "milestone_every": COUNT,
+    "evaluate_every": COUNT,
+    "evaluate_num": Range(10, MAX_IMAGES),
     # Sampling
     "guidance_scale": Range(-1e3, 1e3),
     "guidance": Range(-1e3, 1e3),
@@ -111,6 +113,7 @@ LIMITS = {
     "size": Range(1, MAX_SIDE),
     "samples": Range(0, 10_000),
     # Evaluation
+    "Evaluation.num": Range(10, MAX_IMAGES),
     "crop_at_most": SHARE,
     # The card of a dataset
     "scale": Range(0, 1e6, above=True),

@@ -65,10 +65,15 @@ def train(options: Train) -> int:
     base, training = preset(options.preset), options.training
     tokens = {name: getattr(base.model, name) for name in FROM_DATA}
     chosen = Preset(base.about, Architecture(**vars(options.model) | tokens), training)
+    judge = None
+    if options.reference:
+        from fitv2.evaluation.during import TrainingJudge
+
+        judge = TrainingJudge(options.reference, training.evaluate_num)
     with training_bar(training) as report:
         newest = train(
             chosen, options.data, options.out, init=options.init, allow_download=options.allow_download,
-            report=report, check=checking,
+            report=report, check=checking, judge=judge,
         )  # fmt: skip
     rank, world = ranks()
     if rank == 0:

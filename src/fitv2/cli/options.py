@@ -47,6 +47,8 @@ class Train:
     """Folder of the run."""
     init: str | None = None
     """Start from the weights of this model: a folder, a run, or a shipped model."""
+    reference: Path | None = None
+    """Judge samples beside this folder `reference` of an evaluation, and keep the best model in OUT/best."""
     allow_download: bool = False
     """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
     model: Annotated[Network, tyro.conf.OmitArgPrefixes] = field(

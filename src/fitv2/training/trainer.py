@@ -32,6 +32,7 @@ from fitv2.runtime.rng import NOISING, ORDER, derive_seed
 from fitv2.runtime.signals import catch_interrupts
 from fitv2.sampling.preview import MAX_LABELS, preview
 from fitv2.text_encoder import load_text_encoder
+from fitv2.training.best import DISTANCE, Best
 from fitv2.training.checkpointing import (
     DAMAGE,
     Saver,
@@ -48,6 +49,8 @@ from fitv2.training.throughput import ByTime, Rates, TrainingFlops, memory_gib, 
 from fitv2.training.trackers import Tracker, build_trackers
 from fitv2.training.validation import HeldOut
 from fitv2.training.weights import Weights, compile_blocks
+
+Judge = Callable[[FiTPipeline], dict[str, float]]  # figures of a model's samples; DISTANCE is among them
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def train(
     allow_download: bool = False,
     report: Callable[[StepReport], None] = lambda _: None,
     check: Callable[[Iterable[Any], int], Iterable[Any]] = lambda names, _: names,
+    judge: Judge | None = None,
 ) -> Path:
     """Train `preset` on the token dataset `data` in the folder `run`, or resume there.
 
@@ -76,7 +80,8 @@ def train(
     come from the hub. Ctrl-C and SIGTERM save and leave. Returns the
     newest checkpoint. Raises UserError for input that does not fit or is damaged, and
     FloatingPointError when the loss is not finite; the last checkpoint stays. `check` may show how
-    far the dataset is compared with its SHA-256.
+    far the dataset is compared with its SHA-256. `judge` is asked every `evaluate_every` steps, and the
+    EMA model that it finds best is kept in run/best.
     """
     dataset = TokenDataset(data)
     minutes = preset.training.minutes
@@ -92,7 +97,7 @@ def train(
         def stop() -> bool:
             return signalled() or time.monotonic() >= deadline
 
-        trainer = Trainer(preset, dataset, data, run, init, world, allow_download)
+        trainer = Trainer(preset, dataset, data, run, init, world, allow_download, judge)
         with trainer.watched():
             stopping = world.any(stop())
             while trainer.step < preset.training.steps and not stopping:
@@ -120,7 +125,9 @@ class Trainer:
         init: str | None,
         world: World | None = None,
         allow_download: bool = False,
+        judge: Judge | None = None,
     ) -> None:
+        self.judge = judge
         self.config, self.dataset, self.run = preset.training, dataset, run
         self.world = world = world or World()
         self.device = default_device()
@@ -138,6 +145,7 @@ class Trainer:
         self.pipeline = (
             FiTPipeline.of(self.weights.ema, self.card, allow_download=allow_download) if self.draws else None
         )
+        self.best = Best(run, world)
         self.held_out = HeldOut(data, self.tokens_at_once, self.objective, world.rank, world.size, encoder)
         self.optimizers = build_optimizers(self.weights.master, self.config)
         self.conditions = model.architecture.conditions
@@ -157,6 +165,7 @@ class Trainer:
         if world.first:
             self.saver.clean()
             cut_log(run / "log.jsonl", self.step)
+            self.best.forget_after(self.step)
             note_start(run, self.step, world.size, schedule)
             self.trackers = build_trackers(self.config.track, run, self.step, asdict(preset))
         if self.config.compile:
@@ -263,6 +272,8 @@ class Trainer:
             self.save()
         if step % config.sample_every == 0 and self.draws:
             self.draw()
+        if step % config.evaluate_every == 0 and self.judge:
+            self.evaluate(self.judge)
         self.saver.look()
 
     def measure(self, loss: float, norm: float) -> dict[str, float]:
@@ -310,6 +321,14 @@ class Trainer:
             sheet.save(partial)
         for tracker in self.trackers:
             tracker.image(self.step, "samples", sheet)
+
+    def evaluate(self, judge: Judge) -> None:
+        """Have samples of the EMA model judged, and keep it if it is the best so far."""
+        values: dict[str, float] = {}
+        if self.pipeline is not None:
+            values = judge(self.pipeline)
+            self.log(values)
+        self.best.consider(self.step, values.get(DISTANCE, math.inf), self.card, self.weights)
 
     def log(self, values: dict[str, float]) -> None:
         """Hand values to the trackers; only the first process has any."""

@@ -1,0 +1,34 @@
+"""Judging a model in training by the folder that an evaluation keeps."""
+
+import pytest
+from PIL import Image
+
+from fitv2.checkpoint import load_model
+from fitv2.config import Guidance, Sampling
+from fitv2.errors import UserError
+from fitv2.evaluation.during import TrainingJudge
+from fitv2.evaluation.evaluate import How, evaluate
+from fitv2.evaluation.settings import Evaluation
+from fitv2.pipeline import FiTPipeline
+
+
+@pytest.fixture
+def reference(pixel_model, folder, tmp_path, colours):
+    quick = How(Guidance(1.0), Sampling(steps=2))
+    evaluate(str(pixel_model), str(folder), tmp_path / "out", Evaluation(num=10), quick, [(16, 16), (8, 24)])
+    return tmp_path / "out" / "reference"
+
+
+def test_figures_at_every_size_and_their_mean(reference, pixel_model):
+    judge = TrainingJudge(reference, 12)
+    found = judge(FiTPipeline.of(*load_model(pixel_model)))
+    distances = [found["judge/FD_16x16"], found["judge/FD_8x24"]]
+    assert found["judge/distance"] == pytest.approx(sum(distances) / 2)
+    assert 0 <= found["judge/top_5_16x16"] <= 1
+    assert judge(FiTPipeline.of(*load_model(pixel_model))) == found
+
+
+def test_a_folder_that_is_no_reference(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="not the folder `reference` of an evaluation"):
+        TrainingJudge(tmp_path, 10)
