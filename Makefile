@@ -28,6 +28,8 @@ bench: .venv
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fitv2 needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	# Without torchvision, which it imports for its built-in datasets alone: tests compare with its formulas.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps torch-fidelity
 	# Beside the environment, for one test: where torchao is installed, diffusers imports it each time.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --target .venv/torchao torchao
 	touch $@

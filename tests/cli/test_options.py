@@ -21,6 +21,17 @@ def test_every_option_says_what_it_does(command):
             assert after[0].count("\n    ") <= 1, f"{field.name} has no text of its own"
 
 
-def test_nine_commands():
-    names = {"Convert", "Demo", "Encode", "Evaluate", "Export", "Flops", "Inspect", "Sample", "Train"}
+def test_ten_commands():
+    names = {
+        "Convert",
+        "Demo",
+        "Encode",
+        "Evaluate",
+        "Export",
+        "Flops",
+        "Inspect",
+        "Sample",
+        "Study",
+        "Train",
+    }
     assert {kind.__name__ for kind in COMMANDS} == names

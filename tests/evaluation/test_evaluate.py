@@ -5,7 +5,6 @@ import os
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from conftest import picture, together
@@ -14,14 +13,12 @@ from fitv2.errors import UserError
 from fitv2.evaluation import extract as extraction
 from fitv2.evaluation.evaluate import RESULT, How, evaluate
 from fitv2.evaluation.extract import collect, extract, piece_path
-from fitv2.evaluation.features import load_extractor
 from fitv2.evaluation.pictures import Batch, Subject, draw_labels, fit
 from fitv2.evaluation.reference import Collection, statistics
 from fitv2.evaluation.settings import Evaluation
 from fitv2.evaluation.table import draw_plots, table
 
 QUICK = How(Guidance(1.0), Sampling(steps=2))
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -326,15 +323,3 @@ def test_the_command_prints_a_table_and_how_to_get_it_again(
     assert (tmp_path / "out" / "plots.png").exists()
     assert Subject(1).prompt is None
     assert "RANK" not in os.environ
-
-
-# Networks
-
-
-def test_the_judge_takes_any_shape_and_each_picture_alone():
-    pytest.importorskip("efficientnet_lite_pytorch")
-    judge = load_extractor("efficientnet", CPU)
-    pixels = torch.randint(256, (3, 3, 24, 70), dtype=torch.uint8)
-    found = judge(pixels)["efficientnet"]
-    assert found.shape == (3, 1280)
-    assert torch.allclose(judge(pixels[1:2])["efficientnet"], found[1:2], atol=1e-4)

@@ -14,7 +14,7 @@ import tyro
 from tqdm import tqdm
 
 from fitv2 import __version__
-from fitv2.cli.options import Convert, Demo, Encode, Evaluate, Export, Flops, Inspect, Sample, Train
+from fitv2.cli.options import Convert, Demo, Encode, Evaluate, Export, Flops, Inspect, Sample, Study, Train
 from fitv2.cli.parsing import name_flags, option_names, parse
 from fitv2.cli.progress import share_bar, stages_bar, training_bar
 from fitv2.config import Architecture, Network
@@ -241,6 +241,29 @@ def evaluate(options: Evaluate) -> int:
     return 0
 
 
+def study(options: Study) -> int:
+    """Run `fitv2 study`."""
+    from fitv2.evaluation.evaluate import How
+    from fitv2.evaluation.sizes import study_sizes
+    from fitv2.pipeline import FiTPipeline
+
+    pipeline = FiTPipeline.from_pretrained(options.model, allow_download=options.allow_download)
+    trained = pipeline.card.square[0], pipeline.unit
+    command = shlex.join(["fitv2", *sys.argv[1:]])
+    with stages_bar("image", os.environ.get("LOCAL_RANK", "0") == "0") as progress:
+        leave_on_signals("; run the same command again to resume")
+        found = study_sizes(
+            options.model, options.reference, options.out, options.evaluation,
+            How(options.guidance, options.sampling), trained, groups=options.groups, progress=progress,
+            report=tqdm.write, allow_download=options.allow_download, command=command,
+        )  # fmt: skip
+    if found is None:
+        print(f"{options.out}: this share is done; the process that finishes last makes the tables")
+        return 0
+    print((options.out / "table.md").read_text(encoding="utf-8"))
+    return 0
+
+
 def flops(options: Flops) -> int:
     """Run `fitv2 flops`."""
     import torch
@@ -283,6 +306,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "export": (Export, export),
     "inspect": (Inspect, inspect),
     "evaluate": (Evaluate, evaluate),
+    "study": (Study, study),
     "flops": (Flops, flops),
     "demo": (Demo, demo),
 }

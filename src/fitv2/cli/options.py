@@ -176,6 +176,32 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Study:
+    """Evaluate many cells of a table in one call.
+
+    sizes: the paper's Tables III to VI for any model, its sizes in proportion to those that MODEL was trained
+    on: trained ones, and beyond them every extrapolation with and without the attention scale. Run the same
+    command again to resume.
+    """
+
+    what: Annotated[Literal["sizes"], tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
+    """Which study: sizes."""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A model as of `fitv2 sample`."""
+    reference: str
+    """Real pictures as of `fitv2 evaluate`."""
+    out: Path
+    """Folder for the results."""
+    groups: tuple[Literal["trained", "beyond", "post-trained"], ...] = ("trained", "beyond")
+    """Sizes: those of a 16x16 model are 16x16, 10x20, 8x24; 20x20, 14x28, 10x30; 32x32, 20x40, 16x48."""
+    allow_download: bool = False
+    """Fetch what is of the hub and not on this machine: an autoencoder, Inception, DINOv2."""
+    evaluation: Annotated[Evaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=Evaluation)
+    guidance: Annotated[Guidance, tyro.conf.OmitArgPrefixes] = field(default_factory=Guidance)
+    sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
 class Flops:
     """Count parameters and multiply-adds of a preset or a model, for images of some sizes.
 

@@ -39,13 +39,12 @@ from fitv2.model import FiT
 from fitv2.pipeline import FiTPipeline
 from fitv2.runtime.device import default_device
 from fitv2.runtime.distributed import ranks
-from fitv2.runtime.files import write_json
+from fitv2.runtime.files import atomic_file, write_json
 from fitv2.runtime.rng import derive_seed
 from fitv2.runtime.serialization import read_json
 from fitv2.tokens import Size
 
 RESULT, SETTINGS, REFERENCE = "evaluation.json", "settings.json", "reference"
-SHOWN = 40  # pictures of a sheet
 
 StageProgress = Callable[[str, int, int | None], None]  # the stage, how many are done, of how many
 
@@ -198,13 +197,15 @@ def evaluate(
     allow_download: bool = False,
     progress: StageProgress = lambda stage, done, total: None,
     command: str = "",
+    keep: Path | None = None,
 ) -> Result | None:
     """Compare pictures with real ones at one or more sizes; go on where an earlier call was interrupted.
 
     `judged` is a model, an npz of ADM's, or a collection of pictures; `reference` a collection of real
     pictures, the folder `reference` of an earlier evaluation, or an npz of ADM's. Under torchrun each process
     does its share; the one that finishes last has the result, the others None. Raises UserError for what is
-    not there or does not fit, and when `out` holds another evaluation.
+    not there or does not fit, and when `out` holds another evaluation. `keep` is where references
+    are kept [default: out/reference].
     """
     settings, how, place = settings or Evaluation(), how or How(), ranks()
     extractors = load_extractors(settings, allow_download)
@@ -221,10 +222,9 @@ def evaluate(
     for pixels in wanted:
         name = size_name(pixels)
         tell = partial(progress, f"reference {name}")
-        beside = reference_at(real, pixels, settings, extractors, out, place, tell)
+        beside = reference_at(real, pixels, settings, extractors, keep or out / REFERENCE, place, tell)
         pictures, asked = subject.pictures(pixels, beside)
-        look = partial(draw_sheet, path=out / f"{name}.png", title=f"{about['judged']} {name}")
-        extract(pictures, extractors, out / name, place, partial(progress, name), look)
+        extract(pictures, extractors, out / name, place, partial(progress, name))
         features = collect(out / name, len(pictures))
         if features is None:
             continue
@@ -245,6 +245,7 @@ def conclude(
     sizes, references = {}, {}
     for done, (name, (features, beside, asked)) in enumerate(found.items()):
         progress("figures", done, len(found))
+        draw_sheet(features.shown, out / f"{name}.png", f"{about['judged']} {name}")
         sizes[name] = figures(features.values, beside.real, asked, shown_by(beside))
         references[name] = beside.about.brief | {"pictures_judged": len(features.numbers)}
     progress("figures", len(found), len(found))
@@ -267,12 +268,11 @@ def reference_at(
     pixels: Size,
     settings: Evaluation,
     extractors: Sequence[Extractor],
-    out: Path,
+    folder: Path,
     place: tuple[int, int],
     progress: Callable[[int, int], None],
 ) -> Reference:
-    """The reference of a size."""
-    folder = out / REFERENCE
+    """The reference of a size, kept in `folder`."""
     names = [name for extractor in extractors for name in extractor.names]
     if isinstance(real, Collection):
         return real.reference(pixels, settings.crop_at_most, extractors, folder, place, progress)
@@ -332,9 +332,9 @@ def environment(command: str) -> dict[str, Any]:
 
 
 def draw_sheet(images: Sequence[Image.Image], path: Path, title: str) -> None:
-    """A sheet of the first of these pictures, as many in a row as fit a screen; once."""
-    if path.exists():
-        return
+    """A sheet of pictures, as many in a row as fit a screen."""
     across = max(1, min(10, 1400 // (images[0].width + 14)))
-    shown = [("", image) for image in images[:SHOWN]]
-    contact_sheet([shown[i : i + across] for i in range(0, len(shown), across)], title).save(path)
+    shown = [("", image) for image in images]
+    sheet = contact_sheet([shown[i : i + across] for i in range(0, len(shown), across)], title)
+    with atomic_file(path) as scratch:
+        sheet.save(scratch, "PNG")

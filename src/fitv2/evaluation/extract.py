@@ -23,7 +23,8 @@ from fitv2.runtime.files import atomic_file
 
 PIECE = 64
 WAIT = 0.5  # seconds between looks for the pieces of other processes
-NUMBERS, DIGESTS = "numbers", "digests"
+NUMBERS, DIGESTS, SHOWN = "numbers", "digests", "shown"
+PICTURES_SHOWN, PIECES_SHOWN = 8, 5  # the first of each of the first pieces are kept, to be looked at
 
 Progress = Callable[[int, int], None]  # how many pictures are done, of how many
 
@@ -35,6 +36,7 @@ class Features:
     values: dict[str, Tensor]  # (N, D)
     numbers: list[int]  # of the pictures
     digest: str  # SHA-256 of all their pixels
+    shown: list[Image.Image]  # some of them
 
 
 def pieces(count: int) -> list[range]:
@@ -48,12 +50,8 @@ def extract(
     folder: Path,
     place: tuple[int, int] = (0, 1),
     progress: Progress = lambda done, total: None,
-    look: Callable[[Sequence[Image.Image]], None] = lambda _: None,
 ) -> None:
-    """Do this process's share of the pieces that are not yet in `folder`; `place` is which, of how many.
-
-    `look` gets the pictures of each piece.
-    """
+    """Do this process's share of the pieces that are not yet in `folder`; `place` is which, of how many."""
     rank, world = place
     folder.mkdir(parents=True, exist_ok=True)
     mine = list(enumerate(pieces(len(pictures))))[rank::world]
@@ -62,11 +60,11 @@ def extract(
     for number, piece in mine:
         path = piece_path(folder, number)
         if not path.exists():
-            images = pictures.read(piece)
-            if used := [image for image in images if image is not None]:
-                look(used)
+            found = features_of(pictures.read(piece), piece, extractors)
+            if number >= PIECES_SHOWN:
+                del found[SHOWN]
             with atomic_file(path) as partial:
-                save_file(features_of(images, piece, extractors), partial)
+                save_file(found, partial)
         done += len(piece)
         progress(done, total)
 
@@ -86,8 +84,10 @@ def features_of(
     found = {
         NUMBERS: torch.tensor([numbers[i] for i in kept], dtype=torch.int64),
         DIGESTS: torch.from_numpy(np.array(digests, np.uint8).reshape(-1, 32)),
+        SHOWN: torch.zeros(0),
     }
     if kept:
+        found[SHOWN] = torch.from_numpy(np.stack(arrays[:PICTURES_SHOWN]))
         pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
         for extractor in extractors:
             found |= {name: value.contiguous() for name, value in extractor(pixels).items()}
@@ -106,9 +106,10 @@ def collect(folder: Path, count: int) -> Features | None:
     full = [piece for piece in found if len(piece[NUMBERS])]
     if not full:
         raise UserError(f"none of the {count} pictures for {folder.name} can be used")
+    shown = [Image.fromarray(one.numpy()) for piece in full for one in piece.pop(SHOWN, ())]
     joined = {name: torch.cat([piece[name] for piece in full]) for name in full[0]}
     digest = hashlib.sha256(joined.pop(DIGESTS).numpy().tobytes()).hexdigest()
-    return Features(joined, joined.pop(NUMBERS).tolist(), digest)
+    return Features(joined, joined.pop(NUMBERS).tolist(), digest, shown)
 
 
 def wait_for(folder: Path, count: int, waiting: Callable[[], None] = lambda: None) -> Features:

@@ -67,5 +67,5 @@ def draw_plots(result: Result, out: Path) -> None:
             axes.grid(alpha=0.3)
         row[0].set_ylabel(network)
     canvas.suptitle(f"{result.about['judged']} beside {result.about['reference']}")
-    with atomic_file(out) as partial:
-        canvas.savefig(partial, dpi=110)
+    with atomic_file(out) as scratch:
+        canvas.savefig(scratch, dpi=110)
