@@ -23,6 +23,7 @@ TINY = {"depth": 2, "width": 32, "heads": 2, "patch_size": 1, "in_channels": 6, 
 VARIANTS = {
     "fitv2": {},
     "fit": {"path": "ddpm", "prediction": "noise", "adaln": "full", "qk_norm": False, "mlp_width": 128},
+    "absolute": {"rope": {"kind": "absolute"}},
     "scaled by image": {"rope": {"extrapolation": "ntk", "attention_scale": "pro2", "train_side": 4}},
 }
 SIZES = [(1, 1), (2, 7), (7, 2), (16, 16), (3, 5)]

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fitv2.config import Rope
+from fitv2.errors import UserError
 from fitv2.kernels import rotate
-from fitv2.rope import METHODS, frequencies, mscale, rotation, scaled_frequencies
+from fitv2.rope import METHODS, absolute, frequencies, mscale, rotation, scaled_frequencies
 from fitv2.tokens import Layout
 
 GRID = Layout.of([(8, 13)])  # position (row, column) is token 13·row + column
@@ -127,3 +128,22 @@ def test_yarn_lengthens_by_the_longer_side():
     rope = Rope("yarn", train_side=16)
     expected = [0.1 * math.log(30 / 16) + 1, 1.0]
     assert mscale(rope, torch.tensor([[10, 30], [16, 4]])).tolist() == pytest.approx(expected)
+
+
+def test_absolute_positions_are_dits():
+    """Sines, then cosines, of the row; the same of the column: as 1-D sinusoids of half the width each."""
+    layout = Layout.of([(2, 3), (1, 2)])
+    added = absolute(layout, 8, Rope(kind="absolute"))
+    assert added.shape == (8, 8)
+    omega = torch.tensor([1.0, 1e-2])
+    for token, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (0, 0), (0, 1)]):
+        expected = [(row * omega).sin(), (row * omega).cos(), (column * omega).sin(), (column * omega).cos()]
+        torch.testing.assert_close(added[token], torch.cat(expected))
+
+
+def test_nothing_turns_where_positions_are_added():
+    rope = Rope(kind="absolute")
+    x = torch.randn(6, 2, 16)
+    assert torch.equal(rotate(x, rotation(Layout.of([(2, 3)]), 16, rope)), x)
+    with pytest.raises(UserError, match="for `kind` rotary"):
+        Rope("ntk", train_side=4, kind="absolute")

@@ -46,6 +46,7 @@ class Rope:
     """How positions become angles, and how they are scaled on grids larger than those trained on."""
 
     RENAMED: ClassVar[dict[str, str]] = {"pixels_a_token": "pixels_per_token"}
+    ADDED: ClassVar[frozenset[str]] = frozenset({"kind"})
 
     extrapolation: Extrapolation = "none"
     """pi: positions scaled down. ntk: a larger base. ntk-by-parts and yarn: per frequency."""
@@ -61,10 +62,15 @@ class Rope:
     """Scale every image as if it had these rows and columns [default: each by its own]."""
     base: float = 10000.0
     """Base of the frequencies."""
+    kind: Literal["rotary", "absolute"] = "rotary"
+    """rotary: queries and keys turn. absolute: sines and cosines are added to the tokens once, as in DiT and
+    SiT, for comparisons."""
 
     def __post_init__(self) -> None:
-        """UserError when there is nothing to scale from."""
+        """UserError when there is nothing to scale from, and for a scaling of what does not turn."""
         check_limits(self)
+        if self.kind == "absolute" and (self.extrapolation, self.attention_scale) != ("none", "none"):
+            raise UserError("`extrapolation` and `attention_scale` are for `kind` rotary")
         if (self.extrapolation, self.attention_scale) != ("none", "none") and self.train_side is None:
             raise UserError(
                 "extrapolation needs the size trained on: give `train_side`, the rows of the largest"
@@ -168,9 +174,10 @@ class Encoding:
     max_tokens: tuple[int, ...] = (64,)
     """Larger images are shrunk to this many tokens (the paper: 256, and 1024 in post-training). Several,
     such as 64 36 16: each image is stored at all of them, and a model learns all."""
-    preprocess: Literal["flexible", "mixed"] = "flexible"
+    preprocess: Literal["flexible", "mixed", "square"] = "flexible"
     """flexible: resized, as in FiT. mixed, as in FiTv2: an image larger than the square of its tokens is
-    also stored cropped to that square; training chooses by --crop-probability."""
+    also stored cropped to that square; training chooses by --crop-probability. square: cropped to it
+    alone, as for DiT and SiT."""
     mirror: bool = True
     """Also store every image mirrored."""
     patch_size: int | None = None

@@ -20,7 +20,7 @@ from fitv2.config import Architecture, PathName, Prediction, Rope
 from fitv2.errors import nearest
 from fitv2.kernels import gated_silu, linear_parts, rotate, scaled_sum
 from fitv2.presets import preset
-from fitv2.rope import rotation
+from fitv2.rope import absolute, rotation
 from fitv2.runtime.serialization import from_dict
 from fitv2.tokens import Layout
 
@@ -249,6 +249,8 @@ class FiT(ModelMixin, ConfigMixin):
         shared_B6D = 0.0 if self.modulation is None else self.modulation(silu_c_BD)
         head_dim = self.architecture.width // self.architecture.heads
         x_TD = self.patch_embed(x_TC.to(self.dtype))
+        if self.architecture.rope.kind == "absolute":
+            x_TD = x_TD + absolute(layout, self.architecture.width, self.architecture.rope).to(x_TD.dtype)
         image_layout, joint = layout, None
         text = condition.values.get("text") if "text" in self.architecture.conditions else None
         if isinstance(text, Text):

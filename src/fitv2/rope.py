@@ -124,6 +124,8 @@ def scaled_frequencies(rope: Rope, size_B2: Tensor, dims: int) -> Tensor:
 
 def rotation(layout: Layout, head_dim: int, rope: Rope) -> Tensor:
     """The complex numbers (T, 1, head_dim/2) that turn each pair of a head, rows first."""
+    if rope.kind == "absolute":
+        return torch.ones(1, 1, head_dim // 2, dtype=torch.complex64, device=layout.pos_T2.device)
     size_B2 = layout.size_B2
     if rope.grid is not None:
         size_B2 = torch.tensor([rope.grid], device=size_B2.device).expand_as(size_B2)
@@ -135,3 +137,9 @@ def rotation(layout: Layout, head_dim: int, rope: Rope) -> Tensor:
     if (rope.extrapolation, rope.attention_scale) != ("none", "none"):
         length = length * layout.spread(mscale(rope, size_B2))[:, None]
     return torch.polar(length, angles)[:, None]
+
+
+def absolute(layout: Layout, width: int, rope: Rope) -> Tensor:
+    """What DiT and SiT add to their tokens (T, width): sines and cosines of the row, then of the column."""
+    angles = layout.pos_T2[:, :, None].float() * frequencies(width // 2, rope.base, layout.pos_T2.device)
+    return torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)

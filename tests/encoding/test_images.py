@@ -172,8 +172,10 @@ def test_views_are_the_resized_ones_and_crops_of_what_is_larger(size, crops):
     image = Image.new("RGB", size)
     sizes = [resized(*size, limit, 16) for limit in (64, 4)]
     whole, cropped = [(size, False) for size in sizes], [((side, side), True) for side in crops]
-    assert [(view.size, crop) for view, crop in views(image, (64, 4), 16, True)] == whole + cropped
-    assert [(view.size, crop) for view, crop in views(image, (64, 4), 16, False)] == whole
+    assert [(view.size, crop) for view, crop in views(image, (64, 4), 16, "mixed")] == whole + cropped
+    assert [(view.size, crop) for view, crop in views(image, (64, 4), 16, "flexible")] == whole
+    square = [((128, 128), True), ((32, 32), True)]  # also of an image that is smaller
+    assert [(view.size, crop) for view, crop in views(image, (64, 4), 16, "square")] == square
 
 
 def test_sizes_are_height_by_width_in_pixels_whatever_a_token_covers():

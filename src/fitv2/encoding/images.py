@@ -141,16 +141,20 @@ def center_crop(image: Image.Image, side: int) -> Image.Image:
 
 
 def views(
-    image: Image.Image, max_tokens: Sequence[int], unit: int, crop: bool
+    image: Image.Image, max_tokens: Sequence[int], unit: int, preprocess: str
 ) -> list[tuple[Image.Image, bool]]:
     """What is stored of an image: resized for each limit, then cropped ones; and whether each is cropped.
 
     Only an image with both sides above the square of a limit is cropped to it (FiTv2's mixed
-    preprocessing), so every image has at least its resized view.
+    preprocessing), so every image has at least its resized view; but square images alone are stored of
+    all with DiT's and SiT's preprocessing.
     """
+    sides = [math.isqrt(limit) * unit for limit in max_tokens]
+    if preprocess == "square":
+        return [(center_crop(image, side), True) for side in sides]
     resized_views = [(flexible_resize(image, limit, unit), False) for limit in max_tokens]
-    sides = [math.isqrt(limit) * unit for limit in max_tokens if crop]
-    return resized_views + [(center_crop(image, side), True) for side in sides if min(image.size) > side]
+    cropped = [side for side in sides if preprocess == "mixed" and min(image.size) > side]
+    return resized_views + [(center_crop(image, side), True) for side in cropped]
 
 
 def parse_size(text: str) -> tuple[int, int]:

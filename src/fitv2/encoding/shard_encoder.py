@@ -62,7 +62,7 @@ class Reader:
 
             try:
                 image = read_image(self.manifest, picture, hold)
-                found = views(image, chosen.max_tokens, self.unit, chosen.preprocess == "mixed")
+                found = views(image, chosen.max_tokens, self.unit, chosen.preprocess)
             except UnusableImage as error:
                 return Fitted(row, picture, [], " ".join(str(error).split()))
         return Fitted(row, picture, [(np.asarray(view), crop) for view, crop in found])
