@@ -65,7 +65,11 @@ VALUES = [
 STARTS = {
     "encode": ["nowhere", "out"], "train": ["debug", "--data", "nowhere", "--out", "run"], "sample": ["nowhere"],
     "convert": ["nowhere", "out"], "export": ["nowhere", "out"], "inspect": ["nowhere"],
-    "demo": ["--data", "nowhere"],
+    "demo": ["--data", "nowhere"], "flops": ["debug"],
+    "evaluate": ["nowhere", "--reference", "nowhere", "--out", "out"],
+    "study sizes": ["nowhere", "--reference", "nowhere", "--out", "out"],
+    "study convergence": ["--data", "nowhere", "--square", "nowhere", "--reference", "nowhere", "--out", "out"],
+    "study scaling": ["--data", "nowhere", "--reference", "nowhere", "--out", "out"],
 }  # fmt: skip
 
 
@@ -86,7 +90,7 @@ def command_line(rng):
         arguments[at:at] = more
     if rng.random() < 0.1:
         arguments = [VALUES[rng.integers(len(VALUES))] for _ in range(3)]
-    return [name, *arguments]
+    return [*name.split(), *arguments]
 
 
 def test_command_lines(tmp_path, monkeypatch, capsys):

@@ -144,9 +144,10 @@ def check_command(words: list[str], root: Path = ROOT) -> str | None:
         return f"{missing[0]} does not exist" if missing else None
     if words[0] != "fitv2" or words[1:2] in ([], ["--help"], ["--version"]):
         return None
-    name, *rest = words[1:]
-    if name not in commands.COMMANDS:
-        return f"fitv2 has no command {name}"
+    try:
+        name, rest = commands.split_command(words[1:])
+    except UserError as error:
+        return str(error)
     kind, _ = commands.COMMANDS[name]
     said = io.StringIO()
     try:

@@ -115,6 +115,10 @@ LIMITS = {
     # Evaluation
     "Evaluation.num": Range(10, MAX_IMAGES),
     "crop_at_most": SHARE,
+    "every": COUNT,
+    "seeds": SEED,
+    "widths": Range(4, 65_536),
+    "depths": Range(1, 1_000),
     # The card of a dataset
     "scale": Range(0, 1e6, above=True),
     "shift": Range(-1e6, 1e6),

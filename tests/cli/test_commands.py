@@ -153,7 +153,7 @@ def test_help_of_train_names_the_preset_and_offers_only_what_it_takes(capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
-    status, out, _ = fitv2(capsys, command, "--help")
+    status, out, _ = fitv2(capsys, *command.split(), "--help")
     assert status == 0
     assert "--" in out
 

@@ -14,7 +14,20 @@ import tyro
 from tqdm import tqdm
 
 from fitv2 import __version__
-from fitv2.cli.options import Convert, Demo, Encode, Evaluate, Export, Flops, Inspect, Sample, Study, Train
+from fitv2.cli.options import (
+    Convert,
+    Demo,
+    Encode,
+    Evaluate,
+    Export,
+    Flops,
+    Inspect,
+    Sample,
+    StudyConvergence,
+    StudyScaling,
+    StudySizes,
+    Train,
+)
 from fitv2.cli.parsing import name_flags, option_names, parse
 from fitv2.cli.progress import share_bar, stages_bar, training_bar
 from fitv2.config import Architecture, Network
@@ -225,12 +238,11 @@ def evaluate(options: Evaluate) -> int:
     for size in sizes:
         check_limit("size", max(size))
     how = How(options.guidance, options.sampling, options.positions)
-    command = shlex.join(["fitv2", *sys.argv[1:]])
     with stages_bar("image", os.environ.get("LOCAL_RANK", "0") == "0") as progress:
         leave_on_signals("; run the same command again to resume")
         result = evaluate(
             options.judged, options.reference, options.out, options.evaluation, how, sizes,
-            allow_download=options.allow_download, progress=progress, command=command,
+            allow_download=options.allow_download, progress=progress, command=command_line(),
         )  # fmt: skip
     if result is None:
         print(f"{options.out}: this share is done; the process that finishes last computes the figures")
@@ -241,27 +253,61 @@ def evaluate(options: Evaluate) -> int:
     return 0
 
 
-def study(options: Study) -> int:
-    """Run `fitv2 study`."""
+def study_sizes(options: StudySizes) -> int:
+    """Run `fitv2 study sizes`."""
     from fitv2.evaluation.evaluate import How
     from fitv2.evaluation.sizes import study_sizes
     from fitv2.pipeline import FiTPipeline
 
     pipeline = FiTPipeline.from_pretrained(options.model, allow_download=options.allow_download)
     trained = pipeline.card.square[0], pipeline.unit
-    command = shlex.join(["fitv2", *sys.argv[1:]])
     with stages_bar("image", os.environ.get("LOCAL_RANK", "0") == "0") as progress:
         leave_on_signals("; run the same command again to resume")
         found = study_sizes(
             options.model, options.reference, options.out, options.evaluation,
             How(options.guidance, options.sampling), trained, groups=options.groups, progress=progress,
-            report=tqdm.write, allow_download=options.allow_download, command=command,
+            report=tqdm.write, allow_download=options.allow_download, command=command_line(),
         )  # fmt: skip
     if found is None:
         print(f"{options.out}: this share is done; the process that finishes last makes the tables")
         return 0
     print((options.out / "table.md").read_text(encoding="utf-8"))
     return 0
+
+
+def study_convergence(options: StudyConvergence) -> int:
+    """Run `fitv2 study convergence`."""
+    from fitv2.evaluation.convergence import plan_convergence
+
+    runs = plan_convergence(options.data, options.square, options.scale, options.variants)
+    return train_study(runs, options)
+
+
+def study_scaling(options: StudyScaling) -> int:
+    """Run `fitv2 study scaling`."""
+    from fitv2.evaluation.convergence import plan_scaling
+
+    if len(options.widths) != len(options.depths):
+        raise UserError("`widths` and `depths` go together: as many of each")
+    return train_study(plan_scaling(options.data, options.scale, options.widths, options.depths), options)
+
+
+def train_study(runs: Any, options: StudyConvergence | StudyScaling) -> int:
+    """Train the runs of a study, and print its table."""
+    from fitv2.evaluation.convergence import run_study
+
+    with stages_bar("step") as bar:
+        run_study(
+            runs, options.reference, options.out, seeds=options.seeds, num=options.num, report=tqdm.write,
+            progress=lambda name, report: bar(name, report.step, None), command=command_line(),
+        )  # fmt: skip
+    print((options.out / "table.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def command_line() -> str:
+    """What was typed, for results to be made again."""
+    return shlex.join(["fitv2", *sys.argv[1:]])
 
 
 def flops(options: Flops) -> int:
@@ -306,7 +352,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "export": (Export, export),
     "inspect": (Inspect, inspect),
     "evaluate": (Evaluate, evaluate),
-    "study": (Study, study),
+    "study sizes": (StudySizes, study_sizes),
+    "study convergence": (StudyConvergence, study_convergence),
+    "study scaling": (StudyScaling, study_scaling),
     "flops": (Flops, flops),
     "demo": (Demo, demo),
 }
@@ -332,6 +380,15 @@ def train_defaults(arguments: list[str]) -> Train:
     return Train(tyro.MISSING, tyro.MISSING, tyro.MISSING, model=network, training=chosen.training)
 
 
+def split_command(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command, of one word or two, and what follows it. Raises UserError for one that there is not."""
+    words = next((count for count in (2, 1) if " ".join(arguments[:count]) in COMMANDS), None)
+    if words is None:
+        several = any(name.startswith(f"{arguments[0]} ") for name in COMMANDS)
+        raise nearest("command", " ".join(arguments[: 2 if several else 1]), COMMANDS)
+    return " ".join(arguments[:words]), arguments[words:]
+
+
 def all_options() -> set[str]:
     """The options of all commands."""
     return {name for kind, _ in COMMANDS.values() for name in option_names(kind)}
@@ -346,7 +403,7 @@ def overview() -> str:
         "",
     ]
     for name, (kind, _) in COMMANDS.items():
-        lines.append(f"  {name:8} {(kind.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:18}{(kind.__doc__ or '').splitlines()[0]}")
     lines += [
         "",
         "`fitv2 COMMAND --help` lists a command's options. With --debug an error shows where it arose.",
@@ -364,9 +421,7 @@ def run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(__version__)
         return 0
-    name, *rest = arguments
-    if name not in COMMANDS:
-        raise nearest("command", name, COMMANDS)
+    name, rest = split_command(arguments)
     kind, command = COMMANDS[name]
     default = train_defaults(rest) if kind is Train else None
     return command(parse(kind, rest, default))

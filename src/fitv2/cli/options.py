@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 import tyro
 
 from fitv2.config import Encoding, Guidance, Network, Positions, Sampling, Training
-from fitv2.evaluation.settings import Evaluation
+from fitv2.evaluation.settings import Evaluation, Scale
+from fitv2.limits import check_limits
 from fitv2.presets import PRESETS
 
 
@@ -176,16 +177,13 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Study:
-    """Evaluate many cells of a table in one call.
+class StudySizes:
+    """Fill the paper's Tables III to VI for any model, its sizes in proportion to those trained on.
 
-    sizes: the paper's Tables III to VI for any model, its sizes in proportion to those that MODEL was trained
-    on: trained ones, and beyond them every extrapolation with and without the attention scale. Run the same
+    Trained sizes, and beyond them every extrapolation with and without the attention scale. Run the same
     command again to resume.
     """
 
-    what: Annotated[Literal["sizes"], tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
-    """Which study: sizes."""
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A model as of `fitv2 sample`."""
     reference: str
@@ -199,6 +197,62 @@ class Study:
     evaluation: Annotated[Evaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=Evaluation)
     guidance: Annotated[Guidance, tyro.conf.OmitArgPrefixes] = field(default_factory=Guidance)
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class StudyConvergence:
+    """Train DiT, SiT, FiT, the paper's ablation and FiTv2 at one size, and compare how fast they learn.
+
+    Run the same command again to resume. Writes curves.png, table.md and a run for each variant and seed.
+    """
+
+    data: str
+    """Tokens of `fitv2 encode`, with labels."""
+    square: str
+    """The same images encoded with --preprocess square, for DiT and SiT."""
+    reference: Path
+    """The folder `reference` of an evaluation; all its sizes are judged."""
+    out: Path
+    """Folder for the results."""
+    variants: tuple[str, ...] = ("DiT", "SiT", "FiT", "A", "B", "C", "D", "E", "F", "FiTv2", "fast")
+    """Which; A to F are the paper's ablation."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A run for each."""
+    num: int = 200
+    """Images that are judged of each size."""
+    scale: Annotated[Scale, tyro.conf.OmitArgPrefixes] = field(default_factory=Scale)
+
+    def __post_init__(self) -> None:
+        """UserError for a number outside its range."""
+        check_limits(self)
+
+
+@dataclass(frozen=True)
+class StudyScaling:
+    """Train FiTv2 of several sizes for as many multiply-adds each, and compare what they reach.
+
+    Run the same command again to resume.
+    """
+
+    data: str
+    """Tokens of `fitv2 encode`, with labels."""
+    reference: Path
+    """The folder `reference` of an evaluation; all its sizes are judged."""
+    out: Path
+    """Folder for the results."""
+    widths: tuple[int, ...] = (96, 192, 288)
+    """Channels per token of each model."""
+    depths: tuple[int, ...] = (3, 4, 6)
+    """Depth of each, as in `fitv2 study convergence`."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A run for each."""
+    num: int = 200
+    """Images that are judged of each size."""
+    scale: Annotated[Scale, tyro.conf.OmitArgPrefixes] = field(default_factory=Scale)
+
+    def __post_init__(self) -> None:
+        """UserError for a number outside its range."""
+        check_limits(self)
 
 
 @dataclass(frozen=True)

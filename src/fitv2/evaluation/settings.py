@@ -46,3 +46,27 @@ class Evaluation:
     def __post_init__(self) -> None:
         """UserError for a number outside its range."""
         check_limits(self)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The size of all models, and how long they are trained."""
+
+    width: int = 192
+    """Channels per token inside the transformers."""
+    heads: int = 6
+    """Attention heads."""
+    depth: int = 4
+    """Blocks of the variants that the paper gives 12; those that it gives 15 have a quarter more."""
+    steps: int = 2_000
+    """Steps of each run."""
+    batch_size: int = 48
+    """Images of a step."""
+    learning_rate: float = 1e-3
+    """Of AdamW, the same for all; `fast` has its own."""
+    every: int = 250
+    """Steps between evaluations."""
+
+    def __post_init__(self) -> None:
+        """UserError for a number outside its range."""
+        check_limits(self)

@@ -1,0 +1,242 @@
+"""How fast models learn: the paper's ablation and its Figure 8, on any data.
+
+Every variant is trained at one width, on the same images, with the same seeds, and judged on the way. A run
+is a folder, so a study goes on where it was interrupted.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fitv2.config import Architecture
+from fitv2.data.dataset import open_card
+from fitv2.data.storage import Store
+from fitv2.errors import UserError, nearest
+from fitv2.evaluation.during import TrainingJudge
+from fitv2.evaluation.metrics import Figure
+from fitv2.evaluation.settings import Scale
+from fitv2.model import FiT
+from fitv2.presets import PRESETS, Preset
+from fitv2.runtime.files import atomic_file, write_json, write_text
+from fitv2.training.best import DISTANCE
+from fitv2.training.run_folder import read_log
+from fitv2.training.throughput import MultiplyAdds
+from fitv2.training.trainer import StepReport, train
+
+SQUARE = ("DiT", "SiT")  # trained on square crops
+# By the names of the paper's table: the preset that each is taken from.
+FROM_PRESET = {
+    "FiT": "fit-b", "A": "ablation-a", "B": "ablation-b", "C": "ablation-c", "D": "ablation-d",
+    "E": "ablation-e", "F": "ablation-f", "FiTv2": "fitv2-b", "fast": "fast",
+}  # fmt: skip
+VARIANTS = ("DiT", "SiT", *FROM_PRESET)
+
+
+def variant(name: str, scale: Scale, tokens: Architecture) -> Preset:
+    """A variant at a scale; `tokens` has what the data decide. Raises UserError for an unknown name."""
+    if name not in VARIANTS:
+        raise nearest("variant", name, VARIANTS)
+    based_on = PRESETS[FROM_PRESET.get(name, "fit-b")]
+    model = based_on.model
+    depth = round(scale.depth * 1.25) if model.depth == 15 or name == "fast" else scale.depth
+    changes: dict[str, Any] = {
+        "width": scale.width, "heads": scale.heads, "depth": depth,
+        "mlp_width": 4 * scale.width if model.mlp_width else None,
+        **{field: getattr(tokens, field) for field in ("patch_size", "in_channels", "num_classes")},
+    }  # fmt: skip
+    if name in SQUARE:  # SwiGLU of 8/3 of the width has as many weights as DiT's MLP of 4
+        changes |= {"mlp_width": None, "rope": replace(model.rope, kind="absolute")}
+    if name == "SiT":
+        changes |= {"path": "linear", "prediction": "velocity"}
+    if name == "fast":
+        changes |= {"prediction": "velocity" if tokens.token_channels <= scale.width // 4 else "data"}
+    training = replace(
+        based_on.training, steps=scale.steps, batch_size=scale.batch_size, warmup_steps=scale.steps // 40,
+        decay_steps=0, ema_decay=max(0.0, 1 - 20 / scale.steps), validate_every=scale.every, evaluate_every=scale.every,
+        save_every=scale.every, sample_every=scale.steps, track=(), keep=1,
+    )  # fmt: skip
+    if name == "SiT":
+        training = replace(training, times="uniform")
+    if name != "fast":
+        training = replace(training, learning_rate=scale.learning_rate)
+    return Preset(f"{name} of the study of convergence", replace(model, **changes), training)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run: its distance after some steps, and what a step costs."""
+
+    variant: str
+    seed: int
+    steps: tuple[int, ...]
+    distances: tuple[float, ...]
+    parameters: int
+    gmac: float  # of an evaluation of the longest image
+
+    def steps_to(self, distance: float) -> float:
+        """The steps to a distance, between evaluations by a line; infinite if it is not reached."""
+        before_step, before = 0.0, math.inf
+        for step, now in zip(self.steps, self.distances, strict=True):
+            if now <= distance:
+                if math.isinf(before):
+                    return step
+                return before_step + (before - distance) / (before - now) * (step - before_step)
+            before_step, before = step, now
+        return math.inf
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of a study."""
+
+    name: str
+    preset: Preset
+    data: str
+
+
+def tokens_of(data: str) -> tuple[Architecture, int]:
+    """What a folder of tokens decides of a model, and the tokens of its longest image."""
+    about = open_card(Store(data)).about
+    labels = len(about.labels)
+    return Architecture(
+        1, 4, 1, patch_size=about.patch_size, in_channels=about.in_channels, num_classes=labels
+    ), (about.max_tokens)
+
+
+def plan_convergence(
+    data: str, square: str, scale: Scale, variants: Sequence[str] = VARIANTS
+) -> list[Planned]:
+    """Every variant on tokens of images of any shapes, or of the same images cropped to squares."""
+    runs = []
+    for name in variants:
+        source = square if name in SQUARE else data
+        runs.append(Planned(name, variant(name, scale, tokens_of(source)[0]), source))
+    return runs
+
+
+def plan_scaling(data: str, scale: Scale, widths: Sequence[int], depths: Sequence[int]) -> list[Planned]:
+    """FiTv2 of several sizes, each trained for as many multiply-adds as the one of `scale` takes."""
+    tokens, longest = tokens_of(data)
+    budget = scale.steps * gmac(variant("FiTv2", scale, tokens).model, longest)
+    runs = []
+    for width, depth in zip(widths, depths, strict=True):
+        size = replace(scale, width=width, heads=max(1, width * scale.heads // scale.width), depth=depth)
+        steps = round(budget / gmac(variant("FiTv2", size, tokens).model, longest))
+        size = replace(size, steps=max(size.every, steps - steps % size.every))
+        chosen = variant("FiTv2", size, tokens)
+        runs.append(Planned(f"width {width}, depth {chosen.model.depth}", chosen, data))
+    return runs
+
+
+def run_study(
+    runs: Sequence[Planned],
+    reference: Path,
+    out: Path,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    num: int = 200,
+    progress: Callable[[str, StepReport], None] = lambda name, report: None,
+    report: Callable[[str], None] = lambda _: None,
+    command: str = "",
+) -> list[Curve]:
+    """Train every run with every seed, and write curves.json, table.md and curves.png in `out`.
+
+    `reference` is the folder of an evaluation; its sizes are those that are judged. Raises UserError as
+    `train` does.
+    """
+    judge, curves = TrainingJudge(reference, num), []
+    for seed in seeds:  # all runs once before any is made again
+        for planned in runs:
+            name = f"{planned.name.replace(', ', '-').replace(' ', '')}-{seed}"
+            chosen = replace(planned.preset, training=replace(planned.preset.training, seed=seed))
+            train(chosen, planned.data, out / name, judge=judge, report=partial(progress, name))
+            longest = tokens_of(planned.data)[1]
+            curves.append(read_curve(planned.name, seed, out / name, chosen.model, longest))
+            report(f"{name}: {curves[-1].distances[-1]:.1f} after {curves[-1].steps[-1]} steps")
+    write_json(out / "curves.json", {"curves": [asdict(curve) for curve in curves], "command": command})
+    write_text(out / "table.md", table(curves, command))
+    draw(curves, out / "curves.png")
+    return curves
+
+
+def gmac(architecture: Architecture, tokens: int) -> float:
+    """10⁹ multiply-adds of an evaluation of an image."""
+    with torch.device("meta"):
+        return MultiplyAdds.of(FiT(**asdict(architecture)), tokens).linear / 1e9
+
+
+def read_curve(name: str, seed: int, run: Path, model: Architecture, tokens: int) -> Curve:
+    """The curve of a run that is done."""
+    lines = [line for line in read_log(run / "log.jsonl") if DISTANCE in line]
+    if not lines:
+        raise UserError(f"{run} was never judged: fewer steps than are between evaluations")
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in FiT(**asdict(model)).parameters())
+    steps, distances = (tuple(line[key] for line in lines) for key in ("step", DISTANCE))
+    return Curve(name, seed, steps, distances, parameters, gmac(model, tokens))
+
+
+def by_variant(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
+    """The curves of each variant, in order."""
+    found: dict[str, list[Curve]] = {}
+    for curve in curves:
+        found.setdefault(curve.variant, []).append(curve)
+    return found
+
+
+def factor(curves: Sequence[Curve], slower: Sequence[Curve]) -> Figure:
+    """How many times fewer steps take a variant to the last distance of a slower one, over seeds."""
+    found = [other.steps_to(other.distances[-1]) / curve.steps_to(other.distances[-1])
+             for curve, other in zip(curves, slower, strict=True)]  # fmt: skip
+    return over_seeds(found)
+
+
+def over_seeds(values: Sequence[float]) -> Figure:
+    """The mean over seeds and its standard error, which one seed does not tell."""
+    found = torch.tensor(values, dtype=torch.float64)
+    error = float(found.std()) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return Figure(float(found.mean()), error)
+
+
+def table(curves: Sequence[Curve], command: str) -> str:
+    """Markdown: a row for each variant; ± holds 95 % of the outcomes."""
+    found = by_variant(curves)
+    lines = [
+        "| | parameters | GMAC | steps | distance at the end | times fewer steps than FiT |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, runs in found.items():
+        last = over_seeds([run.distances[-1] for run in runs])
+        fewer = factor(runs, found["FiT"]) if "FiT" in found else ""
+        first = runs[0]
+        lines.append(
+            f"| {name} | {first.parameters:,} | {first.gmac:.2f} | {first.steps[-1]} | {last} | {fewer} |"
+        )
+    return "\n".join([*lines, "", f"`{command}`", ""])
+
+
+def draw(curves: Sequence[Curve], path: Path) -> None:
+    """Distances over steps, and over multiply-adds; a band from the lowest to the highest seed."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(13, 5), layout="constrained")
+    steps_axes, cost_axes = canvas.subplots(1, 2, sharey=True)
+    for i, (name, runs) in enumerate(by_variant(curves).items()):
+        steps = runs[0].steps
+        values = torch.tensor([run.distances for run in runs])
+        for axes, cost in ((steps_axes, 1.0), (cost_axes, 3 * runs[0].gmac)):
+            x = [step * cost for step in steps]
+            axes.plot(x, values.mean(0), label=name, color=f"C{i % 10}", linestyle="--" if i >= 10 else "-")
+            axes.fill_between(x, values.amin(0), values.amax(0), color=f"C{i % 10}", alpha=0.15)
+    steps_axes.set(xlabel="steps", ylabel="Fréchet distance, EfficientNet-Lite0", yscale="log")
+    cost_axes.set(xlabel="GMAC of training for each image of a step")
+    for axes in (steps_axes, cost_axes):
+        axes.grid(alpha=0.3, which="both")
+    steps_axes.legend()
+    with atomic_file(path) as scratch:
+        canvas.savefig(scratch, dpi=110)
