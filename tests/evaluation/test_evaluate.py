@@ -81,6 +81,7 @@ def test_a_model_beside_real_pictures(pixel_model, real, tmp_path, colours):
     written = json.loads((tmp_path / "out" / RESULT).read_text())
     assert written["sizes"]["8x24"]["efficientnet"]["FD"]["value"] == found["FD"].value
     assert Image.open(tmp_path / "out" / "8x24.png").width > 24
+    assert Image.open(tmp_path / "out" / "8x24_nearest.png").width > 48
     assert "8x24 | 40 : 60" in table(result)
     draw_plots(result, tmp_path / "plots.png")
 

@@ -57,8 +57,8 @@ def variant(name: str, scale: Scale, tokens: Architecture) -> Preset:
         changes |= {"prediction": "velocity" if tokens.token_channels <= scale.width // 4 else "data"}
     training = replace(
         based_on.training, steps=scale.steps, batch_size=scale.batch_size, warmup_steps=scale.steps // 40,
-        decay_steps=0, ema_decay=max(0.0, 1 - 20 / scale.steps), validate_every=scale.every, evaluate_every=scale.every,
-        save_every=scale.every, sample_every=scale.steps, track=(), keep=1,
+        decay_steps=0, ema_decay=max(0.0, 1 - 20 / scale.steps), validate_every=scale.every,
+        evaluate_every=scale.every, save_every=scale.every, sample_every=scale.steps, track=(), keep=1,
     )  # fmt: skip
     if name == "SiT":
         training = replace(training, times="uniform")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from fitv2 import __version__
 from fitv2.checkpoint import find_model
@@ -23,7 +22,7 @@ from fitv2.config import Guidance, Positions, Sampling
 from fitv2.errors import UserError
 from fitv2.evaluation.extract import Features, collect, extract
 from fitv2.evaluation.features import Extractor, load_extractor
-from fitv2.evaluation.metrics import Figure
+from fitv2.evaluation.metrics import Figure, nearest
 from fitv2.evaluation.pictures import Batch, First, Made, Pictures, Subject, draw_labels
 from fitv2.evaluation.reference import (
     Collection,
@@ -34,7 +33,7 @@ from fitv2.evaluation.reference import (
 )
 from fitv2.evaluation.score import figures
 from fitv2.evaluation.settings import Evaluation
-from fitv2.figures import contact_sheet
+from fitv2.figures import Captioned, contact_sheet
 from fitv2.model import FiT
 from fitv2.pipeline import FiTPipeline
 from fitv2.runtime.device import default_device
@@ -45,6 +44,7 @@ from fitv2.runtime.serialization import read_json
 from fitv2.tokens import Size
 
 RESULT, SETTINGS, REFERENCE = "evaluation.json", "settings.json", "reference"
+PAIRS = 24  # pictures that are shown beside the nearest real one
 
 StageProgress = Callable[[str, int, int | None], None]  # the stage, how many are done, of how many
 
@@ -245,7 +245,10 @@ def conclude(
     sizes, references = {}, {}
     for done, (name, (features, beside, asked)) in enumerate(found.items()):
         progress("figures", done, len(found))
-        draw_sheet(features.shown, out / f"{name}.png", f"{about['judged']} {name}")
+        title = f"{about['judged']} {name}"
+        draw_sheet([("", image) for image in features.shown.values()], out / f"{name}.png", title)
+        if pairs := beside_nearest(features, beside, asked):
+            draw_sheet(pairs, out / f"{name}_nearest.png", f"{title}, each beside the nearest real picture")
         sizes[name] = figures(features.values, beside.real, asked, shown_by(beside))
         references[name] = beside.about.brief | {"pictures_judged": len(features.numbers)}
     progress("figures", len(found), len(found))
@@ -331,10 +334,23 @@ def environment(command: str) -> dict[str, Any]:
     }
 
 
-def draw_sheet(images: Sequence[Image.Image], path: Path, title: str) -> None:
+def beside_nearest(features: Features, beside: Reference, asked: Sequence[str]) -> list[Captioned]:
+    """Some pictures, each followed by the real one that is nearest and their cosine: copied, or not."""
+    network = next(name for name in features.values if "_" not in name)
+    rows = [*features.shown][:PAIRS]
+    cosines, numbers = nearest(features.values[network][rows], beside.real[network].features, 1)
+    shown, pairs = shown_by(beside), []
+    for row, cosine, number in zip(rows, cosines[:, 0].tolist(), numbers[:, 0].tolist(), strict=True):
+        if real := beside.picture(number):
+            caption = shown[number] if shown else ""
+            pairs += [(asked[row] if asked else "", features.shown[row]), (f"{cosine:.2f} {caption}", real)]
+    return pairs
+
+
+def draw_sheet(captioned: Sequence[Captioned], path: Path, title: str) -> None:
     """A sheet of pictures, as many in a row as fit a screen."""
-    across = max(1, min(10, 1400 // (images[0].width + 14)))
-    shown = [("", image) for image in images]
-    sheet = contact_sheet([shown[i : i + across] for i in range(0, len(shown), across)], title)
+    across = max(2, min(10, 1400 // (captioned[0][1].width + 14)) // 2 * 2)
+    cut = [(text[: max(8, image.width // 7)], image) for text, image in captioned]
+    sheet = contact_sheet([cut[i : i + across] for i in range(0, len(cut), across)], title)
     with atomic_file(path) as scratch:
         sheet.save(scratch, "PNG")

@@ -36,7 +36,7 @@ class Features:
     values: dict[str, Tensor]  # (N, D)
     numbers: list[int]  # of the pictures
     digest: str  # SHA-256 of all their pixels
-    shown: list[Image.Image]  # some of them
+    shown: dict[int, Image.Image]  # some of them, by their rows here
 
 
 def pieces(count: int) -> list[range]:
@@ -106,7 +106,11 @@ def collect(folder: Path, count: int) -> Features | None:
     full = [piece for piece in found if len(piece[NUMBERS])]
     if not full:
         raise UserError(f"none of the {count} pictures for {folder.name} can be used")
-    shown = [Image.fromarray(one.numpy()) for piece in full for one in piece.pop(SHOWN, ())]
+    shown: dict[int, Image.Image] = {}
+    row = 0
+    for piece in full:
+        shown |= {row + i: Image.fromarray(one.numpy()) for i, one in enumerate(piece.pop(SHOWN, ()))}
+        row += len(piece[NUMBERS])
     joined = {name: torch.cat([piece[name] for piece in full]) for name in full[0]}
     digest = hashlib.sha256(joined.pop(DIGESTS).numpy().tobytes()).hexdigest()
     return Features(joined, joined.pop(NUMBERS).tolist(), digest, shown)

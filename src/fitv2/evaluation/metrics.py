@@ -166,14 +166,17 @@ def _share_within(some: Tensor, others: Tensor, around: Tensor) -> float:
     return float(torch.cat(found).float().mean())
 
 
-def nearest_names(made: Tensor, real: Tensor, names: Sequence[str], most: int = 5) -> list[list[str]]:
-    """Of each picture the names of the nearest real ones by the cosine, the first `most` distinct ones."""
+def nearest(made: Tensor, real: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The cosines of each picture with the `most` nearest real ones, and their rows; (N, most) both."""
     real = normalize(real, dim=1)
-    found = []
-    for block in made.split(BLOCK):
-        nearest = (block @ real.T).topk(min(len(names), 12 * most)).indices
-        found += [list(dict.fromkeys(names[i] for i in row))[:most] for row in nearest.tolist()]
-    return found
+    found = [(normalize(block, dim=1) @ real.T).topk(most) for block in made.split(BLOCK)]
+    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
+
+
+def nearest_names(made: Tensor, real: Tensor, names: Sequence[str], most: int = 5) -> list[list[str]]:
+    """Of each picture the names of the nearest real ones, the first `most` distinct ones."""
+    _, rows = nearest(made, real, min(len(names), 12 * most))
+    return [list(dict.fromkeys(names[i] for i in row))[:most] for row in rows.tolist()]
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ the rule, how many pictures were left out, a hash of all pixels. Two people who 
 the same size have the same hash.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from fitv2.encoding.kinds import open_source
 from fitv2.encoding.manifest import Manifest, list_images
@@ -58,6 +59,7 @@ class Reference:
 
     real: dict[str, Real]
     about: About
+    picture: Callable[[int], Image.Image | None] = lambda _: None  # that of a row, if it can be had
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,13 @@ class Collection:
         pictures = self.pictures(pixels, crop_at_most)
         about = About(self.manifest.url, self.fingerprint, self.split, RULE, crop_at_most, names)
         here = folder / size_name(pixels)
-        if (here / ABOUT).exists():
-            return kept_reference(folder, pixels, names)
         extract(pictures, extractors, here, place, progress)
         found = wait_for(here, len(pictures))
+
+        def read(row: int) -> Image.Image | None:
+            number = found.numbers[row]
+            return pictures.read(range(number, number + 1))[0]
+
         shown = [self.manifest.picture(self.rows[number]) for number in found.numbers]
         about = About(
             **asdict(about) | {
@@ -126,7 +131,7 @@ class Collection:
         )  # fmt: skip
         if place[0] == 0:
             write_json(here / ABOUT, asdict(about))
-        return Reference({name: Real(found.values[name]) for name in names}, about)
+        return Reference({name: Real(found.values[name]) for name in names}, about, read)
 
 
 def kept_reference(folder: Path, pixels: Size, names: Sequence[str]) -> Reference:

@@ -187,6 +187,6 @@ def draw_sheets(rows: Sequence[Cell], out: Path, num: int) -> None:
         for cell in rows:
             features = collect(out / cell.folder / name, num)
             if features:
-                sheet.append([(cell.method.name, image) for image in features.shown[:PICTURES]])
+                sheet.append([(cell.method.name, image) for image in [*features.shown.values()][:PICTURES]])
         with atomic_file(out / f"{rows[0].group}_{name}.png") as scratch:
             contact_sheet(sheet, f"{name}, {rows[0].group}").save(scratch, "PNG")
