@@ -115,6 +115,7 @@ LIMITS = {
     # Evaluation
     "Evaluation.num": Range(10, MAX_IMAGES),
     "crop_at_most": SHARE,
+    "most_real": Range(10, 10_000_000),
     "every": COUNT,
     "seeds": SEED,
     "widths": Range(4, 65_536),

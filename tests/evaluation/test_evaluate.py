@@ -131,8 +131,10 @@ def test_what_was_interrupted_is_finished_to_the_same_figures(
     made = []
     monkeypatch.setattr("fitv2.pipeline.FiTPipeline.stream", counting(made))
     again = evaluate(*arguments, tmp_path / "cut", settings, QUICK, [(16, 16)])
-    assert sum(made) == 24
+    assert sum(made) == 24 + 1  # the last to count evaluations
     assert again.sizes == whole.sizes
+    assert evaluate(*arguments, tmp_path / "cut", settings, QUICK, [(16, 16)]).sizes == again.sizes
+    assert sum(made) == 25
 
 
 def counting(made):
@@ -239,6 +241,30 @@ def test_an_npz_of_objects_is_not_unpickled(tmp_path):
 
 
 # What is refused
+
+
+def test_pictures_are_written_for_adms_evaluator(pixel_model, real, tmp_path, colours):
+    settings = Evaluation(num=20, npz=True)
+    first = evaluate(str(pixel_model), str(real), tmp_path / "1", settings, QUICK, [(16, 16)])
+    written = np.load(tmp_path / "1" / "16x16.npz")["arr_0"]
+    assert (written.shape, written.dtype) == ((20, 16, 16, 3), np.uint8)
+    again = evaluate(str(tmp_path / "1" / "16x16.npz"), str(real), tmp_path / "2", Evaluation(num=20))
+    before, now = (one.sizes["16x16"]["efficientnet"] for one in (first, again))
+    assert all(now[name] == before[name] for name in now)
+
+
+def test_evaluations_of_a_picture_are_counted(pixel_model, real, tmp_path, colours):
+    settings = Evaluation(num=10)
+    result = evaluate(str(pixel_model), str(real), tmp_path / "1", settings, QUICK, [(16, 16)])
+    assert result.about["evaluations"] == 4  # Heun's two steps
+    how = How(Guidance(1.0), Sampling("euler", 3))
+    result = evaluate(str(pixel_model), str(real), tmp_path / "2", settings, how, [(16, 16)])
+    assert result.about["evaluations"] == 3
+
+
+def test_a_large_reference_is_thinned_evenly(real):
+    few = Collection.open(str(real), None, most=20)
+    assert list(few.rows) == list(range(0, 60, 3))
 
 
 def test_another_evaluation_in_the_folder_is_an_error(pixel_model, real, tmp_path, colours):

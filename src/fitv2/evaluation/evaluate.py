@@ -19,8 +19,8 @@ import torch
 from fitv2 import __version__
 from fitv2.checkpoint import find_model
 from fitv2.config import Guidance, Positions, Sampling
-from fitv2.errors import UserError
-from fitv2.evaluation.extract import Features, collect, extract
+from fitv2.errors import UserError, reading
+from fitv2.evaluation.extract import Features, collect, extract, write_npz
 from fitv2.evaluation.features import Extractor, load_extractor
 from fitv2.evaluation.metrics import Figure, nearest
 from fitv2.evaluation.pictures import Batch, First, Made, Pictures, Subject, draw_labels
@@ -68,6 +68,17 @@ class Result:
     def write(self, out: Path) -> None:
         """Write evaluation.json."""
         write_json(out / RESULT, asdict(self))
+
+    @classmethod
+    def read(cls, out: Path) -> "Result":
+        """What `write` wrote. Raises UserError when it is damaged."""
+        with reading(out / RESULT):
+            values = read_json(out / RESULT)
+            sizes = {
+                size: {network: {k: Figure(**v) for k, v in its.items()} for network, its in of.items()}
+                for size, of in values["sizes"].items()
+            }
+            return cls(sizes, values["about"])
 
 
 class Judged:
@@ -129,6 +140,15 @@ class Judged:
             self.pipeline, subjects, pixels, self.settings.seed, how.guidance, how.sampling, how.positions
         )
         return made, [self.name_of(subject) for subject in subjects]
+
+    def evaluations(self, pictures: Pictures) -> int:
+        """How often the model is called for a picture, by making one again; guidance doubles each call."""
+        assert self.pipeline
+        calls: list[None] = []
+        counter = self.pipeline.transformer.head.register_forward_hook(lambda *_: calls.append(None))
+        pictures.read(range(1))
+        counter.remove()
+        return len(calls)
 
     def name_of(self, subject: Subject) -> str:
         """What a made picture is to show, in words."""
@@ -218,20 +238,28 @@ def evaluate(
         **subject.identity,
     }  # fmt: skip
     settle(out, about, place[0] == 0)
+    if (out / RESULT).exists():
+        known = Result.read(out)
+        if [*known.sizes] == [size_name(pixels) for pixels in wanted]:
+            return known
     found: dict[str, tuple[Features, Reference, list[str]]] = {}
     for pixels in wanted:
         name = size_name(pixels)
         tell = partial(progress, f"reference {name}")
         beside = reference_at(real, pixels, settings, extractors, keep or out / REFERENCE, place, tell)
         pictures, asked = subject.pictures(pixels, beside)
-        extract(pictures, extractors, out / name, place, partial(progress, name))
+        extract(pictures, extractors, out / name, place, partial(progress, name), settings.npz)
         features = collect(out / name, len(pictures))
         if features is None:
             continue
+        if settings.npz:
+            write_npz(out / name, len(pictures), out / f"{name}.npz")
         asked = [asked[number] for number in features.numbers] if asked else []
         found[name] = features, beside, asked
     if len(found) < len(wanted):
         return None
+    if subject.pipeline:
+        about["evaluations"] = subject.evaluations(pictures)
     return conclude(found, out, about | environment(command), progress)
 
 
@@ -263,7 +291,7 @@ def open_reference(name: str, settings: Evaluation) -> Collection | Path:
     if name.endswith(".npz") or any(path.glob("*/reference.json")):
         return path
     columns = settings.image_column, settings.label_column, settings.caption_column
-    return Collection.open(name, settings.split, *columns)
+    return Collection.open(name, settings.split, *columns, most=settings.most_real)
 
 
 def reference_at(

@@ -69,10 +69,13 @@ class Collection:
     manifest: Manifest
     fingerprint: str
     split: str
+    most: int
 
     @classmethod
-    def open(cls, source: str, split: str | None, *columns: str | None) -> "Collection":
-        """A collection by the names `fitv2 encode` takes; with `split` None all of it.
+    def open(
+        cls, source: str, split: str | None, *columns: str | None, most: int = 10_000_000
+    ) -> "Collection":
+        """A collection by the names `fitv2 encode` takes; with `split` None all of it, at most `most`.
 
         `columns` are those of images, labels and captions. Raises UserError as `encode` does, and for a split
         that there is not.
@@ -83,15 +86,17 @@ class Collection:
             split = next(iter(manifest.splits)) if len(manifest.splits) == 1 else "all"
         elif split not in manifest.splits:
             raise UserError(f"{source} has no split {split}, only {', '.join(manifest.splits)}")
-        return cls(manifest, opened.fingerprint, split)
+        return cls(manifest, opened.fingerprint, split, most)
 
     @property
     def rows(self) -> range:
-        """The rows of the split."""
+        """The rows of the split, or of them as many as there may be, evenly spread."""
         spans = self.manifest.splits
         if self.split == "all":
-            return range(min(start for start, _ in spans.values()), max(stop for _, stop in spans.values()))
-        return range(*spans[self.split])
+            rows = range(min(start for start, _ in spans.values()), max(stop for _, stop in spans.values()))
+        else:
+            rows = range(*spans[self.split])
+        return rows[:: -(-len(rows) // self.most)]
 
     def pictures(self, pixels: Size, crop_at_most: float, exact: bool = False) -> RealPictures:
         """Its pictures at a size."""

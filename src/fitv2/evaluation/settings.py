@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from fitv2.limits import check_limits
 
@@ -34,14 +34,16 @@ class Evaluation:
     """As of `fitv2 encode`, of the reference."""
     caption_column: str | None = None
     """As of `fitv2 encode`, of the reference. A model of texts gets its captions as prompts."""
+    most_real: int = 50_000
+    """Real pictures that are compared with, evenly spread over the reference."""
     crop_at_most: float = 1.0
     """Leave out real pictures of which more than this share would be cropped away."""
     fit_samples: bool = False
-    """Bring SAMPLES to the size as the reference is [default: take those of exactly that size]."""
+    """Bring JUDGED to the size as the reference is [default: take those of exactly that size]."""
     samples_split: Literal["train", "validation", "test"] | None = None
-    """Split of SAMPLES, if they are a collection with splits."""
-
-    RENAMED: ClassVar[dict[str, str]] = {}
+    """Split of JUDGED, if they are a collection with splits."""
+    npz: bool = False
+    """Write the pictures as OUT/HEIGHTxWIDTH.npz too, for ADM's evaluator."""
 
     def __post_init__(self) -> None:
         """UserError for a number outside its range."""

@@ -31,7 +31,9 @@ def table(result: Result) -> str:
             lines.append(f"| {size} | {pictures} | {row} |")
         lines.append("")
     said = [
-        f"{name} {about[name]}" for name in ("solver", "steps", "fitv2", "torch", "date") if name in about
+        f"{name} {about[name]}"
+        for name in ("solver", "steps", "evaluations", "fitv2", "torch", "date")
+        if name in about
     ]
     lines.append(", ".join(said))
     for size, of in about["references"].items():
