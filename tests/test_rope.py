@@ -124,6 +124,13 @@ def test_attention_scale_of_the_code_acts_at_the_trained_size_too():
     assert pro1.tolist() == pytest.approx([*expected, 1.0])
 
 
+def test_attention_scale_by_tokens_keeps_the_entropy_of_equal_logits_in_proportion():
+    factors = mscale(
+        Rope(attention_scale="tokens", train_side=8), torch.tensor([[10, 10], [8, 8], [4, 4]])
+    ).square()
+    assert factors.tolist() == pytest.approx([math.log(100) / math.log(64), 1, 1])
+
+
 def test_yarn_lengthens_by_the_longer_side():
     rope = Rope("yarn", train_side=16)
     expected = [0.1 * math.log(30 / 16) + 1, 1.0]

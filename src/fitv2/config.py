@@ -15,6 +15,8 @@ OBJECTIVE_OF_PATH = {"ddpm": "ddpm"}  # paths that are no flow's
 if TYPE_CHECKING:
     Extrapolation = str
     OwnExtrapolation = str
+    AttentionScale = str
+    OwnAttentionScale = str
     PathName = str
     Prediction = str
     LossWeight = str
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 else:  # the one list of each is the registry itself
     Extrapolation = one_of("fitv2.rope:METHODS", first=("none",))
     OwnExtrapolation = one_of("fitv2.rope:METHODS", first=("own", "none"))
+    AttentionScale = one_of("fitv2.rope:SCALES", first=("none",))
+    OwnAttentionScale = one_of("fitv2.rope:SCALES", first=("own", "none"))
     PathName = one_of("fitv2.diffusion.paths:PATHS", last=tuple(OBJECTIVE_OF_PATH))
     Prediction = one_of("fitv2.diffusion.flow:PREDICTIONS")
     LossWeight = one_of("fitv2.diffusion.flow:WEIGHTS")
@@ -36,7 +40,6 @@ else:  # the one list of each is the registry itself
     Solver = one_of(*(f"fitv2.diffusion.solvers:{table}" for table in ("FIXED", "ADAPTIVE", "STOCHASTIC")),
                     "fitv2.diffusion.ddpm:SCHEDULERS")  # fmt: skip
 NOISY_SOLVERS = (*keys_of("fitv2.diffusion.solvers:STOCHASTIC"), *keys_of("fitv2.diffusion.ddpm:SCHEDULERS"))
-AttentionScale = Literal["none", "paper", "pro1", "pro2"]
 
 OUTPUTS = {"ddpm": 2}  # by objective: how many a model has for each channel, where that is not one
 
@@ -53,7 +56,7 @@ class Rope:
     per_axis: bool = True
     """Scale rows and columns each by its own length (the paper's Vision…); else both by the longer."""
     attention_scale: AttentionScale = "none"
-    """Sharper attention on larger grids: the paper's Eq. 15, or as the released code computes it."""
+    """Sharper attention on larger grids: the paper's Eq. 15, as the released code has it, or by tokens."""
     train_side: int | None = None
     """Rows of the largest square trained on, in tokens: 16 for 256 tokens."""
     pixels_per_token: int = 16
@@ -380,9 +383,9 @@ class Positions:
     extrapolation: OwnExtrapolation = "own"
     """pi: positions scaled down. ntk: a larger base. ntk-by-parts and yarn: per frequency. none: as they are.
     own: as the model has them."""
-    attention_scale: Literal["own", "none", "paper", "pro1", "pro2"] = "own"
-    """Sharper attention on larger grids: the paper's Eq. 15, or the released code's pro1 and pro2. own: as
-    the model has it, and none with --extrapolation."""
+    attention_scale: OwnAttentionScale = "own"
+    """Sharper attention on larger grids: the paper's Eq. 15, the released code's pro1 and pro2, or by the
+    tokens alone. own: as the model has it, and none with --extrapolation."""
     per_axis: bool = True
     """Scale rows and columns each by its own length (the paper's Vision…); else both by the longer."""
     train_side: int | None = None

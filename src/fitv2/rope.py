@@ -82,31 +82,61 @@ METHODS: dict[str, Method] = {
 }
 
 
+Scale = Callable[[Tensor, Rope], Tensor]  # (rows and columns (B, 2), rope) → factor on the logits (B,)
+
+
+def scale_by_pixels(size_B2: Tensor, rope: Rope) -> Tensor:
+    """FiTv2, Eq. 15: the log of the pixels to the base of the trained pixels, at least 1."""
+    side, unit = float(rope.train_side or 1), float(rope.pixels_per_token)
+    return ((size_B2.prod(1) * unit**2).log() / math.log(side**2 * unit**2)).clamp_min(1)
+
+
+def scale_by_side(size_B2: Tensor, rope: Rope) -> Tensor:
+    """The released code's `ntk-aware-pro1`: ln 2n / ln m where 2n > m, n the longer side, m the trained one.
+
+    The 2 is its quirk: it acts at the trained size too.
+    """
+    return _released_scale(size_B2.amax(1), float(rope.train_side or 1))
+
+
+def scale_by_area(size_B2: Tensor, rope: Rope) -> Tensor:
+    """The released code's `ntk-aware-pro2`: the same with the tokens, and the trained ones."""
+    return _released_scale(size_B2.prod(1), float(rope.train_side or 1) ** 2)
+
+
+def _released_scale(count_B: Tensor, trained: float) -> Tensor:
+    doubled = 2 * count_B
+    return torch.where(doubled > trained, doubled.log() / math.log(trained), torch.ones_like(count_B))
+
+
+def scale_by_tokens(size_B2: Tensor, rope: Rope) -> Tensor:
+    """The log of the tokens to the base of the trained tokens, at least 1: the softmax stays as sharp."""
+    return (size_B2.prod(1).log() / (2 * math.log(float(rope.train_side or 1)))).clamp_min(1)
+
+
+SCALES: dict[str, Scale] = {
+    "paper": scale_by_pixels,
+    "pro1": scale_by_side,
+    "pro2": scale_by_area,
+    "tokens": scale_by_tokens,
+}
+
+
 def mscale(rope: Rope, size_B2: Tensor) -> Tensor:
     """What cos and sin of each image are multiplied by, (B,): its square scales the attention logits.
 
-    YaRN: 0.1·ln s + 1. `paper` (FiTv2, Eq. 15): logits × max(1, log of the pixels to the base of the
-    trained pixels). `pro1` and `pro2` are the released code's: √(ln 2n / ln m) where 2n > m, with n
-    the longer side and m the trained one, or n the tokens and m the trained ones. The 2 is its quirk:
-    they act at the trained size too.
+    That of the attention scale, and with YaRN 0.1·ln s + 1.
     """
     size = size_B2.float()
-    side = float(rope.train_side or 1)
-    one = torch.ones_like(size[:, 0])
-    factor = one
+    factor = torch.ones_like(size[:, 0])
     if rope.extrapolation == "yarn":
-        stretch = (size.amax(1) / side).clamp_min(1)
-        factor = torch.where(stretch > 1, 0.1 * stretch.log() + 1, one)
-    if rope.attention_scale == "paper":
-        unit = float(rope.pixels_per_token)
-        logits = (size.prod(1) * unit**2).log() / math.log(side**2 * unit**2)
-        return factor * logits.clamp_min(1).sqrt()
-    if rope.attention_scale in ("pro1", "pro2"):
-        whole = rope.attention_scale == "pro2"
-        doubled = 2 * (size.prod(1) if whole else size.amax(1))
-        trained = side**2 if whole else side
-        return factor * torch.where(doubled > trained, (doubled.log() / math.log(trained)).sqrt(), one)
-    return factor
+        stretch = (size.amax(1) / float(rope.train_side or 1)).clamp_min(1)
+        factor = torch.where(stretch > 1, 0.1 * stretch.log() + 1, factor)
+    if rope.attention_scale == "none":
+        return factor
+    if rope.attention_scale not in SCALES:
+        raise nearest("attention_scale", rope.attention_scale, ["none", *SCALES])
+    return factor * SCALES[rope.attention_scale](size, rope).sqrt()
 
 
 def scaled_frequencies(rope: Rope, size_B2: Tensor, dims: int) -> Tensor:
