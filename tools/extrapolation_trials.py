@@ -1,10 +1,10 @@
 """Try ways to scale positions beyond the trained sizes, and print the distance of each at each size.
 
-    python tools/extrapolation_trials.py MODEL REFERENCE OUT [--num 200] [--size 160x160 ...] [--only NAME ...]
+    python tools/extrapolation_trials.py MODEL REFERENCE OUT [--num 200] [--size 160x160] [--only NAME]
 
 REFERENCE is the folder `reference` of an evaluation that has the sizes. A trial is a method of fitv2.rope, or
-one that is made here and is nowhere else. Every trial makes the same prompts from the same noise. Goes on where
-it was interrupted. Writes OUT/trials.json.
+one that is made here and is nowhere else. Every trial makes the same prompts from the same noise. Goes on
+where it was interrupted. Writes OUT/trials.json.
 """
 
 import argparse
