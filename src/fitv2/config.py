@@ -327,7 +327,7 @@ class Reporting:
     evaluate_every: int = free(5_000)
     """Steps between evaluations beside a reference, if one is given."""
     evaluate_num: int = free(200)
-    """Images that an evaluation makes of each size."""
+    """Images that an evaluation makes of each size, in one process while the others wait."""
     milestone_every: int | None = free(None)
     """Steps between checkpoints that are kept for good [default: none is]."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = free(("tensorboard",))

@@ -17,7 +17,8 @@ from fitv2.evaluation.convergence import (
     run_study,
     variant,
 )
-from fitv2.evaluation.evaluate import How, evaluate
+from fitv2.evaluation.evaluate import evaluate
+from fitv2.evaluation.judged import How
 from fitv2.evaluation.settings import Evaluation, Scale
 
 LATENTS = Architecture(1, 4, 1, patch_size=2, in_channels=8, num_classes=3)
@@ -68,6 +69,7 @@ def test_the_factor_is_over_seeds():
     assert found.value == pytest.approx((3 + 1.5) / 2)
     assert found.error == pytest.approx(0.75)
     assert factor(slower, slower).value == 1
+    assert factor([curve("x", [90, 80, 70], 0), curve("x", [70, 60, 40], 1)], slower) is None
 
 
 @pytest.fixture

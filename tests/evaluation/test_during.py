@@ -7,7 +7,8 @@ from fitv2.checkpoint import load_model
 from fitv2.config import Guidance, Sampling
 from fitv2.errors import UserError
 from fitv2.evaluation.during import TrainingJudge
-from fitv2.evaluation.evaluate import How, evaluate
+from fitv2.evaluation.evaluate import evaluate
+from fitv2.evaluation.judged import How
 from fitv2.evaluation.settings import Evaluation
 from fitv2.pipeline import FiTPipeline
 
@@ -24,7 +25,8 @@ def test_figures_at_every_size_and_their_mean(reference, pixel_model):
     found = judge(FiTPipeline.of(*load_model(pixel_model)))
     distances = [found["judge/FD_16x16"], found["judge/FD_8x24"]]
     assert found["judge/distance"] == pytest.approx(sum(distances) / 2)
-    assert 0 <= found["judge/top_5_16x16"] <= 1
+    assert found["judge/top_5_16x16"] == 1  # there are two labels
+    assert judge.identity != TrainingJudge(reference, 13).identity
     assert judge(FiTPipeline.of(*load_model(pixel_model))) == found
 
 

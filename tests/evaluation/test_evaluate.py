@@ -1,22 +1,28 @@
 """Evaluations from a model or pictures to figures: alone, shared, interrupted, refused."""
 
 import json
-import os
+import shutil
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from conftest import picture, together
+from fitv2.checkpoint import Card
 from fitv2.config import Guidance, Sampling
 from fitv2.errors import UserError
 from fitv2.evaluation import extract as extraction
-from fitv2.evaluation.evaluate import RESULT, How, evaluate
-from fitv2.evaluation.extract import collect, extract, piece_path
-from fitv2.evaluation.pictures import Batch, Subject, draw_labels, fit
-from fitv2.evaluation.reference import Collection, statistics
+from fitv2.evaluation.evaluate import RESULT, Result, evaluate
+from fitv2.evaluation.extract import collect, extract, is_whole, piece_paths
+from fitv2.evaluation.features import EXTRACTORS
+from fitv2.evaluation.judged import How, choose_subjects, is_model, shown_by
+from fitv2.evaluation.pictures import Batch, draw_labels, fit
+from fitv2.evaluation.reference import About, Collection, kept_reference, statistics
 from fitv2.evaluation.settings import Evaluation
 from fitv2.evaluation.table import draw_plots, table
+from fitv2.model import FiT
+from fitv2.pipeline import FiTPipeline
 
 QUICK = How(Guidance(1.0), Sampling(steps=2))
 
@@ -75,7 +81,7 @@ def test_a_model_beside_real_pictures(pixel_model, real, tmp_path, colours):
     result = evaluate(str(pixel_model), str(real), tmp_path / "out", settings, QUICK, [(16, 16), (8, 24)])
     assert list(result.sizes) == ["16x16", "8x24"]
     found = result.sizes["8x24"]["efficientnet"]
-    assert set(found) == {"FD", "FD∞", "KD", "precision", "recall", "density", "coverage", "top 1", "top 5"}
+    assert set(found) == {"FD", "KD", "precision", "recall", "density", "coverage", "top 1", "top 5"}
     assert all(np.isfinite([figure.value, figure.error]).all() for figure in found.values())
     assert result.about["references"]["8x24"]["pictures"] == 60
     written = json.loads((tmp_path / "out" / RESULT).read_text())
@@ -83,6 +89,7 @@ def test_a_model_beside_real_pictures(pixel_model, real, tmp_path, colours):
     assert Image.open(tmp_path / "out" / "8x24.png").width > 24
     assert Image.open(tmp_path / "out" / "8x24_nearest.png").width > 48
     assert "8x24 | 40 : 60" in table(result)
+    assert all(said in table(result) for said in ("guidance 1 at times 0 to 1", "seeds from 0", "steps 2"))
     draw_plots(result, tmp_path / "plots.png")
 
 
@@ -95,23 +102,45 @@ def test_a_set_beside_itself_has_no_distance(real, tmp_path, colours):
     assert found["top 1"].value == 1  # the labels
 
 
-def test_several_processes_find_the_same(pixel_model, real, tmp_path, colours):
-    """One process, then two and three, whose last has the figures."""
-    arguments = str(pixel_model), str(real)
-    settings = Evaluation(num=40)
-    alone = evaluate(*arguments, tmp_path / "1", settings, QUICK, [(16, 16)])
+@pytest.mark.parametrize("kept", [False, True])
+def test_several_processes_find_the_same(pixel_model, real, tmp_path, colours, kept):
+    """One process, then two and three; the first is not the first to begin."""
+    settings, sizes = Evaluation(num=40), [(16, 16), (8, 24)]
+    alone = evaluate(str(pixel_model), str(real), tmp_path / "1", settings, QUICK, sizes)
+    reference = str(tmp_path / "1" / "reference") if kept else str(real)
     for size in (2, 3):
+        out = tmp_path / str(size)
 
-        def work(rank, size=size):
-            evaluate(*arguments, tmp_path / str(size), settings, QUICK, [(16, 16)])
+        def work(rank, size=size, out=out):
+            time.sleep(0.3 * ((rank + 1) % size))
+            evaluate(str(pixel_model), reference, out, settings, QUICK, sizes)
 
         assert together(size, work) == [None] * size
-        found = json.loads((tmp_path / str(size) / RESULT).read_text())
-        for name, figure in alone.sizes["16x16"]["efficientnet"].items():
-            assert found["sizes"]["16x16"]["efficientnet"][name] == {
-                "value": figure.value,
-                "error": figure.error,
-            }
+        found = Result.read(out)
+        assert found.sizes == alone.sizes
+
+
+def test_figures_are_there_whoever_ends_last_at_each_size(pixel_model, real, tmp_path, colours):
+    """Process 1 of 2 ends last at the first size, process 2 at the second: one of them has to see both."""
+    settings, sizes = Evaluation(num=40), [(16, 16), (8, 24)]
+
+    def work(rank):
+        def slowly(stage, done, total):
+            if stage == ("16x16", "8x24")[rank]:
+                time.sleep(0.2)
+
+        evaluate(str(pixel_model), str(real), tmp_path / "out", settings, QUICK, sizes, progress=slowly)
+
+    assert together(2, work) == [None, None]
+    assert list(Result.read(tmp_path / "out").sizes) == ["16x16", "8x24"]
+
+
+def test_a_further_size_is_added_to_those_that_are_known(pixel_model, real, tmp_path, colours):
+    arguments = str(pixel_model), str(real), tmp_path / "out", Evaluation(num=20), QUICK
+    first = evaluate(*arguments, [(16, 16)])
+    both = evaluate(*arguments, [(8, 24)])
+    assert list(both.sizes) == ["16x16", "8x24"]
+    assert both.sizes["16x16"] == first.sizes["16x16"]
 
 
 def test_what_was_interrupted_is_finished_to_the_same_figures(
@@ -161,9 +190,7 @@ def test_a_kept_reference_serves_again(pixel_model, real, tmp_path, colours):
 
 def test_two_people_have_the_same_reference(real, tmp_path, colours):
     hashes = [
-        Collection.open(str(real), None)
-        .reference((12, 20), 1.0, [colours], tmp_path / name, (0, 1), print)
-        .about.sha256
+        Collection.open(str(real), None).reference((12, 20), 1.0, [colours], tmp_path / name).about.sha256
         for name in ("one", "other")
     ]
     assert hashes[0] == hashes[1]
@@ -174,10 +201,11 @@ def test_two_people_have_the_same_reference(real, tmp_path, colours):
 
 
 def test_pictures_of_which_too_much_would_be_lost_are_left_out(real, tmp_path, colours):
-    wide = Collection.open(str(real), None).reference((8, 16), 0.4, [colours], tmp_path, (0, 1), print)
+    wide = Collection.open(str(real), None).reference((8, 16), 0.4, [colours], tmp_path)
+    kept = kept_reference(tmp_path, (8, 16), [colours]).features()["efficientnet"].features
     assert 0 < wide.about.pictures < 60
     assert wide.about.pictures + wide.about.left_out == 60
-    assert len(wide.about.labels) == len(wide.real["efficientnet"].features) == wide.about.pictures
+    assert len(wide.about.labels) == len(kept) == wide.about.pictures
 
 
 def test_samples_are_taken_by_their_size(tmp_path, real, colours):
@@ -215,7 +243,7 @@ def test_a_batch_is_read_piece_by_piece(npz):
 
 def test_a_batch_is_judged(npz, real, tmp_path, colours):
     result = evaluate(str(npz), str(real), tmp_path / "out", Evaluation(num=24))
-    assert result.about["references"]["16x16"]["pictures_judged"] == 24
+    assert result.about["references"]["16x16"]["pictures_judged"] == 30  # all, whatever `num` is
     with pytest.raises(UserError, match="has pictures of 16x16"):
         evaluate(str(npz), str(real), tmp_path / "other", sizes=[(8, 8)])
 
@@ -232,6 +260,35 @@ def test_statistics_of_a_reference_batch_are_those_in_the_file(tmp_path):
     found = statistics(tmp_path / "reference.npz")
     assert np.array_equal(found["inception"].mean, values["mu"])
     assert np.array_equal(found["inception_spatial"].covariance, values["sigma_s"])
+
+
+def test_statistics_alone_serve_as_a_reference(pixel_model, tmp_path, fidelity, monkeypatch):
+    """Of Inception's features; precision and its like need pictures."""
+
+    class Inception:
+        names, digest = ("inception", "inception_spatial", "inception_logits"), "0" * 64
+
+        def __call__(self, pixels):
+            means = pixels.float().mean((2, 3))
+            return {name: means.clone() for name in self.names}
+
+    monkeypatch.setitem(EXTRACTORS, "inception", lambda *_: Inception())
+    settings = Evaluation(num=20, features=("inception",), npz=True)
+    rng = np.random.default_rng(0)
+    values = {"mu": rng.normal(size=3), "sigma": np.eye(3), "mu_s": rng.normal(size=3), "sigma_s": np.eye(3)}
+    np.savez(tmp_path / "statistics.npz", **values)
+    first = evaluate(str(pixel_model), str(tmp_path / "statistics.npz"), tmp_path / "1", settings, QUICK)
+    assert set(first.sizes["16x16"]["inception"]) == {"FID", "FID∞", "sFID", "IS"}
+    # What is written with the pictures is such statistics too, and those of the same pictures are no way off.
+    again = evaluate(str(tmp_path / "1" / "16x16.npz"), str(tmp_path / "1" / "16x16.npz"), tmp_path / "2",
+                     Evaluation(features=("inception",)))  # fmt: skip
+    assert again.sizes["16x16"]["inception"]["FID"].value == pytest.approx(0, abs=1e-3)
+
+
+def test_a_packed_batch_is_read_too(npz, tmp_path):
+    images = np.load(npz)["arr_0"]
+    np.savez_compressed(tmp_path / "packed.npz", images)
+    assert np.array_equal(Batch(tmp_path / "packed.npz").read(range(3, 4))[0], images[3])
 
 
 def test_an_npz_of_objects_is_not_unpickled(tmp_path):
@@ -256,10 +313,10 @@ def test_pictures_are_written_for_adms_evaluator(pixel_model, real, tmp_path, co
 def test_evaluations_of_a_picture_are_counted(pixel_model, real, tmp_path, colours):
     settings = Evaluation(num=10)
     result = evaluate(str(pixel_model), str(real), tmp_path / "1", settings, QUICK, [(16, 16)])
-    assert result.about["evaluations"] == 4  # Heun's two steps
+    assert result.about["references"]["16x16"]["evaluations"] == 4  # Heun's two steps
     how = How(Guidance(1.0), Sampling("euler", 3))
     result = evaluate(str(pixel_model), str(real), tmp_path / "2", settings, how, [(16, 16)])
-    assert result.about["evaluations"] == 3
+    assert result.about["references"]["16x16"]["evaluations"] == 3
 
 
 def test_a_large_reference_is_thinned_evenly(real):
@@ -281,6 +338,24 @@ def test_another_evaluation_in_the_folder_is_an_error(pixel_model, real, tmp_pat
         )
 
 
+def test_another_reference_of_the_same_name_is_an_error(pixel_model, real, folder, tmp_path, colours):
+    for where, source in (("a", real), ("b", folder)):
+        shutil.copytree(source, tmp_path / where / "images")
+    arguments = tmp_path / "out", Evaluation(num=10), QUICK, [(16, 16)]
+    evaluate(str(pixel_model), str(tmp_path / "a" / "images"), *arguments)
+    with pytest.raises(UserError, match=r"reference\.files was"):
+        evaluate(str(pixel_model), str(tmp_path / "b" / "images"), *arguments)
+
+
+def test_a_reference_that_was_changed_is_an_error(pixel_model, real, tmp_path, colours):
+    evaluate(str(pixel_model), str(real), tmp_path / "1", Evaluation(num=10), QUICK, [(16, 16)])
+    kept = tmp_path / "1" / "reference"
+    first, second = piece_paths(kept / "16x16", 60)[:2]
+    shutil.copyfile(first, second)
+    with pytest.raises(UserError, match=r"holds other pictures than its reference\.json says"):
+        evaluate(str(pixel_model), str(kept), tmp_path / "2", Evaluation(num=10), QUICK, [(16, 16)])
+
+
 def test_a_folder_of_other_things_is_left_alone(pixel_model, real, tmp_path, colours):
     (tmp_path / "mine").write_text("x")
     with pytest.raises(UserError, match="not empty"):
@@ -300,7 +375,74 @@ def test_a_split_that_there_is_not_is_an_error(folder, tmp_path):
         Collection.open(str(tmp_path), "test")
 
 
+def test_a_batch_of_another_size_is_no_reference(pixel_model, npz, tmp_path, colours):
+    with pytest.raises(UserError, match="has pictures of 16x16, not 8x8"):
+        evaluate(str(pixel_model), str(npz), tmp_path / "out", Evaluation(num=10), QUICK, [(8, 8)])
+
+
+# What a model is to show
+
+
+def about(captions, labels):
+    return About("", "", "", "", 1.0, (), "", captions=tuple(captions), labels=tuple(labels))
+
+
+def pipeline(conditions, labels=("noto", "fluent")):
+    shape = {
+        "depth": 1,
+        "width": 32,
+        "heads": 2,
+        "patch_size": 4,
+        "in_channels": 3,
+        "num_classes": len(labels),
+    }
+    texts = {"text_channels": 256, "pooled_channels": 256} if "text" in conditions else {}
+    return FiTPipeline.of(FiT(**shape, **texts, conditions=conditions), Card(labels, "pixels", 16))
+
+
+def test_a_model_of_texts_gets_captions_and_of_labels_and_texts_both():
+    captions, labels = ["fox", "", "owl", "cat"], ["noto", "noto", "fluent", "other"]
+    pairs = {("fox", 0), ("owl", 1), ("cat", None)}
+    both = choose_subjects(pipeline(("label", "text")), about(captions, labels), Evaluation(num=12))
+    assert {(subject.prompt, subject.label) for subject in both} == pairs
+    texts = choose_subjects(pipeline(("text",)), about(captions, labels), Evaluation(num=12))
+    assert {subject.label for subject in texts} == {None}
+    assert [subject.prompt for subject in texts] == [subject.prompt for subject in both]
+    assert len({subject.prompt for subject in texts[:3]}) == 3  # each once before any again
+    with pytest.raises(UserError, match="give `caption_column`"):
+        choose_subjects(pipeline(("text",)), about([""], ["noto"]), Evaluation(num=12))
+
+
+def test_a_model_of_labels_is_compared_by_labels():
+    known = about(["fox", "owl"], ["noto", "fluent"])
+    assert shown_by(known, pipeline(("label",))) == ["noto", "fluent"]
+    assert shown_by(known, pipeline(("text",))) == ["fox", "owl"]
+
+
+@pytest.mark.parametrize(("name", "whether"), [
+    ("emoji", True), ("emojii", True), ("organization/name", True), ("shards/*.tar", False),
+    ("s3://bucket/x", False),
+])  # fmt: skip
+def test_names_of_models(name, whether):
+    assert is_model(name) == whether
+
+
+def test_a_mistyped_model_is_answered_as_everywhere(real, tmp_path, colours):
+    with pytest.raises(UserError, match="did you mean emoji"):
+        evaluate("emojii", str(real), tmp_path / "out")
+
+
 # Extraction
+
+
+def test_pictures_of_a_size_may_begin_late(tmp_path, real, colours):
+    """None of the first pieces has one."""
+    for i in range(120):
+        size = (16, 16) if i < 90 else (16, 24)
+        picture(*size, i).save(tmp_path / f"{i:03}.png")
+    result = evaluate(str(tmp_path), str(real), tmp_path.parent / "late", sizes=[(24, 16)])
+    assert result.about["references"]["24x16"]["pictures_judged"] == 30
+    assert (tmp_path.parent / "late" / "24x16.png").exists()
 
 
 def test_pieces_are_shared_and_never_done_twice(tmp_path, colours):
@@ -318,7 +460,7 @@ def test_pieces_are_shared_and_never_done_twice(tmp_path, colours):
     pictures = Counted()
     extract(pictures, [colours], tmp_path, (1, 2))
     assert pictures.read_numbers == list(range(8, 16))
-    assert collect(tmp_path, 20) is None
+    assert not is_whole(tmp_path, 20)
     extract(pictures, [colours], tmp_path, (0, 1))
     assert sorted(pictures.read_numbers) == list(range(20))
     assert collect(tmp_path, 20).numbers == list(range(20))
@@ -327,7 +469,7 @@ def test_pieces_are_shared_and_never_done_twice(tmp_path, colours):
 def test_a_damaged_piece_is_named(tmp_path, colours, real):
     taken = Collection.open(str(real), None).pictures((8, 8), 1.0)
     extract(taken, [colours], tmp_path)
-    piece_path(tmp_path, 2).write_bytes(b"nonsense")
+    piece_paths(tmp_path, 60)[2].write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"00002\.safetensors"):
         collect(tmp_path, len(taken))
 
@@ -348,5 +490,3 @@ def test_the_command_prints_a_table_and_how_to_get_it_again(
     assert f"`fitv2 evaluate {pixel_model} --reference {real}" in said
     assert (tmp_path / "out" / "table.md").read_text() in said
     assert (tmp_path / "out" / "plots.png").exists()
-    assert Subject(1).prompt is None
-    assert "RANK" not in os.environ

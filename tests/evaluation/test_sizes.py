@@ -7,7 +7,7 @@ from PIL import Image
 
 from fitv2.config import Guidance, Positions, Sampling
 from fitv2.evaluation import sizes
-from fitv2.evaluation.evaluate import How
+from fitv2.evaluation.judged import How
 from fitv2.evaluation.settings import Evaluation
 from fitv2.evaluation.sizes import GROUPS, Method, cells, in_proportion, methods, study_sizes
 

@@ -13,10 +13,17 @@ from fitv2.training.run_folder import read_log
 from fitv2.training.trainer import train
 
 
-def judged(distances):
+class judged:  # noqa: N801
     """A judge that finds one distance after another."""
-    left = list(distances)
-    return lambda pipeline: {"judge/distance": left.pop(0)}
+
+    def __init__(self, distances, identity="judge"):
+        self.left, self.identity = list(distances), identity
+
+    def __call__(self, pipeline):
+        found = self.left.pop(0)
+        if found is None:
+            raise FloatingPointError("an image came out with numbers that are not finite")
+        return {"judge/distance": found}
 
 
 @pytest.mark.parametrize(("distances", "step"), [([3, 1, 2], 2), ([3, 2, 1], 3), ([1, 2, 3], 1)])
@@ -24,7 +31,7 @@ def test_the_best_of_three(tokens, tmp_path, distances, step):
     run = tmp_path / "run"
     train(settings(steps=3, evaluate_every=1, save_every=1, keep=5), tokens, run, judge=judged(distances))
     about = json.loads((run / "best" / "best.json").read_text())
-    assert about == {"step": step, "judge/distance": 1}
+    assert about == {"step": step, "judge/distance": 1, "judge": "judge"}
     best = load_file(run / "best" / WEIGHTS)
     kept = load_file(run / "checkpoints" / f"step-{step:07d}" / "ema" / WEIGHTS)
     assert best.keys() == kept.keys()
@@ -49,7 +56,33 @@ def test_one_of_a_step_that_was_lost_is_forgotten(tokens, tmp_path):
     about = json.loads((run / "best" / "best.json").read_text())
     (run / "best" / "best.json").write_text(json.dumps(about | {"step": 9, "judge/distance": 0.1}))
     train(settings(steps=4, evaluate_every=2), tokens, run, judge=judged([3]))
-    assert json.loads((run / "best" / "best.json").read_text()) == {"step": 4, "judge/distance": 3}
+    assert json.loads((run / "best" / "best.json").read_text()) == {
+        "step": 4,
+        "judge/distance": 3,
+        "judge": "judge",
+    }
+
+
+def test_another_judge_begins_anew(tokens, tmp_path):
+    run = tmp_path / "run"
+    train(settings(steps=1, evaluate_every=1), tokens, run, judge=judged([1]))
+    train(settings(steps=2, evaluate_every=1), tokens, run, judge=judged([5], "another"))
+    assert json.loads((run / "best" / "best.json").read_text())["step"] == 2
+
+
+def test_what_a_killed_process_left_is_removed(tokens, tmp_path):
+    run = tmp_path / "run"
+    train(settings(steps=1, evaluate_every=1), tokens, run, judge=judged([1]))
+    (run / "best").rename(run / "best-2")
+    train(settings(steps=2, evaluate_every=1), tokens, run, judge=judged([2]))
+    assert json.loads((run / "best" / "best.json").read_text())["step"] == 2
+    assert not (run / "best-2").exists()
+
+
+def test_samples_that_are_not_finite_do_not_end_the_training(tokens, tmp_path):
+    with pytest.warns(UserWarning, match="samples of step 1 are not judged"):
+        train(settings(steps=2, evaluate_every=1), tokens, tmp_path / "run", judge=judged([None, 7]))
+    assert json.loads((tmp_path / "run" / "best" / "best.json").read_text())["step"] == 2
 
 
 @pytest.mark.parametrize("fsdp_size", [1, 2])

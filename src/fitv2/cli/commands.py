@@ -230,7 +230,8 @@ def inspect(options: Inspect) -> int:
 def evaluate(options: Evaluate) -> int:
     """Run `fitv2 evaluate`."""
     from fitv2.encoding.images import parse_size
-    from fitv2.evaluation.evaluate import How, evaluate
+    from fitv2.evaluation.evaluate import evaluate
+    from fitv2.evaluation.judged import How
     from fitv2.evaluation.table import draw_plots, table
     from fitv2.runtime.files import write_text
 
@@ -255,7 +256,7 @@ def evaluate(options: Evaluate) -> int:
 
 def study_sizes(options: StudySizes) -> int:
     """Run `fitv2 study sizes`."""
-    from fitv2.evaluation.evaluate import How
+    from fitv2.evaluation.judged import How
     from fitv2.evaluation.sizes import study_sizes
     from fitv2.pipeline import FiTPipeline
 
@@ -324,7 +325,7 @@ def flops(options: Flops) -> int:
     with torch.device("meta"):
         model = FiT(**asdict(architecture))
     print(f"{options.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    unit = architecture.rope.pixels_per_token
+    unit = architecture.patch_size * (1 if architecture.in_channels == 3 else 8)  # pixels, or SD's latents
     for height, width in map(parse_size, options.size or ("256x256",)):
         check_limit("size", max(height, width))
         tokens = -(-height // unit) * -(-width // unit)

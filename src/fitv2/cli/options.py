@@ -160,7 +160,7 @@ class Evaluate:
     """
 
     judged: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="JUDGED")]
-    """A model as of `fitv2 sample`, an .npz with arr_0, or pictures."""
+    """A model as of `fitv2 sample`, an .npz with arr_0, or pictures; all of these, whatever --num is."""
     reference: str
     """Real pictures as `fitv2 encode` takes them, the folder `reference` of an earlier evaluation, or an
     .npz of ADM's."""

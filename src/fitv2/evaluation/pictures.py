@@ -1,13 +1,14 @@
 """Sets of pictures of one size, read piece by piece by any process: made, real ones, and ADM's batches."""
 
+import struct
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 
 from fitv2.config import Guidance, Positions, Sampling
@@ -15,7 +16,7 @@ from fitv2.encoding.images import UnusableImage
 from fitv2.encoding.manifest import Manifest, read_image
 from fitv2.errors import UserError, reading
 from fitv2.pipeline import FiTPipeline
-from fitv2.runtime.rng import generator
+from fitv2.runtime.rng import SUBJECTS, derive_seed, generator
 from fitv2.tokens import Size
 
 NEAR = 1.1  # proportions that differ by less are taken for the same
@@ -54,11 +55,11 @@ def fit(image: Image.Image, pixels: Size) -> tuple[Image.Image, float]:
 
 
 @dataclass(frozen=True)
-class Real:
+class Fitted:
     """Pictures of a collection, by the rule of `fit`; with `exact` those alone that have the size."""
 
     manifest: Manifest
-    rows: range
+    rows: Sequence[int]
     pixels: Size
     crop_at_most: float = 1.0
     exact: bool = False
@@ -122,16 +123,16 @@ class Batch:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with reading(path), self._open() as file:
-            version = np.lib.format.read_magic(file)
-            read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-            self.shape, in_columns, dtype = read_header(file)
-            self.start = file.tell()
+        with reading(path), zipfile.ZipFile(path) as archive:
+            info = archive.getinfo("arr_0.npy")
+            with archive.open(info) as member:
+                version = np.lib.format.read_magic(member)
+                read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+                self.shape, in_columns, dtype = read_header(member)
+                header = member.tell()
         if in_columns or dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3:
             raise UserError(f"{path}: arr_0 is {dtype} {self.shape}, not uint8 (N, H, W, 3)")
-
-    def _open(self) -> Any:
-        return zipfile.ZipFile(self.path).open("arr_0.npy")
+        self.start = start_of(path, info) + header if info.compress_type == zipfile.ZIP_STORED else None
 
     @property
     def pixels(self) -> Size:
@@ -141,34 +142,35 @@ class Batch:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @cached_property
+    def unpacked(self) -> np.ndarray:
+        """All of them, where they are compressed: what lies in the middle cannot be read alone."""
+        with reading(self.path), np.load(self.path, allow_pickle=False) as file:
+            return file["arr_0"]
+
     def read(self, numbers: range) -> list[Image.Image | None]:
         """See `Pictures`: only these are read, since a batch of 50,000 has 10 GB."""
+        if self.start is None:
+            return [Image.fromarray(image) for image in self.unpacked[numbers.start : numbers.stop]]
         each = int(np.prod(self.shape[1:]))
-        with reading(self.path), self._open() as file:
+        with reading(self.path), self.path.open("rb") as file:
             file.seek(self.start + numbers.start * each)
             content = file.read(len(numbers) * each)
-        levels = np.frombuffer(content, np.uint8).reshape(len(numbers), *self.shape[1:])
+            levels = np.frombuffer(content, np.uint8).reshape(len(numbers), *self.shape[1:])
         return [Image.fromarray(image) for image in levels]
 
 
-@dataclass(frozen=True)
-class First:
-    """The first `count` of some pictures."""
-
-    pictures: Pictures
-    count: int
-
-    def __len__(self) -> int:
-        return min(self.count, len(self.pictures))
-
-    def read(self, numbers: range) -> list[Image.Image | None]:
-        """See `Pictures`."""
-        return self.pictures.read(numbers)
+def start_of(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where the content of a member of a zip begins: after a header, its name and an extra field."""
+    with path.open("rb") as file:
+        file.seek(info.header_offset + 26)
+        name, extra = struct.unpack("<HH", file.read(4))
+    return info.header_offset + 30 + name + extra
 
 
 def draw_labels(count: int, classes: int, seed: int, balanced: bool) -> list[Subject]:
-    """Labels by chance, as ADM draws them, or as many of each."""
+    """Labels by chance, as ADM draws them, or as many of each. The first ones are the same for any count."""
     if balanced:
         return [Subject(number % classes) for number in range(count)]
-    labels = torch.randint(classes, (count,), generator=generator(seed, count, classes))
-    return [Subject(label) for label in labels.tolist()]
+    draws = np.random.default_rng(derive_seed(seed, SUBJECTS)).random(count)
+    return [Subject(int(draw * classes)) for draw in draws]

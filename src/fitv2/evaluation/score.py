@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fitv2.evaluation.metrics import (
+    ENOUGH,
     Figure,
     Moments,
-    Real,
+    RealFeatures,
     density_coverage,
     frechet,
     frechet_infinity,
@@ -26,37 +27,50 @@ BETTER_HIGHER = frozenset(["IS", "precision", "recall", "density", "coverage", "
 
 
 def figures(
-    made: dict[str, Tensor], real: dict[str, Real], asked: Sequence[str] = (), shown: Sequence[str] = ()
+    made: dict[str, Tensor],
+    real: dict[str, RealFeatures],
+    asked: Sequence[str] = (),
+    shown: Sequence[str] = (),
 ) -> dict[str, dict[str, Figure]]:
     """All figures by the network whose features they are of, each with its standard error.
 
-    `asked` is what each picture was to show, `shown` what each real one does: where both are given, top 1 is
-    the share of pictures whose nearest real one shows it, top 5 that of those whose nearest five things do.
+    `asked` is what each picture was to show, `shown` what each real one does. Where they speak of the same
+    things, top 1 is the share of pictures whose nearest real one shows it, top 5 that of pictures which have
+    it among the five nearest things.
     """
     found: dict[str, dict[str, Figure]] = {}
     for name, features in made.items():
         network, _, part = name.partition("_")
-        found.setdefault(network, {}).update(_of_features(features, real[name], network, part))
+        if name in real:
+            found.setdefault(network, {}).update(_of_features(features, real[name], network, part))
+        elif part == "logits":
+            found.setdefault(network, {}).update(
+                _of_features(features, RealFeatures(features), network, part)
+            )
     for network, its in found.items():
-        if asked and shown and network != "inception":
-            nearest = nearest_names(made[network], real[network].features, shown)
-            its |= accuracy(nearest, asked)
+        if network != "inception" and {*asked} & {*shown} and len({*shown}) > 1:
+            its |= accuracy(nearest_names(made[network], real[network].features, shown), asked)
     return found
 
 
-def _of_features(made: Tensor, real: Real, network: str, part: str) -> dict[str, Figure]:
+def _of_features(made: Tensor, real: RealFeatures, network: str, part: str) -> dict[str, Figure]:
+    names = INCEPTION if network == "inception" else PLAIN
+
     def some(kept: Tensor) -> dict[str, float]:
         few = made[kept]
         if part == "logits":
             return {"IS": inception_score(few)}
+        distance = frechet(Moments.of(few), real.moments)
         if part == "spatial":
-            return {"sFID": frechet(Moments.of(few), real.moments)}
-        names = INCEPTION if network == "inception" else PLAIN
+            return {"sFID": distance}
+        figures = {names["frechet"]: distance}
+        if len(made) >= ENOUGH * made.shape[1]:
+            figures[names["frechet_infinity"]] = frechet_infinity(few, real.moments)
+        if not len(real.features):  # only their moments are known
+            return figures
         precision, recall = precision_recall(few, real)
         density, coverage = density_coverage(few, real)
-        return {
-            names["frechet"]: frechet(Moments.of(few), real.moments),
-            names["frechet_infinity"]: frechet_infinity(few, real.moments),
+        return figures | {
             names["kernel"]: kernel_distance(few, real),
             "precision": precision, "recall": recall, "density": density, "coverage": coverage,
         }  # fmt: skip
@@ -66,8 +80,9 @@ def _of_features(made: Tensor, real: Real, network: str, part: str) -> dict[str,
 
 def accuracy(nearest: Sequence[Sequence[str]], asked: Sequence[str]) -> dict[str, Figure]:
     """The shares of pictures whose first, and first five, nearest names hold the one asked for."""
-    top_1 = torch.tensor([names[0] == name for names, name in zip(nearest, asked, strict=True)]).double()
-    top_5 = torch.tensor([name in names for names, name in zip(nearest, asked, strict=True)]).double()
+    pairs = list(zip(nearest, asked, strict=True))
+    top_1 = torch.tensor([names[0] == name for names, name in pairs]).double()
+    top_5 = torch.tensor([name in names for names, name in pairs]).double()
 
     def shares(kept: Tensor) -> dict[str, float]:
         return {"top 1": float(top_1[kept].mean()), "top 5": float(top_5[kept].mean())}

@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fitv2.limits import check_limits
+from fitv2.runtime.registry import one_of
 
-FeaturesName = Literal["efficientnet", "inception", "dinov2"]
+if TYPE_CHECKING:
+    FeaturesName = str
+else:
+    FeaturesName = one_of("fitv2.evaluation.features:EXTRACTORS")
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,7 @@ class Evaluation:
     """What pictures are compared with, and how."""
 
     num: int = 1000
-    """Images to make of each size; the paper's tables have 50000."""
+    """Images that a model makes of each size; the paper's tables have 50000."""
     seed: int = 0
     """Seed of the first image; the others have SEED+1, SEED+2, …"""
     features: tuple[FeaturesName, ...] = ("efficientnet",)
@@ -29,11 +33,11 @@ class Evaluation:
     split: Literal["train", "validation", "test"] = "train"
     """Split of the reference."""
     image_column: str | None = None
-    """As of `fitv2 encode`, of the reference."""
+    """As of `fitv2 encode`."""
     label_column: str | None = None
-    """As of `fitv2 encode`, of the reference."""
+    """As of `fitv2 encode`."""
     caption_column: str | None = None
-    """As of `fitv2 encode`, of the reference. A model of texts gets its captions as prompts."""
+    """As of `fitv2 encode`. A model of texts gets the captions of the reference as prompts."""
     most_real: int = 50_000
     """Real pictures that are compared with, evenly spread over the reference."""
     crop_at_most: float = 1.0

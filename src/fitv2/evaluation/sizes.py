@@ -13,10 +13,13 @@ from typing import Any
 from PIL import Image
 
 from fitv2.config import Positions
-from fitv2.evaluation.evaluate import REFERENCE, Evaluation, How, Result, StageProgress, evaluate
+from fitv2.evaluation.evaluate import REFERENCE, Result, StageProgress, evaluate
 from fitv2.evaluation.extract import collect
+from fitv2.evaluation.judged import How
 from fitv2.evaluation.metrics import Figure
 from fitv2.evaluation.reference import size_name
+from fitv2.evaluation.settings import Evaluation
+from fitv2.evaluation.table import provenance
 from fitv2.figures import contact_sheet
 from fitv2.runtime.files import atomic_file, write_json, write_text
 from fitv2.tokens import Size
@@ -153,11 +156,7 @@ def tables(wanted: Sequence[Cell], found: dict[str, Result]) -> str:
         for group in dict.fromkeys(cell.group for cell in wanted):
             rows = [cell for cell in wanted if cell.group == group]
             lines += [f"{network}, {group}", "", *group_table(rows, found, network), ""]
-    about = any_result.about
-    said = [
-        f"{name} {about[name]}" for name in ("solver", "steps", "fitv2", "torch", "date") if name in about
-    ]
-    return "\n".join([*lines, ", ".join(said), "", f"`{about['command']}`", ""])
+    return "\n".join([*lines, *provenance(any_result.about)])
 
 
 def group_table(rows: Sequence[Cell], found: dict[str, Result], network: str) -> list[str]:
@@ -185,8 +184,7 @@ def draw_sheets(rows: Sequence[Cell], out: Path, num: int) -> None:
         name = size_name(size)
         sheet: list[list[tuple[str, Image.Image]]] = []
         for cell in rows:
-            features = collect(out / cell.folder / name, num)
-            if features:
-                sheet.append([(cell.method.name, image) for image in [*features.shown.values()][:PICTURES]])
+            shown = [*collect(out / cell.folder / name, num).shown.values()]
+            sheet.append([(cell.method.name, image) for image in shown[:PICTURES]])
         with atomic_file(out / f"{rows[0].group}_{name}.png") as scratch:
             contact_sheet(sheet, f"{name}, {rows[0].group}").save(scratch, "PNG")

@@ -7,13 +7,14 @@ A key begins with the seed of the run, or where there is none with the purpose; 
     (seed, NOISING, image)     time, dropout and noise of an image in training; each image has its own number
     (VALIDATION,), (VALIDATION, row)    order and noise of held-out images
     (LATENTS, row, view, mirrored)      samples of an autoencoder's distribution
+    (seed, SUBJECTS)           what the images of an evaluation are to show
     (seed,)                    an image that is made
 """
 
 import numpy as np
 import torch
 
-WEIGHTS, ORDER, NOISING, VALIDATION, LATENTS = 0, 1, 2, 3, 7
+WEIGHTS, ORDER, NOISING, VALIDATION, LATENTS, SUBJECTS = 0, 1, 2, 3, 7, 8
 
 
 def derive_seed(*key: int) -> int:

@@ -1,11 +1,10 @@
 """The best model of a run by the distance of its samples, kept beside its checkpoints."""
 
+import contextlib
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from fitv2.checkpoint import Card, save_model
 from fitv2.errors import UserError
@@ -21,40 +20,34 @@ FOLDER, ABOUT = "best", "best.json"
 class Best:
     """RUN/best, a model folder with best.json, which says the step and the distance."""
 
-    def __init__(self, run: Path, world: World) -> None:
-        self.folder, self.world = run / FOLDER, world
+    def __init__(self, run: Path, world: World, judge: str = "") -> None:
+        self.folder, self.world, self.judge = run / FOLDER, world, judge
 
-    @property
-    def distance(self) -> float:
-        """That of the model that is kept; infinite if there is none."""
-        try:
-            return float(read_json(self.folder / ABOUT)[DISTANCE])
-        except (UserError, KeyError):
-            return math.inf
+    def about(self) -> dict[str, Any]:
+        """What is kept, if the same judge chose it; nothing else."""
+        with contextlib.suppress(UserError):
+            about = read_json(self.folder / ABOUT)
+            if about.keys() == {"step", "judge", DISTANCE} and about["judge"] == self.judge:
+                return about
+        return {}
 
     def consider(self, step: int, distance: float, card: Card, weights: Weights) -> None:
         """Keep the EMA model of this step if the first process finds it better than the one that is kept."""
-        better = torch.tensor(self.world.first and distance < self.distance, dtype=torch.int32)
-        if not self.world.any(bool(better)):
+        if not self.world.any(self.world.first and distance < self.about().get(DISTANCE, math.inf)):
             return
         model = weights.gather_ema(self.world)
         if model is None:
             return
-        with atomic_folder(self.folder.with_name(f"{FOLDER}-{step}")) as partial:
-            save_model(model, replace(card), partial)
-            write_json(partial / ABOUT, {"step": step, DISTANCE: distance})
-        self._remove()
-        self.folder.with_name(f"{FOLDER}-{step}").rename(self.folder)
+        found = self.folder.with_name(f"{FOLDER}-{step}")
+        with atomic_folder(found) as scratch:
+            save_model(model, card, scratch)
+            write_json(scratch / ABOUT, {"step": step, DISTANCE: distance, "judge": self.judge})
+        shutil.rmtree(self.folder, ignore_errors=True)
+        found.rename(self.folder)
 
     def forget_after(self, step: int) -> None:
-        """Remove a model of a step that the run has not reached: it was resumed before it."""
-        try:
-            known = int(read_json(self.folder / ABOUT)["step"])
-        except (UserError, KeyError):
-            return
-        if known > step:
-            self._remove()
-
-    def _remove(self) -> None:
-        if self.folder.exists():
+        """Remove a model of a step that the run has not reached, and what a killed process left."""
+        for left in self.folder.parent.glob(f"{FOLDER}-*"):
+            shutil.rmtree(left)
+        if self.about().get("step", 0) > step:
             shutil.rmtree(self.folder)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -50,7 +50,18 @@ from fitv2.training.trackers import Tracker, build_trackers
 from fitv2.training.validation import HeldOut
 from fitv2.training.weights import Weights, compile_blocks
 
-Judge = Callable[[FiTPipeline], dict[str, float]]  # figures of a model's samples; DISTANCE is among them
+
+class Judge(Protocol):
+    """Figures of a model's samples by the names of a log; DISTANCE is among them."""
+
+    @property
+    def identity(self) -> str:
+        """What has to be the same for distances to be comparable."""
+        ...
+
+    def __call__(self, pipeline: FiTPipeline) -> dict[str, float]:
+        """The figures."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,7 @@ class Trainer:
         self.pipeline = (
             FiTPipeline.of(self.weights.ema, self.card, allow_download=allow_download) if self.draws else None
         )
-        self.best = Best(run, world)
+        self.best = Best(run, world, judge.identity if judge else "")
         self.held_out = HeldOut(data, self.tokens_at_once, self.objective, world.rank, world.size, encoder)
         self.optimizers = build_optimizers(self.weights.master, self.config)
         self.conditions = model.architecture.conditions
@@ -326,7 +337,10 @@ class Trainer:
         """Have samples of the EMA model judged, and keep it if it is the best so far."""
         values: dict[str, float] = {}
         if self.pipeline is not None:
-            values = judge(self.pipeline)
+            try:
+                values = judge(self.pipeline)
+            except FloatingPointError as error:
+                warnings.warn(f"samples of step {self.step} are not judged: {error}", stacklevel=2)
             self.log(values)
         self.best.consider(self.step, values.get(DISTANCE, math.inf), self.card, self.weights)
 
