@@ -127,7 +127,7 @@ PRESETS = {
     "emoji": Preset(
         "The shipped model: 8M parameters, captions, latents of 8x8 pixels (docs/results/models/emoji).",
         Architecture(
-            depth=8, width=256, heads=4, patch_size=2, in_channels=8, num_classes=7, prediction="data",
+            depth=8, width=256, heads=4, patch_size=2, in_channels=8, num_classes=7,
             conditions=("label", "text"), text_channels=256, pooled_channels=256,
         ),
         replace(

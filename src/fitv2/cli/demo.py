@@ -41,17 +41,17 @@ class Wanted:
 
 Rows = Sequence[Sequence[Wanted]]
 
-SQUARE = ("penguin", "tiger face", "fire engine", "strawberry", "pig face", "smiling face with sunglasses")
+SQUARE = ("fox", "tiger face", "fire engine", "hamburger", "sunflower", "maple leaf", "palm tree")
 PROMPTS: Rows = [
     [Wanted(name, (128, 128)) for name in SQUARE],
     [
         Wanted(f"two {name} side by side", (80, 160))
         for name in ("penguins", "red hearts", "pig faces", "frogs")
     ],
-    [Wanted(f"three {name} in a row", (64, 208)) for name in ("tiger faces", "grinning faces", "red hearts")],
+    [Wanted(f"three {name} in a row", (64, 208)) for name in ("cookies", "kiwi fruits", "red apples")],
     [
         Wanted(f"two {name} on top of each other", (160, 80))
-        for name in ("automobiles", "grinning faces", "strawberries", "dogs")
+        for name in ("hot peppers", "grinning faces", "pineapples", "dogs")
     ],
 ]
 

@@ -155,8 +155,8 @@ class Evaluate:
     """Compare pictures with real ones: Fréchet distances, precision, recall and more, each with its error.
 
     JUDGED is a model, an npz of ADM's evaluator, or a collection of pictures as `fitv2 encode` takes it. Run
-    the same command again to resume. Under torchrun all processes share the work. Writes evaluation.json,
-    table.md, plots.png and a sheet of each size into OUT.
+    the same command again to resume. Under torchrun all processes share the work: torchrun -m -- fitv2
+    evaluate …. Writes evaluation.json, table.md, plots.png and a sheet of each size into OUT.
     """
 
     judged: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="JUDGED")]
