@@ -224,6 +224,10 @@ def fidelity():
             if above:
                 setattr(modules[above], own, module)
         sys.modules |= modules
+        fidelity = pytest.importorskip("torch_fidelity")
+        for name in modules:  # other libraries ask whether it is there
+            del sys.modules[name]
+        return fidelity
     return pytest.importorskip("torch_fidelity")
 
 
@@ -257,3 +261,21 @@ def pixel_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
     save_model(randomized(FiT(**shape)), Card(("blue", "red"), "pixels", 16, 1.0), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """60 pictures of two labels and many shapes."""
+    folder = tmp_path_factory.mktemp("real")
+    for i in range(60):
+        path = folder / ("blue" if i % 2 else "red") / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture(20 + i % 7, 18 + i % 5, i).save(path)
+    return folder
+
+
+@pytest.fixture
+def npz(tmp_path):
+    images = np.stack([np.asarray(picture(16, 16, i)) for i in range(30)])
+    np.savez(tmp_path / "batch.npz", images)
+    return tmp_path / "batch.npz"

@@ -79,7 +79,7 @@ def found(tmp_path, text):
             "2: fitv2: --clip is now --max-grad-norm",
         ),
         ("```sh\nA=1 torchrun -m fitv2 train debug --data d\n```", "2: "),
-        ("```sh\nfitv2 paint clipart\n```", "2: fitv2 has no command paint"),
+        ("```sh\nfitv2 paint clipart\n```", "2: unknown command 'paint'"),
         ("<!-- not run: asks -->\n```sh\nfitv2 sample clipart --step 3\n```", "3: unknown option '--step'"),
         ("```sh\nmake tets\n```", "2: make has no target tets"),
         ("```sh\npython tools/none.py\n```", "2: tools/none.py does not exist"),

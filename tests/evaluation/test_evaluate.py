@@ -9,19 +9,15 @@ import pytest
 from PIL import Image
 
 from conftest import picture, together
-from fitv2.checkpoint import Card
 from fitv2.config import Guidance, Sampling
 from fitv2.errors import UserError
 from fitv2.evaluation import extract as extraction
 from fitv2.evaluation.evaluate import RESULT, Result, evaluate
-from fitv2.evaluation.extract import collect, extract, is_whole, piece_paths
+from fitv2.evaluation.extract import piece_paths
 from fitv2.evaluation.features import EXTRACTORS
-from fitv2.evaluation.judged import How, choose_subjects, is_model, shown_by
-from fitv2.evaluation.pictures import Batch, draw_labels, fit
-from fitv2.evaluation.reference import About, Collection, kept_reference, statistics
+from fitv2.evaluation.judged import How
 from fitv2.evaluation.settings import Evaluation
 from fitv2.evaluation.table import draw_plots, table
-from fitv2.model import FiT
 from fitv2.pipeline import FiTPipeline
 
 QUICK = How(Guidance(1.0), Sampling(steps=2))
@@ -32,45 +28,7 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(extraction, "PIECE", 8)
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """60 pictures of two labels and many shapes."""
-    folder = tmp_path_factory.mktemp("real")
-    for i in range(60):
-        path = folder / ("blue" if i % 2 else "red") / f"{i:02}.png"
-        path.parent.mkdir(exist_ok=True)
-        picture(20 + i % 7, 18 + i % 5, i).save(path)
-    return folder
-
-
 # The rule
-
-
-@pytest.mark.parametrize(
-    ("size", "pixels", "cropped"),
-    [
-        ((64, 64), (32, 32), 0),
-        ((64, 60), (32, 32), 0),
-        ((128, 64), (32, 32), 0.5),
-        ((64, 64), (16, 48), 2 / 3),
-    ],
-)
-def test_a_picture_is_resized_whole_or_cropped_as_little_as_possible(size, pixels, cropped):
-    fitted, share = fit(Image.new("RGB", size), pixels)
-    assert fitted.size == pixels[::-1]
-    assert share == pytest.approx(cropped)
-
-
-def test_what_is_kept_is_the_middle():
-    array = np.zeros((32, 96, 3), np.uint8)
-    array[:, 32:64] = 255
-    fitted, _ = fit(Image.fromarray(array), (32, 32))
-    assert np.asarray(fitted).min() == 255
-
-
-def test_a_picture_of_the_size_is_not_touched():
-    image = picture(24, 16)
-    assert fit(image, (16, 24))[0] is image
 
 
 # Evaluations
@@ -167,7 +125,6 @@ def test_what_was_interrupted_is_finished_to_the_same_figures(
 
 
 def counting(made):
-    from fitv2.pipeline import FiTPipeline
 
     stream = FiTPipeline.stream
 
@@ -188,26 +145,6 @@ def test_a_kept_reference_serves_again(pixel_model, real, tmp_path, colours):
         evaluate(str(pixel_model), kept, tmp_path / "3", settings, QUICK, [(8, 8)])
 
 
-def test_two_people_have_the_same_reference(real, tmp_path, colours):
-    hashes = [
-        Collection.open(str(real), None).reference((12, 20), 1.0, [colours], tmp_path / name).about.sha256
-        for name in ("one", "other")
-    ]
-    assert hashes[0] == hashes[1]
-    other = Collection.open(str(real), None).reference(
-        (12, 21), 1.0, [colours], tmp_path / "x", (0, 1), print
-    )
-    assert other.about.sha256 != hashes[0]
-
-
-def test_pictures_of_which_too_much_would_be_lost_are_left_out(real, tmp_path, colours):
-    wide = Collection.open(str(real), None).reference((8, 16), 0.4, [colours], tmp_path)
-    kept = kept_reference(tmp_path, (8, 16), [colours]).features()["efficientnet"].features
-    assert 0 < wide.about.pictures < 60
-    assert wide.about.pictures + wide.about.left_out == 60
-    assert len(wide.about.labels) == len(kept) == wide.about.pictures
-
-
 def test_samples_are_taken_by_their_size(tmp_path, real, colours):
     for i in range(30):
         picture(16, 16, i).resize((16, 16 if i < 20 else 24)).save(tmp_path / f"{i}.png")
@@ -216,29 +153,7 @@ def test_samples_are_taken_by_their_size(tmp_path, real, colours):
     assert counts == [20, 10]
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-def test_labels_by_chance_or_as_many_of_each(balanced):
-    labels = [subject.label for subject in draw_labels(100, 4, 0, balanced)]
-    counts = np.bincount(labels, minlength=4)
-    assert (counts == 25).all() == balanced
-    assert draw_labels(100, 4, 0, False) != draw_labels(100, 4, 1, False)
-
-
 # ADM's npz
-
-
-@pytest.fixture
-def npz(tmp_path):
-    images = np.stack([np.asarray(picture(16, 16, i)) for i in range(30)])
-    np.savez(tmp_path / "batch.npz", images)
-    return tmp_path / "batch.npz"
-
-
-def test_a_batch_is_read_piece_by_piece(npz):
-    batch = Batch(npz)
-    images = np.load(npz)["arr_0"]
-    assert (len(batch), batch.pixels) == (30, (16, 16))
-    assert all(np.array_equal(*pair) for pair in zip(batch.read(range(7, 12)), images[7:12], strict=True))
 
 
 def test_a_batch_is_judged(npz, real, tmp_path, colours):
@@ -246,20 +161,6 @@ def test_a_batch_is_judged(npz, real, tmp_path, colours):
     assert result.about["references"]["16x16"]["pictures_judged"] == 30  # all, whatever `num` is
     with pytest.raises(UserError, match="has pictures of 16x16"):
         evaluate(str(npz), str(real), tmp_path / "other", sizes=[(8, 8)])
-
-
-def test_statistics_of_a_reference_batch_are_those_in_the_file(tmp_path):
-    rng = np.random.default_rng(0)
-    values = {
-        "mu": rng.normal(size=6),
-        "sigma": np.eye(6),
-        "mu_s": rng.normal(size=3),
-        "sigma_s": 2 * np.eye(3),
-    }
-    np.savez(tmp_path / "reference.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), **values)
-    found = statistics(tmp_path / "reference.npz")
-    assert np.array_equal(found["inception"].mean, values["mu"])
-    assert np.array_equal(found["inception_spatial"].covariance, values["sigma_s"])
 
 
 def test_statistics_alone_serve_as_a_reference(pixel_model, tmp_path, fidelity, monkeypatch):
@@ -285,18 +186,6 @@ def test_statistics_alone_serve_as_a_reference(pixel_model, tmp_path, fidelity, 
     assert again.sizes["16x16"]["inception"]["FID"].value == pytest.approx(0, abs=1e-3)
 
 
-def test_a_packed_batch_is_read_too(npz, tmp_path):
-    images = np.load(npz)["arr_0"]
-    np.savez_compressed(tmp_path / "packed.npz", images)
-    assert np.array_equal(Batch(tmp_path / "packed.npz").read(range(3, 4))[0], images[3])
-
-
-def test_an_npz_of_objects_is_not_unpickled(tmp_path):
-    np.savez(tmp_path / "evil.npz", np.array([print], dtype=object))
-    with pytest.raises(UserError, match="arr_0 is object"):
-        Batch(tmp_path / "evil.npz")
-
-
 # What is refused
 
 
@@ -317,11 +206,6 @@ def test_evaluations_of_a_picture_are_counted(pixel_model, real, tmp_path, colou
     how = How(Guidance(1.0), Sampling("euler", 3))
     result = evaluate(str(pixel_model), str(real), tmp_path / "2", settings, how, [(16, 16)])
     assert result.about["references"]["16x16"]["evaluations"] == 3
-
-
-def test_a_large_reference_is_thinned_evenly(real):
-    few = Collection.open(str(real), None, most=20)
-    assert list(few.rows) == list(range(0, 60, 3))
 
 
 def test_another_evaluation_in_the_folder_is_an_error(pixel_model, real, tmp_path, colours):
@@ -367,64 +251,12 @@ def test_a_collection_needs_a_size(real, tmp_path, colours):
         evaluate(str(real), str(real), tmp_path / "out")
 
 
-def test_a_split_that_there_is_not_is_an_error(folder, tmp_path):
-    for name in ("train", "val"):
-        (tmp_path / name / "blue").mkdir(parents=True)
-        picture(16, 16).save(tmp_path / name / "blue" / "0.png")
-    with pytest.raises(UserError, match="has no split test, only train, validation"):
-        Collection.open(str(tmp_path), "test")
-
-
 def test_a_batch_of_another_size_is_no_reference(pixel_model, npz, tmp_path, colours):
     with pytest.raises(UserError, match="has pictures of 16x16, not 8x8"):
         evaluate(str(pixel_model), str(npz), tmp_path / "out", Evaluation(num=10), QUICK, [(8, 8)])
 
 
 # What a model is to show
-
-
-def about(captions, labels):
-    return About("", "", "", "", 1.0, (), "", captions=tuple(captions), labels=tuple(labels))
-
-
-def pipeline(conditions, labels=("noto", "fluent")):
-    shape = {
-        "depth": 1,
-        "width": 32,
-        "heads": 2,
-        "patch_size": 4,
-        "in_channels": 3,
-        "num_classes": len(labels),
-    }
-    texts = {"text_channels": 256, "pooled_channels": 256} if "text" in conditions else {}
-    return FiTPipeline.of(FiT(**shape, **texts, conditions=conditions), Card(labels, "pixels", 16))
-
-
-def test_a_model_of_texts_gets_captions_and_of_labels_and_texts_both():
-    captions, labels = ["fox", "", "owl", "cat"], ["noto", "noto", "fluent", "other"]
-    pairs = {("fox", 0), ("owl", 1), ("cat", None)}
-    both = choose_subjects(pipeline(("label", "text")), about(captions, labels), Evaluation(num=12))
-    assert {(subject.prompt, subject.label) for subject in both} == pairs
-    texts = choose_subjects(pipeline(("text",)), about(captions, labels), Evaluation(num=12))
-    assert {subject.label for subject in texts} == {None}
-    assert [subject.prompt for subject in texts] == [subject.prompt for subject in both]
-    assert len({subject.prompt for subject in texts[:3]}) == 3  # each once before any again
-    with pytest.raises(UserError, match="give `caption_column`"):
-        choose_subjects(pipeline(("text",)), about([""], ["noto"]), Evaluation(num=12))
-
-
-def test_a_model_of_labels_is_compared_by_labels():
-    known = about(["fox", "owl"], ["noto", "fluent"])
-    assert shown_by(known, pipeline(("label",))) == ["noto", "fluent"]
-    assert shown_by(known, pipeline(("text",))) == ["fox", "owl"]
-
-
-@pytest.mark.parametrize(("name", "whether"), [
-    ("emoji", True), ("emojii", True), ("organization/name", True), ("shards/*.tar", False),
-    ("s3://bucket/x", False),
-])  # fmt: skip
-def test_names_of_models(name, whether):
-    assert is_model(name) == whether
 
 
 def test_a_mistyped_model_is_answered_as_everywhere(real, tmp_path, colours):
@@ -443,35 +275,6 @@ def test_pictures_of_a_size_may_begin_late(tmp_path, real, colours):
     result = evaluate(str(tmp_path), str(real), tmp_path.parent / "late", sizes=[(24, 16)])
     assert result.about["references"]["24x16"]["pictures_judged"] == 30
     assert (tmp_path.parent / "late" / "24x16.png").exists()
-
-
-def test_pieces_are_shared_and_never_done_twice(tmp_path, colours):
-    class Counted:
-        def __init__(self):
-            self.read_numbers = []
-
-        def __len__(self):
-            return 20
-
-        def read(self, numbers):
-            self.read_numbers += numbers
-            return [picture(8, 8, number) for number in numbers]
-
-    pictures = Counted()
-    extract(pictures, [colours], tmp_path, (1, 2))
-    assert pictures.read_numbers == list(range(8, 16))
-    assert not is_whole(tmp_path, 20)
-    extract(pictures, [colours], tmp_path, (0, 1))
-    assert sorted(pictures.read_numbers) == list(range(20))
-    assert collect(tmp_path, 20).numbers == list(range(20))
-
-
-def test_a_damaged_piece_is_named(tmp_path, colours, real):
-    taken = Collection.open(str(real), None).pictures((8, 8), 1.0)
-    extract(taken, [colours], tmp_path)
-    piece_paths(tmp_path, 60)[2].write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=r"00002\.safetensors"):
-        collect(tmp_path, len(taken))
 
 
 def test_the_command_prints_a_table_and_how_to_get_it_again(
