@@ -112,7 +112,8 @@ def _eight_bits(image: Image.Image, form: str | None) -> Image.Image:
 
 def _on_white(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        image.load()  # before its file is closed
+        return image if image.mode == "RGB" else image.convert("RGB")  # which copies what is RGB
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")
