@@ -26,6 +26,7 @@ import torch
 
 from fitv2.data.dataset import Batch, TokenDataset
 from fitv2.presets import preset
+from fitv2.training.noising import Draws
 from fitv2.training.throughput import peak_flops
 from fitv2.training.trainer import Trainer
 from loading import synthetic
@@ -53,7 +54,10 @@ class Stopwatch:
         return perf_counter()
 
 
-def timed_batches(batches: Generator[Batch, None, None], watch: Stopwatch) -> Generator[Batch, None, None]:
+Drawn = tuple[Batch, Draws]
+
+
+def timed_batches(batches: Generator[Drawn, None, None], watch: Stopwatch) -> Generator[Drawn, None, None]:
     """Batches, with the time that each takes."""
     following = watch.timed("data", batches.__next__)
     while True:

@@ -47,6 +47,21 @@ def test_pieces_are_made_orthogonal_apart():
         torch.testing.assert_close(fused[rows : rows + 12], one, rtol=0, atol=1e-6)
 
 
+def test_matrices_of_one_shape_change_as_each_would_alone():
+    rng = torch.Generator().manual_seed(0)
+    starts, gradients = torch.randn(2, 5, 12, 20, generator=rng)
+
+    def changed(chosen):
+        matrices = [torch.nn.Parameter(starts[i].clone()) for i in chosen]
+        for matrix, i in zip(matrices, chosen, strict=True):
+            matrix.grad = gradients[i].clone()
+        Muon([{"params": [matrix]} for matrix in matrices], weight_decay=0.1).step()
+        return matrices
+
+    for i, together in enumerate(changed(range(5))):
+        torch.testing.assert_close(together, changed([i])[0], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("adaln", ["lora", "full"])
 def test_a_model_gives_its_fused_matrices_in_pieces(adaln):
     model = FiT(depth=1, width=16, heads=2, patch_size=1, in_channels=4, num_classes=3, adaln=adaln)

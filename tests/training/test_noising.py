@@ -1,15 +1,22 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from fitv2.conditioning import Condition
 from fitv2.diffusion.ddpm import DDPM
 from fitv2.diffusion.flow import Flow
 from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError
 from fitv2.presets import preset
 from fitv2.tokens import Layout, PackedTokens
-from fitv2.training.noising import add_noise
+from fitv2.training.noising import Draws
+
+
+def draws(data, keys, objective):
+    """What chance decides of images with these keys."""
+    return Draws.of(keys, data.layout.lengths, data.x_TC.shape[1], objective)
 
 
 def blank(sizes, channels):
@@ -22,23 +29,35 @@ def blank(sizes, channels):
 def test_an_image_gets_the_noise_of_its_own_key_whatever_its_neighbours(objective):
     data = blank([(2, 3), (1, 4), (5, 1)], 6)
     keys = [(0, 7), (0, 8), (0, 9)]
-    together, dropped = add_noise(data, keys, objective, 0.5)
-    alone, dropped_alone = add_noise(data.select([2]), keys[2:], objective, 0.5)
+    three, one = draws(data, keys, objective), draws(data.select([2]), keys[2:], objective)
+    together, alone = three.add_noise(data, objective), one.add_noise(data.select([2]), objective)
     assert torch.equal(together.noise_TC[-5:], alone.noise_TC)
     assert torch.equal(together.t_B[2:], alone.t_B)
-    assert dropped[2] == dropped_alone[0]
-    other, _ = add_noise(data.select([2]), [(0, 10)], objective, 0.5)
-    assert not torch.equal(other.noise_TC, alone.noise_TC)
+    assert three.chance_B[2] == one.chance_B[0] and three.label_chance_B[2] == one.label_chance_B[0]
+    other = draws(data.select([2]), [(0, 10)], objective)
+    assert not np.array_equal(other.noise_TC, one.noise_TC)
+
+
+def test_draws_of_some_images_are_those_that_they_had():
+    data = blank([(2, 3), (1, 4), (5, 1)], 6)
+    keys = [(0, 7), (0, 8), (0, 9)]
+    chosen, direct = draws(data, keys, Flow()).select([2, 0]), draws(data.select([2, 0]), keys[2::-2], Flow())
+    for name in ("time_B", "chance_B", "label_chance_B", "noise_TC", "lengths"):
+        assert np.array_equal(getattr(chosen, name), getattr(direct, name))
 
 
 DEBUG = preset("debug")
 
 
-def test_labels_are_dropped_as_often_as_asked():
-    data = blank([(1, 1)] * 2_000, 1)
-    keys = [(0, i) for i in range(2_000)]
-    shares = [add_noise(data, keys, Flow(), share)[1].float().mean().item() for share in (0.0, 0.1, 1.0)]
-    assert shares == [0.0, pytest.approx(0.1, abs=0.02), 1.0]
+def test_conditions_are_dropped_as_often_as_asked_and_labels_beside_texts_on_their_own():
+    count = 2_000
+    drawn = draws(blank([(1, 1)] * count, 1), [(0, i) for i in range(count)], Flow())
+    condition = Condition.of(label=torch.zeros(count, dtype=torch.int64))
+    for share in (0.0, 0.1, 1.0):
+        shown = drawn.drop(condition, share, labels=True)
+        assert shown.present_B.float().mean() == pytest.approx(1 - share, abs=0.02)
+        assert (shown.values["label"] < 0).float().mean() == pytest.approx(share, abs=0.02)
+    assert (drawn.drop(condition, 0.5, labels=False).values["label"] == 0).all()
 
 
 @pytest.mark.parametrize(("name", "kind"), [("fit-b", DDPM), ("fitv2-b", Flow), ("ablation-a", Flow)])

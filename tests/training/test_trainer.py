@@ -29,6 +29,7 @@ from fitv2.pipeline import FiTPipeline
 from fitv2.presets import preset
 from fitv2.runtime.rng import generator
 from fitv2.training.checkpointing import Saver
+from fitv2.training.noising import Reading, drawn_batches
 from fitv2.training.optim import freeze
 from fitv2.training.run_folder import read_log
 from fitv2.training.trainer import Trainer, train
@@ -127,8 +128,8 @@ def test_a_loss_that_is_not_finite_names_the_process(tokens, tmp_path):
         steps = []
         add_noise = Trainer.noise
 
-        def with_a_hole(trainer, batch):
-            sample, condition = add_noise(trainer, batch)
+        def with_a_hole(trainer, batch, draws):
+            sample, condition = add_noise(trainer, batch, draws)
             steps.append(0)
             if rank == 1 and len(steps) == 3:
                 sample.data_TC[0] = math.nan
@@ -164,8 +165,8 @@ def test_the_image_whose_loss_is_not_finite_is_named(tokens, tmp_path):
     trainer = Trainer(settings(steps=9), TokenDataset(tokens), tokens, tmp_path / "run", None)
     add_noise, culprit = trainer.noise, []
 
-    def with_a_hole(batch):
-        sample, condition = add_noise(batch)
+    def with_a_hole(batch, draws):
+        sample, condition = add_noise(batch, draws)
         sample.data_TC[-1] = math.nan
         culprit[:] = trainer.dataset.sources(batch.rows[-1:])
         return sample, condition
@@ -407,11 +408,13 @@ def to_released_name(name):
 def test_batch_does_not_depend_on_its_size(tokens, tmp_path):
     """What an image meets (time, noise, dropped label) follows from its position alone."""
     trainer = Trainer(settings(steps=1), TokenDataset(tokens), tokens, tmp_path / "run", None)
-    eights, fours = (
-        Steps(trainer.dataset, FixedCount(trainer.dataset.images(), count, seed=0)) for count in (8, 4)
-    )
-    whole, _ = trainer.noise(eights.batch(0))
-    first, second = (trainer.noise(fours.batch(i))[0] for i in (0, 1))
+
+    def noisy(count, step):
+        steps = Steps(trainer.dataset, FixedCount(trainer.dataset.images(), count, seed=0))
+        batch, draws = next(drawn_batches(Reading(steps, trainer.objective, 0), step, 0))
+        return trainer.noise(batch, draws)[0]
+
+    whole, first, second = noisy(8, 0), noisy(4, 0), noisy(4, 1)
     times = torch.cat([first.t_B, second.t_B])
     assert torch.equal(whole.t_B.sort().values, times.sort().values)
     noisy = torch.cat([first.noise_TC, second.noise_TC])
@@ -520,10 +523,10 @@ def test_parts_of_unequal_token_counts_give_the_gradients_of_one_batch(tokens, t
         chosen = settings(steps=1, batch_size=11, grad_accum_steps=count, precision="float32")
         trainer = Trainer(chosen, TokenDataset(tokens), tokens, tmp_path / str(count), None)
         randomized(trainer.weights.master)
-        batch = trainer.steps.batch(0)
+        batch, draws = next(trainer.batches)
         lengths = [part.packed.layout.tokens for part in batch.split(count)]
         assert len(lengths) == min(count, 11)
-        loss, _ = trainer.accumulate(batch)
+        loss, _ = trainer.accumulate(batch, draws)
         gradients.append([loss, *(weight.grad for weight in trainer.weights.master.parameters())])
     assert len(set(lengths)) > 1
     assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-6)

@@ -64,6 +64,7 @@ class TokenDataset:
         self.lengths = self.sizes.prod(axis=1, dtype=np.int32)
         self.texts: TextCache | None = None
         self._text_lengths: np.ndarray | None = None
+        self._text_numbers: np.ndarray | None = None
         shards = [self.card.shards[name] for name in self.shards]
         ends = np.cumsum([0, *(shard.rows for shard in shards)])
         self._shard_rows = ends[:-1]
@@ -108,9 +109,9 @@ class TokenDataset:
         """The pack of these rows and what they show, given their tokens."""
         packed = PackedTokens(torch.from_numpy(tokens.astype(np.float32)), Layout.of(self.sizes[rows]))
         label = torch.from_numpy(self.labels[rows].astype(np.int64))
-        if self.texts is None:
+        if self.texts is None or self._text_numbers is None:
             return packed, Condition.of(label=label)
-        return packed, Condition.of(label=label, text=self.texts.of(self.captions(rows)))
+        return packed, Condition.of(label=label, text=self.texts.numbered(self._text_numbers[rows]))
 
     def captions(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The captions of these rows, empty where there is none."""
@@ -132,8 +133,8 @@ class TokenDataset:
     def use_texts(self, texts: TextCache) -> None:
         """Give images their captions as `texts` has them."""
         self.texts = texts
-        captions = self.captions(np.arange(len(self.lengths)))
-        self._text_lengths = np.array([texts.tokens(caption) for caption in captions], np.int32)
+        number = self._text_numbers = texts.numbers(self.captions(np.arange(len(self.lengths))))
+        self._text_lengths = np.where(number >= 0, texts.lengths[number], 0).astype(np.int32)
 
     def by_length(self, rows: np.ndarray) -> np.ndarray:
         """The order of `rows` (positions in it) by length of image and text: the fastest to compute with."""

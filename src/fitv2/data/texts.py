@@ -46,15 +46,22 @@ class TextCache:
 
     def of(self, captions: Sequence[str]) -> Text:
         """The texts of images with these captions, float32."""
-        texts = []
-        for caption in captions:
-            if not caption:
-                texts.append((torch.zeros(0, self.channels), torch.zeros(self.pooled_channels)))
-                continue
-            number = self.number[caption]
-            states = self.states_ME[self.starts[number] : self.starts[number + 1]]
-            texts.append((states.float(), self.pooled_BE[number].float()))
-        return Text.of(texts)
+        return self.numbered(self.numbers(captions))
+
+    def numbers(self, captions: Sequence[str]) -> np.ndarray:
+        """Captions by their number here, −1 where there is none."""
+        return np.array([self.number[caption] if caption else -1 for caption in captions], np.int64)
+
+    def numbered(self, number_B: np.ndarray) -> Text:
+        """The texts of images whose captions have these numbers, float32."""
+        held_B = number_B >= 0
+        length_B = np.where(held_B, self.lengths[number_B], 0)
+        first_B = self.starts[number_B] - (np.cumsum(length_B) - length_B)
+        state_M = np.repeat(first_B, length_B) + np.arange(length_B.sum())
+        held = torch.from_numpy(held_B)
+        pooled_BE = self.pooled_BE[torch.from_numpy(number_B)].float() * held[:, None]
+        states_ME = self.states_ME[torch.from_numpy(state_M)].float()
+        return Text(states_ME, tuple(length_B.tolist()), pooled_BE, held & (torch.from_numpy(length_B) > 0))
 
 
 def _encode(encoder: TextEncoder, captions: Sequence[str]) -> dict[str, torch.Tensor]:

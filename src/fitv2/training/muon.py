@@ -1,6 +1,7 @@
 """Muon: momentum, made orthogonal (Jordan et al. 2024, "Muon: An optimizer for hidden layers")."""
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast, overload
 
 import torch
@@ -11,6 +12,7 @@ from fitv2.runtime.distributed import gather, local, part
 
 # Of the quintic iteration: singular values end between 0.7 and 1.2, which serves as well as 1.
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+AT_ONCE = 1 << 24  # numbers that are made orthogonal together
 
 
 class Muon(torch.optim.Optimizer):
@@ -43,26 +45,38 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        alike: dict[torch.Size, list[tuple[Tensor, dict[str, Any], Tensor]]] = defaultdict(list)
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    self._change(matrix, group)
+                    pieces = self._gradient(matrix, group)
+                    alike[pieces.shape].append((matrix, group, pieces))
+        for shape, held in alike.items():
+            at_once = max(1, AT_ONCE // shape.numel())
+            for start in range(0, len(held), at_once):
+                self._change(held[start : start + at_once])
         return loss
 
-    def _change(self, matrix: Tensor, group: dict[str, Any]) -> None:
+    def _gradient(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
+        """What of a matrix is to be made orthogonal, whole and in its pieces (pieces, R, C)."""
         memory = self.state[matrix]
         if not memory:
             memory["momentum_buffer"] = torch.zeros_like(matrix)
         gradient, momentum = cast(Tensor, matrix.grad), group["momentum"]
         average = memory["momentum_buffer"].lerp_(gradient, 1 - momentum)
         ahead = gradient.lerp(average, momentum)  # Nesterov's
-        pieces = gather(ahead).unflatten(0, (group["pieces"], -1))
-        dtype = torch.bfloat16 if has_bfloat16_matmuls(pieces.device) else torch.float32
-        change = orthogonalize(pieces.to(dtype)).to(matrix.dtype).flatten(0, 1)
-        size = 0.2 * max(pieces.shape[1:]) ** 0.5  # that of a change of AdamW: 0.2 a number
-        mine = local(matrix)
-        mine.mul_(1 - group["lr"] * group["weight_decay"])
-        mine.add_(part(change, matrix), alpha=-group["lr"] * size)
+        return gather(ahead).unflatten(0, (group["pieces"], -1))
+
+    def _change(self, alike: Sequence[tuple[Tensor, dict[str, Any], Tensor]]) -> None:
+        """Change matrices whose pieces are of one shape, made orthogonal together: on a GPU few kernels."""
+        stacked = torch.stack([pieces for *_, pieces in alike])
+        dtype = torch.bfloat16 if has_bfloat16_matmuls(stacked.device) else torch.float32
+        changes = orthogonalize(stacked.to(dtype).flatten(0, 1)).to(stacked.dtype).view_as(stacked)
+        size = 0.2 * max(stacked.shape[2:]) ** 0.5  # that of a change of AdamW: 0.2 a number
+        for (matrix, group, _), change in zip(alike, changes, strict=True):
+            mine = local(matrix)
+            mine.mul_(1 - group["lr"] * group["weight_decay"])
+            mine.add_(part(change.flatten(0, 1), matrix), alpha=-group["lr"] * size)
 
 
 def orthogonalize(matrix_NRC: Tensor) -> Tensor:

@@ -39,11 +39,11 @@ def adamw(model: FiT, config: Training) -> list[torch.optim.Optimizer]:
 
 
 def muon(model: FiT, config: Training) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest: one learning rate fits both."""
+    """Muon for the matrices of the blocks and of texts, AdamW for the rest: one learning rate fits both."""
     groups = []
     chosen: set[int] = set()
-    for name, matrix in model.blocks.named_parameters():
-        if matrix.requires_grad and matrix.ndim == 2:
+    for name, matrix in model.named_parameters():
+        if matrix.requires_grad and matrix.ndim == 2 and name.startswith(("blocks.", "text_embed.")):
             pieces = next((n for end, n in PIECES.items() if name.endswith(end)), 1)
             groups.append({"params": [matrix], "pieces": pieces})
             chosen.add(id(matrix))

@@ -17,7 +17,7 @@ from torch import Tensor
 from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint, step_of
 from fitv2.conditioning import Condition
 from fitv2.config import Training
-from fitv2.data.dataset import Batch, Steps, TokenDataset, batches, verify_files
+from fitv2.data.dataset import Batch, Steps, TokenDataset, verify_files
 from fitv2.data.packing import FixedCount, Sampler, TokenBudget
 from fitv2.diffusion.noise import NoisySample
 from fitv2.diffusion.objective import objective_of
@@ -28,7 +28,7 @@ from fitv2.presets import Preset
 from fitv2.runtime.device import default_device, has_bfloat16_matmuls
 from fitv2.runtime.distributed import World, join, ranks
 from fitv2.runtime.files import atomic_file, only_writer, unused
-from fitv2.runtime.rng import NOISING, ORDER, derive_seed
+from fitv2.runtime.rng import ORDER, derive_seed
 from fitv2.runtime.signals import catch_interrupts
 from fitv2.sampling.preview import MAX_LABELS, preview
 from fitv2.text_encoder import load_text_encoder
@@ -42,7 +42,7 @@ from fitv2.training.checkpointing import (
     verify_state,
 )
 from fitv2.training.initialize import give_texts, initialize
-from fitv2.training.noising import add_noise, drop_labels
+from fitv2.training.noising import Draws, Reading, drawn_batches
 from fitv2.training.optim import build_optimizers, learning_rate
 from fitv2.training.run_folder import cut_log, note_start, read_log, settle
 from fitv2.training.throughput import ByTime, Rates, TrainingFlops, memory_gib, peak_flops
@@ -183,7 +183,8 @@ class Trainer:
             compile_blocks(self.weights.model)
         self.by_time = ByTime(self.device)
         self.steps = Steps(dataset, build_sampler(dataset, self.config), world.rank, world.size)
-        self.batches = batches(self.steps, self.step, self.config.workers)
+        reading = Reading(self.steps, self.objective, self.config.seed)
+        self.batches = drawn_batches(reading, self.step, self.config.workers)
 
     # A step ------------------------------------------------------------------------------------
 
@@ -191,8 +192,8 @@ class Trainer:
         """One step, and what is due after it; whether any process was told to stop meanwhile."""
         with self.rates.step():
             with self.rates.waiting():
-                batch = next(self.batches)
-            loss, stopping = self.accumulate(batch, stop)
+                batch, draws = next(self.batches)
+            loss, stopping = self.accumulate(batch, draws, stop)
             norm = self.weights.clip(self.config.max_grad_norm)
             if not math.isfinite(norm):
                 raise self.not_finite("a gradient norm", norm, batch.rows, self.world.ranks())
@@ -205,7 +206,9 @@ class Trainer:
         self.follow_up(loss, norm)
         return stopping or (self.world.size == 1 and stop())  # what came later, without asking the others
 
-    def accumulate(self, batch: Batch, stop: Callable[[], bool] = lambda: False) -> tuple[float, bool]:
+    def accumulate(
+        self, batch: Batch, draws: Draws, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[float, bool]:
         """The gradients of a step's mean loss over its images, in float32; that loss; whether any is to stop.
 
         A sum over images divided by the count of all: so parts of a step, and processes, with
@@ -215,9 +218,11 @@ class Trainer:
         mine = torch.zeros((), device=self.device)
         not_finite: list[Tensor] = []
         parts = batch.split(self.config.grad_accum_steps)
+        place = {int(key): number for number, key in enumerate(batch.keys)}
         for number, part in enumerate(parts, 1):
             self.weights.before_part(number == len(parts))
-            sample, condition = self.noise(part)
+            its_own = draws if part is batch else draws.select([place[int(key)] for key in part.keys])
+            sample, condition = self.noise(part, its_own)
             loss_B, error_B = self.objective.loss(self.weights.model, sample, condition)
             self.by_time.add(self.objective.progress(sample.t_B), error_B.detach())
             not_finite.append(~loss_B.detach().isfinite())
@@ -231,14 +236,11 @@ class Trainer:
             raise self.not_finite("a loss", total, rows, ranks)
         return total, stopping
 
-    def noise(self, batch: Batch) -> tuple[NoisySample, Condition]:
+    def noise(self, batch: Batch, draws: Draws) -> tuple[NoisySample, Condition]:
         """The images of a step with noise, and their conditions, some of them dropped."""
-        keys = [(self.config.seed, NOISING, int(key)) for key in batch.keys]
-        sample, dropped = add_noise(batch.packed, keys, self.objective, self.config.label_dropout)
-        condition = batch.condition.drop(dropped)
-        if {"label", "text"} <= set(self.conditions):
-            condition = drop_labels(condition, keys, self.config.label_dropout)
-        return sample.to(self.device), condition.to(self.device)
+        sample = draws.add_noise(batch.packed.to(self.device), self.objective)
+        labels = {"label", "text"} <= set(self.conditions)  # so that a text alone is enough
+        return sample, draws.drop(batch.condition, self.config.label_dropout, labels).to(self.device)
 
     def update(self) -> None:
         """One step of the optimizers, then of the EMA."""
