@@ -44,6 +44,9 @@ NOISY_SOLVERS = (*keys_of("fitv2.diffusion.solvers:STOCHASTIC"), *keys_of("fitv2
 OUTPUTS = {"ddpm": 2}  # by objective: how many a model has for each channel, where that is not one
 
 
+Precision = Literal["float32", "bfloat16"]
+
+
 @dataclass(frozen=True)
 class Rope:
     """How positions become angles, and how they are scaled on grids larger than those trained on."""
@@ -187,7 +190,7 @@ class Encoding:
     """Side of a token in latent pixels [default: so that a token covers 16x16 pixels]."""
     latents: Literal["mean", "sample"] = "mean"
     """Mean or sample of the autoencoder's distribution; samples are the same each time."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """Dtype of the autoencoder."""
     batch_size: int = 8
     """Images of one size that are encoded at once, before mirroring."""

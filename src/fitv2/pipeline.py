@@ -103,7 +103,7 @@ class FiTPipeline(DiffusionPipeline):
                 return super().from_pretrained(str(name), **options)
         model, card = load_model(find_model(name))
         if dtype := options.pop("torch_dtype", None):
-            model = model.to(dtype)
+            model = torch.nn.Module.to(model, dtype)  # diffusers' warns of modules that there are none of
         if options:
             raise UserError(f"{name} is opened without {', '.join(options)}")
         return cls.of(model, card, allow_download=allow_download)

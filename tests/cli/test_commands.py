@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +27,18 @@ def fitv2(capsys, *arguments):
         main()
     captured = capsys.readouterr()
     return stop.value.code, captured.out, captured.err
+
+
+def test_a_picture_in_bfloat16_is_nearly_that_in_float32(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chosen = ["--prompt", "red apple", "--size", "64x64", "--steps", 4]
+    for precision in ("float32", "bfloat16"):
+        said = fitv2(capsys, "sample", "emoji", *chosen, "--precision", precision, "--out", precision)
+        assert said[0] == 0
+    one, other = (
+        np.asarray(Image.open(next((tmp_path / name).iterdir())), float) for name in ("float32", "bfloat16")
+    )
+    assert 0 < abs(one - other).mean() < 4
 
 
 def test_encode_train_sample(folder, tmp_path, capsys, monkeypatch):

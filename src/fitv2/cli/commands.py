@@ -100,6 +100,8 @@ def train(options: Train) -> int:
 
 def sample(options: Sample) -> int:
     """Run `fitv2 sample`."""
+    import torch
+
     from fitv2.cli.saving import file_name, save_image
     from fitv2.encoding.images import parse_size
     from fitv2.pipeline import FiTPipeline
@@ -109,7 +111,9 @@ def sample(options: Sample) -> int:
     chosen = [parse_size(text[:32]) for text in options.size]  # a longer one is too large in any case
     for size in chosen:
         check_limit("size", max(size))
-    pipeline = FiTPipeline.from_pretrained(options.model, allow_download=options.allow_download)
+    pipeline = FiTPipeline.from_pretrained(
+        options.model, allow_download=options.allow_download, torch_dtype=getattr(torch, options.precision)
+    )
     side = pipeline.card.square[0] * pipeline.unit
     named, what = subjects(pipeline, options)
     sizes = dict.fromkeys(chosen or [(side, side)])

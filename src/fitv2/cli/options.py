@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fitv2.config import Encoding, Guidance, Network, Positions, Sampling, Training
+from fitv2.config import Encoding, Guidance, Network, Positions, Precision, Sampling, Training
 from fitv2.evaluation.settings import Evaluation, Scale
 from fitv2.limits import check_limits
 from fitv2.presets import PRESETS
@@ -83,6 +83,8 @@ class Sample:
     """Folder for the images, LABEL_HEIGHTxWIDTH_SEED.png, or PROMPT_…."""
     allow_download: bool = False
     """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
+    precision: Precision = "float32"
+    """Of the transformer. Where there are bfloat16 products they are two to three times as fast."""
     guidance: Annotated[Guidance, tyro.conf.OmitArgPrefixes] = field(default_factory=Guidance)
     positions: Annotated[Positions, tyro.conf.OmitArgPrefixes] = field(default_factory=Positions)
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)

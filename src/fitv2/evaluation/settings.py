@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from fitv2.config import Precision
 from fitv2.limits import check_limits
 from fitv2.runtime.registry import one_of
 
@@ -28,6 +29,8 @@ class Evaluation:
     """File of torch-fidelity's Inception [default: where torch keeps what it fetched]."""
     dinov2_weights: Path | None = None
     """Folder of DINOv2 in transformers' format [default: the hub's on this machine]."""
+    precision: Precision = "float32"
+    """As of `fitv2 sample`."""
     balanced: bool = False
     """Make as many of every label as of any other, in place of labels by chance: FID falls by about 0.1."""
     split: Literal["train", "validation", "test"] = "train"
