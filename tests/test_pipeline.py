@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from conftest import randomized
 from fitv2.autoencoder import DiffusersAutoencoder
 from fitv2.checkpoint import Card, save_model
-from fitv2.config import Guidance, Positions, Sampling
+from fitv2.config import BEYOND, Guidance, Positions, Sampling
 from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.pipeline import FiTPipeline
@@ -50,6 +50,21 @@ def test_an_image_is_the_same_in_any_company(pipe):
     again = pipe(1, 16, 12, generator=[generator(1)], tokens_per_pack=1, **QUICK).images
     assert np.abs(np.asarray(together[1], int) - np.asarray(again[0], int)).max() <= 1
     assert len(alone.images) == 1
+
+
+def test_positions_are_scaled_only_beyond_the_tokens_trained_on(pipe):
+    """Of 16; also where an image beyond them is in the same pack."""
+
+    def make(height, width, **options):
+        made = pipe(1, height, width, generator=seeds(len(height)), **QUICK, **options).images
+        return [np.asarray(image, int) for image in made]
+
+    sizes = [8, 24], [32, 24]  # 2 by 8 tokens, 6 by 6
+    chosen, plain = make(*sizes), make(*sizes, positions=Positions("none"))
+    best = make(*sizes, positions=Positions(*BEYOND))
+    assert np.abs(chosen[0] - plain[0]).max() <= 1
+    assert np.abs(chosen[1] - plain[1]).max() > 1
+    assert np.abs(chosen[1] - best[1]).max() <= 1
 
 
 def test_single_values_serve_all_and_defaults_are_the_trained_square(pipe):

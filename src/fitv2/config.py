@@ -4,6 +4,7 @@ Nothing heavy is imported here: the command line builds its help from these.
 """
 
 from dataclasses import dataclass, field, fields, replace
+from math import isqrt
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fitv2.errors import UserError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     Solver = str
 else:  # the one list of each is the registry itself
     Extrapolation = one_of("fitv2.rope:METHODS", first=("none",))
-    OwnExtrapolation = one_of("fitv2.rope:METHODS", first=("own", "none"))
+    OwnExtrapolation = one_of("fitv2.rope:METHODS", first=("auto", "own", "none"))
     AttentionScale = one_of("fitv2.rope:SCALES", first=("none",))
     OwnAttentionScale = one_of("fitv2.rope:SCALES", first=("own", "none"))
     PathName = one_of("fitv2.diffusion.paths:PATHS", last=tuple(OBJECTIVE_OF_PATH))
@@ -52,7 +53,7 @@ class Rope:
     """How positions become angles, and how they are scaled on grids larger than those trained on."""
 
     RENAMED: ClassVar[dict[str, str]] = {"pixels_a_token": "pixels_per_token"}
-    ADDED: ClassVar[frozenset[str]] = frozenset({"kind"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"kind", "unscaled"})
 
     extrapolation: Extrapolation = "none"
     """pi: positions scaled down. ntk: a larger base. ntk-by-parts and yarn: per frequency."""
@@ -68,6 +69,8 @@ class Rope:
     """Scale every image as if it had these rows and columns [default: each by its own]."""
     base: float = 10000.0
     """Base of the frequencies."""
+    unscaled: int = 0
+    """Images of at most so many tokens keep their positions as they are."""
     kind: Literal["rotary", "absolute"] = "rotary"
     """rotary: queries and keys turn. absolute: sines and cosines are added to the tokens once, as in DiT and
     SiT, for comparisons."""
@@ -379,13 +382,17 @@ class Guidance:
             )
 
 
+BEYOND = "ntk", "tokens"  # the extrapolation and attention scale of `auto`: docs/results/extrapolation.md
+
+
 @dataclass(frozen=True)
 class Positions:
     """How positions are scaled on sizes beyond those trained on; what is left out is the model's own."""
 
-    extrapolation: OwnExtrapolation = "own"
+    extrapolation: OwnExtrapolation = "auto"
     """pi: positions scaled down. ntk: a larger base. ntk-by-parts and yarn: per frequency. none: as they are.
-    own: as the model has them."""
+    own: as the model has them. auto: so too, or what was found best for images of more tokens than trained
+    on."""
     attention_scale: OwnAttentionScale = "own"
     """Sharper attention on larger grids: the paper's Eq. 15, the released code's pro1 and pro2, or by the
     tokens alone. own: as the model has it, and none with --extrapolation."""
@@ -398,22 +405,34 @@ class Positions:
         """UserError for a number outside its range."""
         check_limits(self)
 
-    def apply(self, own: Rope, trained: int, unit: int) -> Rope:
+    @property
+    def is_chosen(self) -> bool:
+        """Whether there is anything else than the model's own and `auto`."""
+        return self.extrapolation not in ("auto", "own") or self.attention_scale != "own"
+
+    def apply(self, own: Rope, max_tokens: int, unit: int) -> Rope:
         """A model's positions, scaled so.
 
-        `trained` is the side of the largest square trained on, in tokens of `unit` pixels. Raises UserError
+        `max_tokens` is the longest image trained on, in tokens of `unit` pixels. Raises UserError
         where nothing is scaled.
         """
-        if (self.extrapolation, self.attention_scale) == ("own", "own"):
+        if not self.is_chosen:
             if self.train_side is not None or not self.per_axis:
                 raise UserError("`train_side` and `per_axis` do nothing without `extrapolation`")
-            return own
+            scaled = own.kind == "absolute" or (own.extrapolation, own.attention_scale) != ("none", "none")
+            if self.extrapolation == "own" or scaled:
+                return own
+        kept = self.extrapolation in ("auto", "own")
+        method, scale = (own.extrapolation if kept else self.extrapolation), self.attention_scale
+        if not self.is_chosen:
+            method, scale = BEYOND
         return replace(
             own,
-            extrapolation=own.extrapolation if self.extrapolation == "own" else self.extrapolation,
-            attention_scale="none" if self.attention_scale == "own" else self.attention_scale,
-            per_axis=own.per_axis if self.extrapolation == "own" else self.per_axis,
-            train_side=next(s for s in (self.train_side, own.train_side, trained) if s is not None),
+            extrapolation=method,
+            attention_scale="none" if scale == "own" else scale,
+            per_axis=own.per_axis if kept else self.per_axis,
+            train_side=self.train_side or own.train_side or max(2, isqrt(max_tokens)),
+            unscaled=own.unscaled if self.is_chosen else max_tokens,
             pixels_per_token=unit,
             grid=None,
         )

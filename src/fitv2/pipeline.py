@@ -130,6 +130,11 @@ class FiTPipeline(DiffusionPipeline):
         """Side of a token in pixels."""
         return self.autoencoder.downsample * self.transformer.architecture.patch_size
 
+    def is_beyond(self, size: tuple[int, int]) -> bool:
+        """Whether an image of (height, width) pixels has more tokens than those trained on."""
+        height, width = size
+        return -(-height // self.unit) * -(-width // self.unit) > self.card.max_tokens
+
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """The indices of labels given by their names. Raises UserError naming the nearest."""
         names = [label] if isinstance(label, str) else label
@@ -223,7 +228,9 @@ class FiTPipeline(DiffusionPipeline):
         for request in requests:
             _check_tokens(request, self.unit)
         own = self.transformer.architecture.rope
-        rope = positions.apply(own, self.card.square[0], self.unit)
+        rope = positions.apply(own, self.card.max_tokens, self.unit)
+        if not positions.is_chosen and not any(self.is_beyond(size) for size in sizes):
+            rope = own
         model = self.transformer if rope == own else self.transformer.with_rope(rope)
         if guidance.guidance_scale is None:
             guidance = replace(guidance, guidance_scale=self.card.guidance)

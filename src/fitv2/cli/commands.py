@@ -5,7 +5,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from io import TextIOWrapper
 from typing import Any
@@ -30,7 +30,7 @@ from fitv2.cli.options import (
 )
 from fitv2.cli.parsing import name_flags, option_names, parse
 from fitv2.cli.progress import share_bar, stages_bar, training_bar
-from fitv2.config import Architecture, Network
+from fitv2.config import Architecture, Network, Positions
 from fitv2.errors import UserError, in_one_line, nearest, printable
 from fitv2.limits import check_limit
 from fitv2.presets import PRESETS, Preset, preset
@@ -118,6 +118,8 @@ def sample(options: Sample) -> int:
     named, what = subjects(pipeline, options)
     sizes = dict.fromkeys(chosen or [(side, side)])
     check_limit("num", options.num * len(named) * len(sizes))
+    if beyond := [f"{height}x{width}" for height, width in sizes if pipeline.is_beyond((height, width))]:
+        print(f"fitv2: {said_beyond(pipeline, beyond, options.positions)}", file=sys.stderr)
     seeds = range(options.seed, options.seed + options.num)
     wanted = [(i, size, seed) for i in range(len(named)) for size in sizes for seed in seeds]
     with share_bar("sample", len(wanted), "image") as progress:
@@ -131,6 +133,17 @@ def sample(options: Sample) -> int:
             save_image(image, options.out / file_name(named[i], size, seed))
     print(f"{len(wanted)} images in {options.out}")
     return 0
+
+
+def said_beyond(pipeline: Any, sizes: Sequence[str], positions: Positions) -> str:
+    """What is done with positions on sizes beyond those trained on."""
+    own = pipeline.transformer.architecture.rope
+    rope = positions.apply(own, pipeline.card.max_tokens, pipeline.unit)
+    how = {"none": "left as they are"}.get(rope.extrapolation, f"scaled by {rope.extrapolation}")
+    scale = "" if rope.attention_scale == "none" else f", attention by {rope.attention_scale}"
+    which = ", ".join(sizes[:3]) + ("…" if len(sizes) > 3 else "")
+    trained = pipeline.card.max_tokens
+    return f"{which}: more than the {trained} tokens trained on; positions are {how}{scale}"
 
 
 def subjects(pipeline: Any, options: Sample) -> tuple[list[str], dict[str, list[Any]]]:
