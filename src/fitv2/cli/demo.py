@@ -60,10 +60,10 @@ SHAPES: Rows = [
     for sizes in (((96, 96), (128, 128), (80, 160)), ((64, 208), (160, 80), (208, 64)))
 ]
 
-WAYS = {"as it is": Positions(), "pi": Positions("pi"), "yarn": Positions("yarn")}
+WAYS = {"as they are": Positions("none"), "VisionNTK": Positions("ntk"), "by itself": Positions()}
 BEYOND: Rows = [
-    [Wanted("grinning face", size, f"{size[0]}x{size[1]}, {way}", chosen) for way, chosen in WAYS.items()]
-    for size in ((192, 192), (128, 256))
+    [Wanted(name, size, f"{size[0]}x{size[1]}, {way}", chosen) for way, chosen in WAYS.items()]
+    for name, size in (("strawberry", (160, 160)), ("two penguins side by side", (112, 224)))
 ]
 
 SHEETS = {
