@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from conftest import randomized
 from fitv2.autoencoder import DiffusersAutoencoder
 from fitv2.checkpoint import Card, save_model
-from fitv2.config import BEYOND, Guidance, Positions, Sampling
+from fitv2.config import BEYOND, RESTART, Guidance, Positions, Sampling
 from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.pipeline import FiTPipeline
@@ -61,7 +61,7 @@ def test_positions_are_scaled_only_beyond_the_tokens_trained_on(pipe):
 
     sizes = [8, 24], [32, 24]  # 2 by 8 tokens, 6 by 6
     chosen, plain = make(*sizes), make(*sizes, positions=Positions("none"))
-    best = make(*sizes, positions=Positions(*BEYOND))
+    best = make(*sizes, positions=Positions(*BEYOND, restart=RESTART))
     assert np.abs(chosen[0] - plain[0]).max() <= 1
     assert np.abs(chosen[1] - plain[1]).max() > 1
     assert np.abs(chosen[1] - best[1]).max() <= 1

@@ -382,7 +382,9 @@ class Guidance:
             )
 
 
-BEYOND = "ntk", "tokens"  # the extrapolation and attention scale of `auto`: docs/results/extrapolation.md
+# Of `auto`, for images of more tokens than trained on: extrapolation and attention scale, and the time of a
+# restart. docs/results/extrapolation.md has the figures of these and of all others.
+BEYOND, RESTART = ("ntk", "tokens"), 0.5
 
 
 @dataclass(frozen=True)
@@ -400,10 +402,19 @@ class Positions:
     """Scale rows and columns each by its own length (the paper's Vision…); else both by the longer."""
     train_side: int | None = None
     """Rows of the largest square trained on, in tokens [default: the model's own]."""
+    restart: float | None = None
+    """Make images of more tokens than trained on at the trained size first, enlarge them, and make them on
+    from this time, 0 noise to 1 data. 0: at their own size at once [default: 0; with auto the best found]."""
 
     def __post_init__(self) -> None:
         """UserError for a number outside its range."""
         check_limits(self)
+
+    def restart_time(self, is_flow: bool) -> float:
+        """See `restart`; that of `auto` is for flows."""
+        if self.restart is not None:
+            return self.restart
+        return RESTART if is_flow and self.extrapolation == "auto" and not self.is_chosen else 0.0
 
     @property
     def is_chosen(self) -> bool:

@@ -33,6 +33,7 @@ from fitv2.limits import MAX_TOKENS, check_limit
 from fitv2.model import FiT
 from fitv2.runtime.serialization import read_json
 from fitv2.sampling.generate import Request, generate
+from fitv2.sampling.growth import Growth
 from fitv2.text_encoder import TextEncoder, caption_of, load_text_encoder
 
 INDEX = "model_index.json"
@@ -129,6 +130,11 @@ class FiTPipeline(DiffusionPipeline):
     def unit(self) -> int:
         """Side of a token in pixels."""
         return self.autoencoder.downsample * self.transformer.architecture.patch_size
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the model has a flow from noise to data: it is no DDPM."""
+        return self.transformer.architecture.objective_name == "flow"
 
     def is_beyond(self, size: tuple[int, int]) -> bool:
         """Whether an image of (height, width) pixels has more tokens than those trained on."""
@@ -237,7 +243,7 @@ class FiTPipeline(DiffusionPipeline):
         with _Progress(self, progress) as report:
             pixels = generate(
                 model, self.autoencoder, requests, guidance, sampling, tokens_per_pack=tokens_per_pack,
-                progress=report,
+                growth=Growth(self.card.max_tokens, positions.restart_time(self.is_flow)), progress=report,
             )  # fmt: skip
             for image in pixels:
                 yield to_image(image)

@@ -137,13 +137,14 @@ def sample(options: Sample) -> int:
 
 def said_beyond(pipeline: Any, sizes: Sequence[str], positions: Positions) -> str:
     """What is done with positions on sizes beyond those trained on."""
-    own = pipeline.transformer.architecture.rope
-    rope = positions.apply(own, pipeline.card.max_tokens, pipeline.unit)
+    own, trained = pipeline.transformer.architecture.rope, pipeline.card.max_tokens
+    rope = positions.apply(own, trained, pipeline.unit)
     how = {"none": "left as they are"}.get(rope.extrapolation, f"scaled by {rope.extrapolation}")
     scale = "" if rope.attention_scale == "none" else f", attention by {rope.attention_scale}"
+    restart = positions.restart_time(pipeline.is_flow)
+    grown = f"; grown from {trained} at time {restart:g}" if restart else ""
     which = ", ".join(sizes[:3]) + ("…" if len(sizes) > 3 else "")
-    trained = pipeline.card.max_tokens
-    return f"{which}: more than the {trained} tokens trained on; positions are {how}{scale}"
+    return f"{which}: more than the {trained} tokens trained on; positions are {how}{scale}{grown}"
 
 
 def subjects(pipeline: Any, options: Sample) -> tuple[list[str], dict[str, list[Any]]]:

@@ -260,7 +260,8 @@ class Flow:
         generators: Sequence[Generator],
         sampling: Sampling,
         progress: Progress = lambda _: None,
+        start: float = 0.0,
     ) -> Tensor:
-        """From noise `x_TC` to data along the flow; `output` is the guided model."""
+        """From `x_TC`, noise or what is at time `start`, to data; `output` is the guided model."""
         velocity = self.follow(output, layout)
-        return transport(self, velocity, layout, x_TC, generators, sampling, progress=progress)
+        return transport(self, velocity, layout, x_TC, generators, sampling, begin=start, progress=progress)

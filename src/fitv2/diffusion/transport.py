@@ -54,9 +54,12 @@ def transport(
     sampling: Sampling,
     *,
     to_noise: bool = False,
+    begin: float = 0.0,
     progress: Progress = lambda _: None,
 ) -> Tensor:
     """Take images laid out like `layout` from noise `x_TC` to data, or back with `to_noise`.
+
+    `x_TC` may also be what it is at time `begin`; then the steps that lie behind that are left out.
 
     With a deterministic solver the way back ends at the noise that gives the data; with a stochastic
     one at a sample of it. Each image's noise along the way is drawn from its own generator. Raises
@@ -64,7 +67,7 @@ def transport(
     """
     name, steps = sampling.resolve("heun")
     if name in solvers.STOCHASTIC:
-        return _stochastic(flow, velocity, layout, x_TC, generators, sampling, to_noise, progress)
+        return _stochastic(flow, velocity, layout, x_TC, generators, sampling, to_noise, begin, progress)
     solve = solver_named(name, layout, sampling.rtol, sampling.atol)
     start, stop = flow.interval()
     if to_noise:
@@ -72,11 +75,20 @@ def transport(
         # whose predicted data are off by e has a velocity off by e/(1−t) there.
         times = torch.linspace(stop - 1e-3 if flow.ends_early else stop, start, steps + 1)
         return solve(velocity, x_TC, times.to(x_TC.device), progress)
+    start, steps = _begun(start, stop, steps, begin)
     times = torch.linspace(start, stop, steps + 1, device=x_TC.device)
     if not flow.ends_early:
         return solve(velocity, x_TC, times, progress)
     x_TC = solve(velocity, x_TC, times[:-1], progress) if steps > 1 else x_TC
     return solvers.fixed(solvers.EULER, velocity, x_TC, times[-2:], progress)
+
+
+def _begun(start: float, stop: float, steps: int, begin: float, fewest: int = 1) -> tuple[float, int]:
+    """Where to start, and as many steps as lie between there and the end; but some, also near it."""
+    if begin <= start:
+        return start, steps
+    begin = min(begin, stop - 1e-3)
+    return begin, max(fewest, round(steps * (stop - begin) / (stop - start)))
 
 
 def solver_named(name: str, layout: Layout, rtol: float = 1e-3, atol: float = 1e-4) -> Solve:
@@ -103,6 +115,7 @@ def _stochastic(
     generators: Sequence[Generator],
     sampling: Sampling,
     to_noise: bool,
+    begin: float,
     progress: Progress,
 ) -> Tensor:
     """dx = (v ± w·score)·dt + √(2w)·dW: plus towards data, minus towards noise (SiT, eq. 5)."""
@@ -110,6 +123,7 @@ def _stochastic(
     if steps < 2:
         raise UserError("`steps` must be at least 2 with a stochastic solver")
     start, stop = stochastic_interval(flow, sampling)
+    start, steps = _begun(start, stop, steps, begin, fewest=2)
     times = torch.linspace(start, stop, steps, device=x_TC.device)  # the last step is one of them
     strength = partial(diffusion, flow.path, sampling.diffusion, norm=sampling.diffusion_norm)
     sign = -1.0 if to_noise else 1.0

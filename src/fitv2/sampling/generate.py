@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -12,10 +13,13 @@ from torch import Generator, Tensor
 from fitv2.autoencoder import Autoencoder
 from fitv2.conditioning import Condition, Text
 from fitv2.config import Guidance, Sampling
+from fitv2.diffusion.flow import Flow
 from fitv2.diffusion.guidance import guide
 from fitv2.diffusion.noise import draw_noise
 from fitv2.diffusion.objective import objective_of
+from fitv2.errors import UserError
 from fitv2.model import FiT
+from fitv2.sampling.growth import Growth, enlarge
 from fitv2.tokens import Layout, PackedTokens, Size, unpack, unpatchify
 
 DECODED_TOGETHER = 8  # an autoencoder's activations take far more memory than the transformer's
@@ -51,6 +55,7 @@ def generate(
     sampling: Sampling,
     *,
     tokens_per_pack: int | None = None,
+    growth: Growth | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Iterator[Tensor]:
     """Make images pack by pack, in order: pixels (3, height, width) in [−1, 1], not clipped.
@@ -60,13 +65,18 @@ def generate(
     does not exist or does not fit, and FloatingPointError for an image that is not finite.
     """
     unit = autoencoder.downsample * model.architecture.patch_size
-    packs = list(cut_into_packs(requests, unit, tokens_per_pack or default_tokens_per_pack(model.device)))
-    for i, batch in enumerate(packs):
+    tokens = tokens_per_pack or default_tokens_per_pack(model.device)
+    packs = [
+        (batch, growth if grown else None)
+        for grown, run in groupby(requests, lambda one: bool(growth and growth.applies(one.grid(unit))))
+        for batch in cut_into_packs(list(run), unit, tokens)
+    ]
+    for i, (batch, its_growth) in enumerate(packs):
 
         def report(part: float, before: int = i) -> None:
             progress((before + part) / len(packs))
 
-        yield from _generate_pack(model, autoencoder, batch, guidance, sampling, report)
+        yield from _generate_pack(model, autoencoder, batch, guidance, sampling, its_growth, report)
 
 
 def default_tokens_per_pack(device: torch.device) -> int:
@@ -100,6 +110,7 @@ def _generate_pack(
     requests: Sequence[Request],
     guidance: Guidance,
     sampling: Sampling,
+    growth: Growth | None,
     progress: Callable[[float], None],
 ) -> list[Tensor]:
     unit = autoencoder.downsample * model.architecture.patch_size
@@ -115,10 +126,20 @@ def _generate_pack(
     if any(request.negative is not None for request in chosen):
         away = [r.condition.null() if r.negative is None else r.negative for r in chosen]
         negative = Condition.concatenate(away).to(model.device)
-    x_TC = generate_tokens(
-        model, layout, condition, generators, guidance, sampling, progress, negative=negative
-    )
-    made = decode(unpack(PackedTokens(x_TC, layout)), autoencoder, model.architecture.patch_size)
+    patch = model.architecture.patch_size
+    make = partial(
+        generate_tokens, model, condition=condition, generators=generators, guidance=guidance,
+        sampling=sampling, negative=negative,
+    )  # fmt: skip
+    if growth is None:
+        x_TC = make(layout, progress=progress)
+    else:
+        small = growth.small(layout)
+        tokens = unpack(PackedTokens(make(small, progress=lambda part: progress(part / 2)), small))
+        data_TC = enlarge(decode(tokens, autoencoder, patch), layout, autoencoder, patch)
+        restart = data_TC, growth.time
+        x_TC = make(layout, progress=lambda part: progress((1 + part) / 2), restart=restart)
+    made = decode(unpack(PackedTokens(x_TC, layout)), autoencoder, patch)
     images: list[Tensor] = [made[order.index(i)] for i in range(len(requests))]
     for image in images:
         if not image.isfinite().all():
@@ -136,12 +157,24 @@ def generate_tokens(
     progress: Callable[[float], None] = lambda _: None,
     *,
     negative: Condition | None = None,
+    restart: tuple[Tensor, float] | None = None,
 ) -> Tensor:
-    """Clean tokens (T, C) of images of `layout`; each draws from its own generator."""
+    """Clean tokens (T, C) of images of `layout`; each draws from its own generator.
+
+    From noise, or with `restart` from data (T, C) with noise as at a time. Raises UserError for the latter
+    where the model has no flow.
+    """
     x_TC = draw_noise(layout.lengths, model.token_channels, generators).to(layout.image_T.device)
     objective = objective_of(model.architecture)
     output = guide(model, layout, condition, guidance, objective, negative)
-    return objective.generate(output, layout, x_TC, generators, sampling, progress)
+    if restart is None:
+        return objective.generate(output, layout, x_TC, generators, sampling, progress)
+    if not isinstance(objective, Flow):
+        raise UserError("`restart` is for models with a flow; this one is a DDPM")
+    data_TC, time = restart
+    t_B = torch.full((len(layout),), time, device=x_TC.device)
+    x_TC = objective.add_noise(data_TC, layout, x_TC, t_B).x_TC
+    return objective.generate(output, layout, x_TC, generators, sampling, progress, start=time)
 
 
 def decode(tokens: Sequence[Tensor], autoencoder: Autoencoder, patch: int) -> list[Tensor]:
