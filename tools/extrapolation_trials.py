@@ -1,6 +1,6 @@
 """Try ways to scale positions beyond the trained sizes, and print the distance of each at each size.
 
-    python tools/extrapolation_trials.py MODEL REFERENCE OUT [--num 200] [--size 160x160] [--only NAME]
+    python tools/extrapolation_trials.py MODEL REFERENCE OUT --size 160x160 [--num 200] [--only NAME] …
 
 REFERENCE is the folder `reference` of an evaluation that has the sizes. A trial is a method of fitv2.rope, or
 one that is made here and is nowhere else. Every trial makes the same prompts from the same noise. Goes on
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fitv2.config import Positions, Rope
+from fitv2.config import Positions, Rope, Sampling
 from fitv2.encoding.images import parse_size
 from fitv2.evaluation.evaluate import How, evaluate
 from fitv2.evaluation.settings import Evaluation
@@ -94,6 +94,9 @@ def trials() -> Iterator[tuple[str, Positions]]:
     for method in ("none", "ntk", "turns 1 to 0.25"):
         for scale in SCALES:
             yield f"{method} + {scale}", Positions(method, scale)
+    for time in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
+        yield f"none, restart at {time:g}", Positions("none", restart=time)
+        yield f"ntk + tokens, restart at {time:g}", Positions("ntk", "tokens", restart=time)
 
 
 def main() -> None:
@@ -102,6 +105,8 @@ def main() -> None:
     parser.add_argument("reference")
     parser.add_argument("out", type=Path)
     parser.add_argument("--num", type=int, default=200)
+    parser.add_argument("--steps", type=int, help="of the solver")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--size", action="append", default=[])
     parser.add_argument("--only", action="append", default=[])
     chosen = parser.parse_args()
@@ -110,15 +115,10 @@ def main() -> None:
     for name, positions in trials():
         if chosen.only and name not in chosen.only:
             continue
-        folder = chosen.out / name.replace(" ", "_").replace("^", "-")
-        result = evaluate(
-            chosen.model,
-            chosen.reference,
-            folder,
-            Evaluation(num=chosen.num),
-            How(positions=positions),
-            sizes,
-        )
+        folder = chosen.out / name.replace(" ", "_").replace("^", "-").replace(",", "")
+        settings = Evaluation(num=chosen.num, precision=chosen.precision)
+        how = How(sampling=Sampling(steps=chosen.steps), positions=positions)
+        result = evaluate(chosen.model, chosen.reference, folder, settings, how, sizes)
         if result is None:
             continue
         found[name] = {size: next(iter(figures.values())) for size, figures in result.sizes.items()}

@@ -41,17 +41,14 @@ class Wanted:
 
 Rows = Sequence[Sequence[Wanted]]
 
-SQUARE = ("fox", "tiger face", "fire engine", "hamburger", "sunflower", "maple leaf", "palm tree")
+SQUARE = ("fox", "fire engine", "hamburger", "palm tree", "house", "crab", "cat")
 PROMPTS: Rows = [
     [Wanted(name, (128, 128)) for name in SQUARE],
-    [
-        Wanted(f"two {name} side by side", (80, 160))
-        for name in ("penguins", "red hearts", "pig faces", "frogs")
-    ],
-    [Wanted(f"three {name} in a row", (64, 208)) for name in ("cookies", "kiwi fruits", "red apples")],
+    [Wanted(f"two {name} side by side", (80, 160)) for name in ("penguins", "red hearts", "owls", "frogs")],
+    [Wanted(f"three {name} in a row", (64, 208)) for name in ("cookies", "red apples", "penguins")],
     [
         Wanted(f"two {name} on top of each other", (160, 80))
-        for name in ("hot peppers", "grinning faces", "pineapples", "dogs")
+        for name in ("hot peppers", "grinning faces", "dogs", "crabs")
     ],
 ]
 
@@ -60,16 +57,20 @@ SHAPES: Rows = [
     for sizes in (((96, 96), (128, 128), (80, 160)), ((64, 208), (160, 80), (208, 64)))
 ]
 
-WAYS = {"as they are": Positions("none"), "VisionNTK": Positions("ntk"), "by itself": Positions()}
+WAYS = {
+    "as they are": Positions("none"),
+    "VisionNTK, scaled": Positions("ntk", "paper"),
+    "grown": Positions(),
+}
 BEYOND: Rows = [
     [Wanted(name, size, f"{size[0]}x{size[1]}, {way}", chosen) for way, chosen in WAYS.items()]
-    for name, size in (("strawberry", (160, 160)), ("two penguins side by side", (112, 224)))
+    for name, size in (("clown face", (192, 192)), ("two penguins side by side", (128, 256)))
 ]
 
 SHEETS = {
     "prompts": ("FiTv2: any prompt, any shape", PROMPTS),
     "six_shapes": ("One prompt, six shapes", SHAPES),
-    "beyond": ("Larger than anything it was trained on, by extrapolation", BEYOND),
+    "beyond": ("Larger than anything it was trained on", BEYOND),
 }
 
 
