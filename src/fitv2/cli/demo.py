@@ -62,10 +62,6 @@ WAYS = {
     "VisionNTK, scaled": Positions("ntk", "paper"),
     "grown": Positions(),
 }
-    "as they are": Positions("none"),
-    "VisionNTK, scaled": Positions("ntk", "paper"),
-    "grown": Positions(),
-}
 BEYOND: Rows = [
     [Wanted(name, size, f"{size[0]}x{size[1]}, {way}", chosen) for way, chosen in WAYS.items()]
     for name, size in (("clown face", (192, 192)), ("two penguins side by side", (128, 256)))
