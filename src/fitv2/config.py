@@ -384,7 +384,7 @@ class Guidance:
 
 # Of `auto`, for images of more tokens than trained on: extrapolation and attention scale, and the time of a
 # restart. docs/results/extrapolation.md has the figures of these and of all others.
-BEYOND, RESTART = ("ntk", "tokens"), 0.5
+BEYOND, RESTART = ("ntk", "tokens"), 0.6
 
 
 @dataclass(frozen=True)

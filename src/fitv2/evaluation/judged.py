@@ -44,13 +44,14 @@ class JudgedModel:
         solver, steps = how.sampling.resolve(
             "ddpm" if model.architecture.objective_name in OUTPUTS else "heun"
         )
+        rope = how.positions.apply(model.architecture.rope, pipe.card.max_tokens, pipe.unit)
         strength = how.guidance.guidance_scale
         guidance = {"guidance_scale": pipe.card.guidance if strength is None else strength}
         return {
             "weights": weights_digest(model, pipe.vae), "text_encoder": pipe.card.text_encoder,
             "architecture": asdict(model.architecture), "solver": solver, "steps": steps,
             "guidance": asdict(how.guidance) | guidance, "sampling": asdict(how.sampling),
-            "positions": asdict(how.positions),
+            "positions": asdict(rope) | {"restart": how.positions.restart_time(pipe.is_flow)},
         }  # fmt: skip
 
     def default_size(self) -> Size:

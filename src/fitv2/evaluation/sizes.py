@@ -43,7 +43,7 @@ class Method:
 
 
 def methods() -> list[Method]:
-    """Those of the paper's Table IV, each with and without the attention scale of its Eq. 15."""
+    """Those of the paper's Table IV, with and without the attention scale of its Eq. 15; and the default."""
     plain = [
         Method("none", Positions("none")),
         Method("PI", Positions("pi", per_axis=False)),
@@ -59,7 +59,7 @@ def methods() -> list[Method]:
         for method in plain
         if method.name in ("none", "VisionPI", "VisionYaRN", "VisionNTK", "VisionNTK by parts")
     ]
-    return plain + scaled
+    return [*plain, *scaled, Method("auto", Positions())]
 
 
 def in_proportion(grid: Size, side: int) -> Size:
