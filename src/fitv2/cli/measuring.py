@@ -8,7 +8,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fitv2.cli.options import Evaluate, Flops, StudyConvergence, StudyScaling, StudySizes
+from fitv2.cli.options import (
+    Evaluate,
+    Flops,
+    StudyConvergence,
+    StudyScaling,
+    StudySizes,
+    TrainingStudy,
+)
 from fitv2.cli.progress import stages_bar
 from fitv2.errors import UserError
 from fitv2.limits import check_limit
@@ -82,7 +89,7 @@ def study_scaling(options: StudyScaling) -> int:
     return train_study(plan_scaling(options.data, options.scale, options.widths, options.depths), options)
 
 
-def train_study(runs: Any, options: StudyConvergence | StudyScaling) -> int:
+def train_study(runs: Any, options: TrainingStudy) -> int:
     """Train the runs of a study, and print its table."""
     from fitv2.evaluation.convergence import run_study
 

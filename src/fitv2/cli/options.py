@@ -201,60 +201,51 @@ class StudySizes:
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
 
 
-@dataclass(frozen=True)
-class StudyConvergence:
+@dataclass(frozen=True, kw_only=True)
+class TrainingStudy:
+    """What all studies take that train models."""
+
+    data: str
+    """Tokens of `fitv2 encode`, with labels."""
+    reference: Path
+    """The folder `reference` of an evaluation; all its sizes are judged."""
+    out: Path
+    """Folder for the results."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A run for each."""
+    num: int = 200
+    """Images that are judged of each size."""
+    scale: Annotated[Scale, tyro.conf.OmitArgPrefixes] = field(default_factory=Scale)
+
+    def __post_init__(self) -> None:
+        """UserError for a number outside its range."""
+        check_limits(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConvergence(TrainingStudy):
     """Train DiT, SiT, FiT, the paper's ablation and FiTv2 at one size, and compare how fast they learn.
 
     Run the same command again to resume. Writes curves.png, table.md and a run for each variant and seed.
     """
 
-    data: str
-    """Tokens of `fitv2 encode`, with labels."""
     square: str
     """The same images encoded with --preprocess square, for DiT and SiT."""
-    reference: Path
-    """The folder `reference` of an evaluation; all its sizes are judged."""
-    out: Path
-    """Folder for the results."""
     variants: tuple[str, ...] = ("DiT", "SiT", "FiT", "A", "B", "C", "D", "E", "F", "FiTv2", "fast")
     """Which; A to F are the paper's ablation."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """A run for each."""
-    num: int = 200
-    """Images that are judged of each size."""
-    scale: Annotated[Scale, tyro.conf.OmitArgPrefixes] = field(default_factory=Scale)
-
-    def __post_init__(self) -> None:
-        """UserError for a number outside its range."""
-        check_limits(self)
 
 
-@dataclass(frozen=True)
-class StudyScaling:
+@dataclass(frozen=True, kw_only=True)
+class StudyScaling(TrainingStudy):
     """Train FiTv2 of several sizes for as many multiply-adds each, and compare what they reach.
 
     Run the same command again to resume.
     """
 
-    data: str
-    """Tokens of `fitv2 encode`, with labels."""
-    reference: Path
-    """The folder `reference` of an evaluation; all its sizes are judged."""
-    out: Path
-    """Folder for the results."""
     widths: tuple[int, ...] = (96, 192, 288)
     """Channels per token of each model."""
     depths: tuple[int, ...] = (3, 4, 6)
     """Depth of each, as in `fitv2 study convergence`."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """A run for each."""
-    num: int = 200
-    """Images that are judged of each size."""
-    scale: Annotated[Scale, tyro.conf.OmitArgPrefixes] = field(default_factory=Scale)
-
-    def __post_init__(self) -> None:
-        """UserError for a number outside its range."""
-        check_limits(self)
 
 
 @dataclass(frozen=True)
