@@ -37,6 +37,15 @@ def test_a_mistake_is_one_line(arguments, said):
     assert "\n" not in str(raised.value)
 
 
+def test_a_command_of_two_words_is_called_by_both():
+    @dataclass(frozen=True)
+    class StudySizes:
+        num: int = 1
+
+    with pytest.raises(UserError, match=r"see fitv2 study sizes --help"):
+        parse(StudySizes, ["--num", "many"], None)
+
+
 def test_arguments_replace_the_defaults():
     made = parse(Outer, ["--no-mirror"], Outer(name="y"))
     assert (made.name, made.mirror) == ("y", False)

@@ -31,7 +31,7 @@ def parse(kind: type[Options], arguments: list[str], default: Options | None) ->
         if name.startswith("--") and name not in known:
             raise nearest("option", name, known)
     message = io.StringIO()
-    program = f"fitv2 {kind.__name__.lower()}"
+    program = "fitv2 " + re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__).lower()
     try:
         with contextlib.redirect_stderr(message):
             options = cast(Options, tyro.cli(kind, args=arguments, default=default, prog=program))
