@@ -69,7 +69,9 @@ def test_the_states_of_a_clip_are_its_penultimate_ones(tiny_clip):
 
 
 def test_the_released_layout_has_77_states_of_each_text(tiny_clip):
-    padded = load_text_encoder(str(tiny_clip), padded=True).encode(["ab", ""])
+    encoder = load_text_encoder(f"{tiny_clip}:padded")
+    assert encoder.name == f"{tiny_clip}:padded"  # that a card holds
+    padded = encoder.encode(["ab", ""])
     assert padded.lengths == (77, 77)
     packed = load_text_encoder(str(tiny_clip)).encode(["ab"])
     torch.testing.assert_close(padded.states_ME[:4], packed.states_ME)

@@ -280,7 +280,8 @@ class Noising:
     """Share of images trained without their label and text, for classifier-free guidance; where there are
     both, the label alone is left out as often."""
     text_encoder: str = "wordllama"
-    """What encodes captions, with --conditions text: "wordllama", or a CLIP from a folder or the hub."""
+    """What encodes captions, with --conditions text: "wordllama", or a CLIP from a folder or the hub; with
+    ":padded" behind its name every caption has 77 tokens."""
     times: Times = "logit-normal"
     """Distribution of the times. With --path ddpm all steps are equally likely."""
     time_mean: float = 0.0

@@ -15,6 +15,7 @@ from fitv2.errors import UserError, in_one_line, reading
 
 MOST_TOKENS = 77  # of a text, CLIP's: what is longer is cut there
 CLIP = "openai/clip-vit-large-patch14"  # the paper's
+PADDED = ":padded"  # behind the name of a CLIP: every text has 77 tokens, as in the released layout
 
 
 class TextEncoder(Protocol):
@@ -70,17 +71,18 @@ class WordLlama:
 class ClipText:
     """The text half of a CLIP (Radford et al., arXiv 2103.00020): its penultimate states, as in FiTv2.
 
-    From the hub or a folder, by `transformers`. A text has the tokens from its start to its end. With
-    `padded` it has 77, those behind its end too: the released layout.
+    From the hub or a folder, by `transformers`. A text has the tokens from its start to its end; where
+    `PADDED` is behind the name it has 77, those behind its end too.
     """
 
-    def __init__(self, name: str, device: torch.device | str, allow_download: bool, padded: bool) -> None:
+    def __init__(self, name: str, device: torch.device | str, allow_download: bool) -> None:
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        local = Path(name).is_dir() or not allow_download
+        source, padded = name.removesuffix(PADDED), name.endswith(PADDED)
+        local = Path(source).is_dir() or not allow_download
         with offline(local):
-            self.tokenizer: Any = CLIPTokenizer.from_pretrained(name, local_files_only=local)
-            model: Any = CLIPTextModel.from_pretrained(name, local_files_only=local, use_safetensors=True)
+            self.tokenizer: Any = CLIPTokenizer.from_pretrained(source, local_files_only=local)
+            model: Any = CLIPTextModel.from_pretrained(source, local_files_only=local, use_safetensors=True)
         self.model = model.eval().requires_grad_(False).to(device)
         self.name, self.padded = name, padded
         self.channels = self.pooled_channels = int(model.config.hidden_size)
@@ -104,24 +106,29 @@ SHIPPED: dict[str, Callable[[], TextEncoder]] = {WordLlama.name: WordLlama}
 
 
 def load_text_encoder(
-    name: str, device: torch.device | str = "cpu", *, allow_download: bool = False, padded: bool = False
+    name: str, device: torch.device | str = "cpu", *, allow_download: bool = False
 ) -> TextEncoder:
     """`"wordllama"`, or a CLIP from a folder or a hub name; one of the hub is fetched with `allow_download`.
+
+    `PADDED` behind the name of a CLIP gives every text 77 tokens.
 
     Raises UserError when there is none of that name, or the package that it needs is missing.
     """
     if name in SHIPPED:
         return SHIPPED[name]()
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise UserError(f"text encoder {name}: there is no such folder")
+    source = name.removesuffix(PADDED)
+    if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
+        raise UserError(f"text encoder {source}: there is no such folder")
     try:
-        return ClipText(name, device, allow_download, padded)
+        return ClipText(name, device, allow_download)
     except ModuleNotFoundError as error:
         raise UserError(f"text encoder {name} needs {error.name}: pip install 'fitv2[text]'") from error
     except MemoryError:
         raise
     except Exception as error:  # a file from elsewhere can be anything at all
-        hint = "" if Path(name).is_dir() or allow_download else "; to fetch it from the hub, `allow_download`"
+        hint = (
+            "" if Path(source).is_dir() or allow_download else "; to fetch it from the hub, `allow_download`"
+        )
         raise UserError(f"text encoder {name!r} cannot be loaded: {in_one_line(error, 200)}{hint}") from error
 
 
