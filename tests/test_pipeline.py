@@ -67,6 +67,34 @@ def test_positions_are_scaled_only_beyond_the_tokens_trained_on(pipe):
     assert np.abs(chosen[1] - best[1]).max() <= 1
 
 
+def test_by_itself_a_model_that_scales_grows_as_it_is_and_a_ddpm_does_not_grow():
+    shape = {"depth": 1, "width": 32, "heads": 2, "patch_size": 4, "in_channels": 3, "num_classes": 5}
+    own = {"extrapolation": "pi", "train_side": 4}
+    scaling = FiTPipeline.of(randomized(FiT(**shape, rope=own)).eval(), Card(LABELS, "pixels", 16, 2.0))
+    ddpm = FiT(**shape, path="ddpm", prediction="noise", objective="ddpm")
+    ddpm = FiTPipeline.of(randomized(ddpm).eval(), Card(LABELS, "pixels", 16, 2.0))
+
+    def same(pipe, one, other, **options):
+        made = [
+            np.asarray(pipe(1, 24, 24, generator=seeds(1), positions=positions, **options).images[0], int)
+            for positions in (one, other)
+        ]
+        return np.abs(made[0] - made[1]).max() <= 1
+
+    assert same(scaling, Positions(), Positions("own", restart=RESTART), **QUICK)
+    assert not same(scaling, Positions(), Positions("own"), **QUICK)
+    quick = {"sampling": Sampling("ddim", steps=2), "progress": lambda _: None}
+    assert same(ddpm, Positions(), Positions(*BEYOND), **quick)
+    with pytest.raises(UserError, match="not for a DDPM"):
+        ddpm(1, 24, 24, generator=seeds(1), positions=Positions(restart=0.5), **quick)
+
+
+def test_heads_that_cannot_be_scaled_are_left_as_they_are():
+    shape = {"depth": 1, "width": 8, "heads": 2, "patch_size": 4, "in_channels": 3, "num_classes": 5}
+    pipe = FiTPipeline.of(randomized(FiT(**shape)).eval(), Card(LABELS, "pixels", 1, 2.0))
+    assert pipe(1, 24, 24, generator=seeds(1), **QUICK).images[0].size == (24, 24)
+
+
 def test_single_values_serve_all_and_defaults_are_the_trained_square(pipe):
     images = pipe(["cat", "dog", None], generator=torch.Generator().manual_seed(1), **QUICK).images
     assert [(image.height, image.width) for image in images] == [(16, 16)] * 3

@@ -244,7 +244,7 @@ class Batching:
     check_data: bool = free(True)
     """Compare every shard on this disk with its SHA-256 before the first step, not its size alone."""
     workers: int = free(0)
-    """Processes that read tokens ahead; 0 reads them between steps, which is enough on a local disk."""
+    """Processes that read tokens and draw noise ahead; 0 does so between steps, which is enough on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class Optimization:
     trainable: Literal["all", "post-training"] = "all"
     """post-training: as in the paper, the patch embedding, the biases, the modulations and the head alone."""
     optimizer: Optimizer = "adamw"
-    """muon is for the matrices of the blocks, with AdamW for the rest."""
+    """muon is for the matrices of the blocks and of texts, with AdamW for the rest."""
     learning_rate: float = 1e-4
     """After warm-up."""
     warmup_steps: int = 5_000
@@ -390,7 +390,10 @@ BEYOND, RESTART = ("ntk", "tokens"), 0.6
 
 @dataclass(frozen=True)
 class Positions:
-    """How positions are scaled on sizes beyond those trained on; what is left out is the model's own."""
+    """How images beyond the trained sizes are made; what is left out is the model's own.
+
+    By itself an image of more tokens than trained on grows: see `restart`.
+    """
 
     extrapolation: OwnExtrapolation = "auto"
     """pi: positions scaled down. ntk: a larger base. ntk-by-parts and yarn: per frequency. none: as they are.
@@ -405,14 +408,17 @@ class Positions:
     """Rows of the largest square trained on, in tokens [default: the model's own]."""
     restart: float | None = None
     """Make images of more tokens than trained on at the trained size first, enlarge them, and make them on
-    from this time, 0 noise to 1 data. 0: at their own size at once [default: 0; with auto the best found]."""
+    from this time, 0 noise to 1 data. 0: at their own size at once [default: the best found; 0 with
+    another extrapolation or attention scale, and without a flow]."""
 
     def __post_init__(self) -> None:
         """UserError for a number outside its range."""
         check_limits(self)
 
     def restart_time(self, is_flow: bool) -> float:
-        """See `restart`; that of `auto` is for flows."""
+        """See `restart`; that of `auto` is for flows. Raises UserError for another one without a flow."""
+        if self.restart and not is_flow:
+            raise UserError("`restart` is for models with a flow, not for a DDPM")
         if self.restart is not None:
             return self.restart
         return RESTART if is_flow and self.extrapolation == "auto" and not self.is_chosen else 0.0

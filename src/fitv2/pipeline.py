@@ -28,6 +28,8 @@ from fitv2.autoencoder import (
 from fitv2.checkpoint import Card, find_model, load_model
 from fitv2.conditioning import Condition, Text
 from fitv2.config import Guidance, Positions, Sampling
+from fitv2.diffusion.flow import Flow
+from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError, nearest
 from fitv2.limits import MAX_TOKENS, check_limit
 from fitv2.model import FiT
@@ -134,7 +136,7 @@ class FiTPipeline(DiffusionPipeline):
     @property
     def is_flow(self) -> bool:
         """Whether the model has a flow from noise to data: it is no DDPM."""
-        return self.transformer.architecture.objective_name == "flow"
+        return isinstance(objective_of(self.transformer.architecture), Flow)
 
     def is_beyond(self, size: tuple[int, int]) -> bool:
         """Whether an image of (height, width) pixels has more tokens than those trained on."""
@@ -169,7 +171,8 @@ class FiTPipeline(DiffusionPipeline):
             prompt: for a model of texts; what each image is to show.
             negative_prompt: what guidance leads away from [default: nothing in particular].
             guidance_scale: of classifier-free guidance; 1 is none [default: the model's own].
-            num_inference_steps: steps of the solver [default: 25].
+            num_inference_steps: steps of the solver [default: 25]; an image of more tokens than trained on
+                is made twice, at the trained size too: see `Positions`.
             generator: one for each image, or one from which a seed for each is drawn.
             output_type: "pil", "np" (N, H, W, 3 in [0, 1]) or "pt" (N, 3, H, W): a list where sizes differ.
             return_dict: else a tuple.
@@ -235,8 +238,9 @@ class FiTPipeline(DiffusionPipeline):
             _check_tokens(request, self.unit)
         own = self.transformer.architecture.rope
         rope = positions.apply(own, self.card.max_tokens, self.unit)
-        if not positions.is_chosen and not any(self.is_beyond(size) for size in sizes):
-            rope = own
+        heads_turn = 4 * self.transformer.architecture.heads < self.transformer.architecture.width
+        if not positions.is_chosen and not (heads_turn and any(self.is_beyond(size) for size in sizes)):
+            rope = own  # also where a head has too few channels to be scaled
         model = self.transformer if rope == own else self.transformer.with_rope(rope)
         if guidance.guidance_scale is None:
             guidance = replace(guidance, guidance_scale=self.card.guidance)

@@ -143,7 +143,7 @@ class Layout:
 
     def mean_per_image(self, value_T: Tensor) -> Tensor:
         """Average each image's tokens: (T, …) → (B, …)."""
-        if value_T.device.type != "cpu":  # one kernel in place of one for every length
+        if value_T.is_cuda:  # one kernel in place of one for every length
             return torch.segment_reduce(value_T, "mean", offsets=self.cu_seqlens)
         return torch.cat([value.mean(1) for (value,) in self.by_length_group(value_T)])
 

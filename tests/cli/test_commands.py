@@ -12,7 +12,7 @@ from fitv2.autoencoder import Pixels
 from fitv2.checkpoint import Card, save_model
 from fitv2.cli.commands import COMMANDS, main
 from fitv2.conditioning import Condition
-from fitv2.config import Guidance, Sampling
+from fitv2.config import BEYOND, RESTART, Guidance, Sampling
 from fitv2.model import FiT
 from fitv2.pipeline import FiTPipeline, to_image
 from fitv2.presets import PRESETS
@@ -27,6 +27,25 @@ def fitv2(capsys, *arguments):
         main()
     captured = capsys.readouterr()
     return stop.value.code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        (
+            [],
+            f"scaled by {BEYOND[0]}, attention by {BEYOND[1]}; grown from 64 at time {RESTART:g}",
+        ),
+        (["--extrapolation", "none"], "left as they are\n"),
+        (["--extrapolation", "pi"], "scaled by pi\n"),
+    ],
+)
+def test_sample_says_what_it_does_beyond_the_trained_size(tmp_path, capsys, monkeypatch, chosen, said):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--prompt", "fox", "--size", "64x64", "--size", "64x288", "--steps", 2, "--out", "out"]
+    status, _, error = fitv2(capsys, "sample", "emoji", *arguments, *chosen)
+    assert status == 0
+    assert f"fitv2: 64x288: more than the 64 tokens trained on; positions are {said}" in error
 
 
 def test_a_picture_in_bfloat16_is_nearly_that_in_float32(tmp_path, capsys, monkeypatch):

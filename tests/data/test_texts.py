@@ -20,7 +20,6 @@ def test_captions_are_encoded_once_and_come_back_for_each_image(encoder):
     torch.testing.assert_close(text.states_ME, direct.states_ME, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(text.pooled_BE, direct.pooled_BE, rtol=1e-3, atol=1e-3)
     assert text.held_B.tolist() == [True, False, True, True, True]
-    assert [cache.tokens(caption) for caption in CAPTIONS] == list(text.lengths)
     assert len(cache.captions) == 3
 
 

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from fitv2.config import Training
+from fitv2.errors import UserError
 from fitv2.model import FiT
+from fitv2.training.checkpointing import read_state, state_of, write_state
 from fitv2.training.muon import Muon, orthogonalize
 from fitv2.training.optim import build_optimizers
 
@@ -45,6 +47,21 @@ def test_pieces_are_made_orthogonal_apart():
         one.grad = gradient[rows : rows + 12].clone()
         Muon([{"params": [one]}]).step()
         torch.testing.assert_close(fused[rows : rows + 12], one, rtol=0, atol=1e-6)
+
+
+def test_matrices_of_texts_are_muon_s_and_what_is_stored_of_adamw_is_not(tmp_path):
+    shape = {"depth": 1, "width": 16, "heads": 2, "patch_size": 1, "in_channels": 4, "num_classes": 3}
+    model = FiT(**shape, conditions=("text",), text_channels=8)
+    muon, adamw = build_optimizers(model, Training(optimizer="muon"))
+    matrices = {id(p) for group in muon.param_groups for p in group["params"]}
+    assert {id(model.text_embed.up.weight), id(model.text_embed.pooled.weight)} <= matrices
+    every = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    every.step()
+    write_state(state_of(model, [every]), tmp_path / "state")
+    with pytest.raises(UserError, match="is the state of another optimizer: Muon keeps no exp_avg"):
+        read_state(tmp_path / "state", model, [muon, adamw])
 
 
 def test_matrices_of_one_shape_change_as_each_would_alone():

@@ -1,3 +1,5 @@
+import pickle
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -5,13 +7,15 @@ import pytest
 import torch
 
 from fitv2.conditioning import Condition
+from fitv2.data.dataset import Steps, TokenDataset
+from fitv2.data.packing import FixedCount
 from fitv2.diffusion.ddpm import DDPM
 from fitv2.diffusion.flow import Flow
 from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError
 from fitv2.presets import preset
 from fitv2.tokens import Layout, PackedTokens
-from fitv2.training.noising import Draws
+from fitv2.training.noising import Draws, Reading, drawn_batches
 
 
 def draws(data, keys, objective):
@@ -44,6 +48,23 @@ def test_draws_of_some_images_are_those_that_they_had():
     chosen, direct = draws(data, keys, Flow()).select([2, 0]), draws(data.select([2, 0]), keys[2::-2], Flow())
     for name in ("time_B", "chance_B", "label_chance_B", "noise_TC", "lengths"):
         assert np.array_equal(getattr(chosen, name), getattr(direct, name))
+
+
+@pytest.mark.parametrize(
+    "objective", [Flow(), DDPM(), objective_of(preset("emoji").model, preset("emoji").training)]
+)
+def test_batches_and_draws_are_the_same_from_any_number_of_processes(tokens, objective):
+    dataset = TokenDataset(tokens)
+    steps = Steps(dataset, FixedCount(dataset.images(), 5, seed=0))
+    reading = pickle.loads(pickle.dumps(Reading(steps, objective, seed=3)))  # as it goes to another process
+    made = []
+    for workers in (0, 2):
+        with closing(drawn_batches(reading, 4, workers)) as batches:
+            made.append([next(batches) for _ in range(3)])
+    for (batch, drawn), (other, others) in zip(*made, strict=True):
+        assert torch.equal(batch.packed.x_TC, other.packed.x_TC)
+        assert np.array_equal(drawn.noise_TC, others.noise_TC)
+        assert np.array_equal(drawn.time_B, others.time_B)
 
 
 DEBUG = preset("debug")

@@ -111,9 +111,8 @@ def sample(options: Sample) -> int:
     chosen = [parse_size(text[:32]) for text in options.size]  # a longer one is too large in any case
     for size in chosen:
         check_limit("size", max(size))
-    pipeline = FiTPipeline.from_pretrained(
-        options.model, allow_download=options.allow_download, torch_dtype=getattr(torch, options.precision)
-    )
+    pipeline = FiTPipeline.from_pretrained(options.model, allow_download=options.allow_download)
+    torch.nn.Module.to(pipeline.transformer, getattr(torch, options.precision))
     side = pipeline.card.square[0] * pipeline.unit
     named, what = subjects(pipeline, options)
     sizes = dict.fromkeys(chosen or [(side, side)])
@@ -121,7 +120,8 @@ def sample(options: Sample) -> int:
     if beyond := [f"{height}x{width}" for height, width in sizes if pipeline.is_beyond((height, width))]:
         print(f"fitv2: {said_beyond(pipeline, beyond, options.positions)}", file=sys.stderr)
     seeds = range(options.seed, options.seed + options.num)
-    wanted = [(i, size, seed) for i in range(len(named)) for size in sizes for seed in seeds]
+    # Sizes outermost: images that grow are packed with their neighbours alone.
+    wanted = [(i, size, seed) for size in sizes for i in range(len(named)) for seed in seeds]
     with share_bar("sample", len(wanted), "image") as progress:
         made = pipeline.to(default_device()).stream(
             height=[height for _, (height, _), _ in wanted], width=[width for _, (_, width), _ in wanted],

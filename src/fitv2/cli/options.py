@@ -182,8 +182,8 @@ class Evaluate:
 class StudySizes:
     """Fill the paper's Tables III to VI for any model, its sizes in proportion to those trained on.
 
-    Trained sizes, and beyond them every extrapolation with and without the attention scale. Run the same
-    command again to resume.
+    Trained sizes, and beyond them every extrapolation with and without the attention scale, and what
+    `fitv2 sample` does by itself. Run the same command again to resume.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]

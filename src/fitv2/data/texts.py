@@ -40,10 +40,6 @@ class TextCache:
         self.lengths: np.ndarray = held["lengths"].numpy()
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
 
-    def tokens(self, caption: str) -> int:
-        """How many tokens a caption has."""
-        return int(self.lengths[self.number[caption]]) if caption else 0
-
     def of(self, captions: Sequence[str]) -> Text:
         """The texts of images with these captions, float32."""
         return self.numbered(self.numbers(captions))

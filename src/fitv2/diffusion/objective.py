@@ -1,6 +1,7 @@
 """What a model is trained on, and how images are made with it. `OBJECTIVES` names every kind.
 
-A new objective is a class with these methods and an entry in the table; nobody else asks which one it is.
+A new objective is a class with these methods and an entry in the table. One that is a `Flow` can also be
+followed from on the way, which growth needs; nobody else asks which one it is.
 """
 
 from collections.abc import Callable, Sequence

@@ -84,10 +84,14 @@ def transport(
 
 
 def _begun(start: float, stop: float, steps: int, begin: float, fewest: int = 1) -> tuple[float, int]:
-    """Where to start, and as many steps as lie between there and the end; but some, also near it."""
+    """Where to start, and as many steps as lie between there and the end, but `fewest`.
+
+    Raises UserError for a beginning that does not lie before the end.
+    """
     if begin <= start:
         return start, steps
-    begin = min(begin, stop - 1e-3)
+    if begin >= stop:
+        raise UserError(f"`restart` is {begin:g}; with this solver it must be below {stop:g}")
     return begin, max(fewest, round(steps * (stop - begin) / (stop - start)))
 
 

@@ -87,7 +87,7 @@ def cells(side: int, unit: int, groups: Sequence[str]) -> Iterator[Cell]:
     for group in groups:
         grids = [in_proportion(grid, side) for grid in GROUPS[group]]
         sizes = tuple((rows * unit, columns * unit) for rows, columns in grids)
-        used = [Method("own", Positions())] if group == "trained" else methods()
+        used = [Method("own", Positions("own"))] if group == "trained" else methods()
         for method in used:
             yield Cell(group, method, sizes)
 

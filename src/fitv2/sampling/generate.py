@@ -60,6 +60,8 @@ def generate(
 ) -> Iterator[Tensor]:
     """Make images pack by pack, in order: pixels (3, height, width) in [−1, 1], not clipped.
 
+    Those to which `growth` applies are packed by themselves: put them side by side.
+
     `progress` gets the share done, 0 to 1. Where the model predicts the data, the last of the steps is
     Euler's with every ODE solver: it ends exactly at the prediction. Raises UserError for a solver that
     does not exist or does not fit, and FloatingPointError for an image that is not finite.
@@ -170,7 +172,7 @@ def generate_tokens(
     if restart is None:
         return objective.generate(output, layout, x_TC, generators, sampling, progress)
     if not isinstance(objective, Flow):
-        raise UserError("`restart` is for models with a flow; this one is a DDPM")
+        raise UserError("`restart` is for models with a flow")
     data_TC, time = restart
     t_B = torch.full((len(layout),), time, device=x_TC.device)
     x_TC = objective.add_noise(data_TC, layout, x_TC, t_B).x_TC

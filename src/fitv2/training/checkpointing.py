@@ -33,6 +33,7 @@ from fitv2.model import FiT
 from fitv2.runtime.distributed import World
 from fitv2.runtime.files import flush_tree, name_full_disk, remove_own, sha256, write_json
 from fitv2.runtime.serialization import read_json
+from fitv2.training.muon import Muon
 
 MANIFEST = "state.json"
 OWN = re.compile(  # files of a checkpoint
@@ -238,6 +239,10 @@ def verify_state(folder: Path, rank: int = 0, ranks: int = 1) -> None:
             raise UserError(f"{path} is missing or damaged")
 
 
+# What optimizers keep of a parameter: one that has come to another of them since cannot go on.
+KEPT = {Muon: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
+
+
 def read_state(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Put a state into a model and its optimizers; each process reads what it holds, alone.
 
@@ -251,6 +256,11 @@ def read_state(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.
     reader = HuggingFaceStorageReader(str(folder))
     stored = reader.read_metadata().state_dict_metadata
     _remember(stored, model, optimizers)
+    for optimizer in optimizers:
+        found = set().union(*optimizer.state.values())
+        if strange := found - KEPT.get(type(optimizer), found):
+            kind, first = type(optimizer).__name__, min(strange)
+            raise UserError(f"{folder} is the state of another optimizer: {kind} keeps no {first}")
     state = state_of(model, optimizers)
     if state.keys() != stored.keys():
         odd = sorted(state.keys() ^ stored.keys())[0]

@@ -12,7 +12,7 @@ from fitv2.runtime.distributed import gather, local, part
 
 # Of the quintic iteration: singular values end between 0.7 and 1.2, which serves as well as 1.
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-AT_ONCE = 1 << 24  # numbers that are made orthogonal together
+AT_ONCE = 1 << 24  # numbers that are whole and made orthogonal together, where a process holds but a part
 
 
 class Muon(torch.optim.Optimizer):
@@ -45,13 +45,12 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        alike: dict[torch.Size, list[tuple[Tensor, dict[str, Any], Tensor]]] = defaultdict(list)
+        alike: dict[tuple[torch.Size, int], list[tuple[Tensor, dict[str, Any]]]] = defaultdict(list)
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    pieces = self._gradient(matrix, group)
-                    alike[pieces.shape].append((matrix, group, pieces))
-        for shape, held in alike.items():
+                    alike[matrix.shape, group["pieces"]].append((matrix, group))
+        for (shape, _), held in alike.items():
             at_once = max(1, AT_ONCE // shape.numel())
             for start in range(0, len(held), at_once):
                 self._change(held[start : start + at_once])
@@ -67,13 +66,13 @@ class Muon(torch.optim.Optimizer):
         ahead = gradient.lerp(average, momentum)  # Nesterov's
         return gather(ahead).unflatten(0, (group["pieces"], -1))
 
-    def _change(self, alike: Sequence[tuple[Tensor, dict[str, Any], Tensor]]) -> None:
-        """Change matrices whose pieces are of one shape, made orthogonal together: on a GPU few kernels."""
-        stacked = torch.stack([pieces for *_, pieces in alike])
+    def _change(self, alike: Sequence[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Change matrices of one shape, made orthogonal together: on a GPU few kernels."""
+        stacked = torch.stack([self._gradient(matrix, group) for matrix, group in alike])
         dtype = torch.bfloat16 if has_bfloat16_matmuls(stacked.device) else torch.float32
         changes = orthogonalize(stacked.to(dtype).flatten(0, 1)).to(stacked.dtype).view_as(stacked)
         size = 0.2 * max(stacked.shape[2:]) ** 0.5  # that of a change of AdamW: 0.2 a number
-        for (matrix, group, _), change in zip(alike, changes, strict=True):
+        for (matrix, group), change in zip(alike, changes, strict=True):
             mine = local(matrix)
             mine.mul_(1 - group["lr"] * group["weight_decay"])
             mine.add_(part(change.flatten(0, 1), matrix), alpha=-group["lr"] * size)
