@@ -1,9 +1,9 @@
 """Put a finished run into the package as a shipped model, in float16, and its record into docs/.
 
-    python tools/ship_model.py runs/clipart clipart 2.5
+    python tools/ship_model.py runs/clipart clipart 2.5 [STEP]
 
-The number is the guidance that samples look best with. Writes src/fitv2/models/NAME/ and
-docs/results/models/NAME/ (run.json, log.jsonl, loss.png).
+The number is the guidance that samples look best with; STEP is another checkpoint than the newest. Writes
+src/fitv2/models/NAME/ and docs/results/models/NAME/ (run.json, log.jsonl, loss.png).
 """
 
 import shutil
@@ -18,9 +18,9 @@ from fitv2.checkpoint import SHIPPED, export_model, load_model
 RECORD = ("run.json", "log.jsonl", "loss.png")
 
 
-def main(run: Path, name: str, guidance: float) -> None:
-    """Copy the averaged model of the newest checkpoint, and what tells how it came about."""
-    model, card = load_model(run)
+def main(run: Path, name: str, guidance: float, step: int | None) -> None:
+    """Copy the averaged model of a checkpoint, and what tells how it came about."""
+    model, card = load_model(run if step is None else run / "checkpoints" / f"step-{step:07}" / "ema")
     folder = SHIPPED / name
     shutil.rmtree(folder, ignore_errors=True)
     # float16 holds 11 bits of each weight, bfloat16 only 8.
@@ -34,6 +34,6 @@ def main(run: Path, name: str, guidance: float) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
+    if len(sys.argv) not in (4, 5):
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) == 5 else None)
