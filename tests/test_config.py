@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from fitv2.config import (
-    BEYOND,
     FREE,
     Architecture,
     Diffusion,
@@ -103,7 +102,6 @@ OWN = Rope("yarn", per_axis=False, attention_scale="paper", train_side=16, grid=
     ("positions", "expected"),
     [
         (Positions(), OWN),
-        (Positions("own"), OWN),
         (Positions("ntk"), Rope("ntk", train_side=16, pixels_per_token=8, base=500.0)),
         (Positions("none"), Rope("none", train_side=16, pixels_per_token=8, base=500.0)),
         (
@@ -116,26 +114,17 @@ OWN = Rope("yarn", per_axis=False, attention_scale="paper", train_side=16, grid=
     ids=str,
 )  # fmt: skip
 def test_what_is_said_of_positions_replaces_the_model_s_own(positions, expected):
-    assert positions.apply(OWN, 1024, 8) == expected
+    assert positions.apply(OWN, 32, 8) == expected
 
 
 def test_a_model_that_scales_nothing_is_scaled_from_the_square_it_was_trained_on():
-    assert Positions("pi").apply(Rope(), 1024, 8) == Rope("pi", train_side=32, pixels_per_token=8)
-
-
-def test_by_itself_only_what_is_beyond_the_trained_tokens_is_scaled():
-    method, scale = BEYOND
-    expected = Rope(method, True, scale, train_side=8, pixels_per_token=16, unscaled=70)
-    assert Positions().apply(Rope(), 70, 16) == expected
-    assert Positions("own").apply(Rope(), 70, 16) == Rope()
-    assert Positions("none").apply(Rope(), 70, 16).extrapolation == "none"
-    assert Positions().apply(Rope(kind="absolute"), 70, 16) == Rope(kind="absolute")
+    assert Positions("pi").apply(Rope(), 32, 8) == Rope("pi", train_side=32, pixels_per_token=8)
 
 
 @pytest.mark.parametrize("positions", [Positions(train_side=8), Positions(per_axis=False)], ids=str)
 def test_positions_that_scale_nothing_are_refused(positions):
     with pytest.raises(UserError, match="`train_side` and `per_axis` do nothing without `extrapolation`"):
-        positions.apply(Rope(), 256, 16)
+        positions.apply(Rope(), 16, 16)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from conftest import randomized
 from fitv2.autoencoder import DiffusersAutoencoder
 from fitv2.checkpoint import Card, save_model
-from fitv2.config import BEYOND, RESTART, Guidance, Positions, Sampling
+from fitv2.config import RESTART, Guidance, Positions, Sampling
 from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.pipeline import FiTPipeline
@@ -52,22 +52,23 @@ def test_an_image_is_the_same_in_any_company(pipe):
     assert len(alone.images) == 1
 
 
-def test_positions_are_scaled_only_beyond_the_tokens_trained_on(pipe):
-    """Of 16; also where an image beyond them is in the same pack."""
+def test_only_images_of_more_tokens_than_trained_on_grow(pipe):
+    """Of 16; also where an image beyond them is made beside it."""
 
-    def make(height, width, **options):
-        made = pipe(1, height, width, generator=seeds(len(height)), **QUICK, **options).images
+    def make(**options):
+        made = pipe(
+            1, [8, 24], [32, 24], generator=seeds(2), **QUICK, **options
+        ).images  # 2 by 8 tokens, 6 by 6
         return [np.asarray(image, int) for image in made]
 
-    sizes = [8, 24], [32, 24]  # 2 by 8 tokens, 6 by 6
-    chosen, plain = make(*sizes), make(*sizes, positions=Positions("none"))
-    best = make(*sizes, positions=Positions(*BEYOND, restart=RESTART))
-    assert np.abs(chosen[0] - plain[0]).max() <= 1
-    assert np.abs(chosen[1] - plain[1]).max() > 1
-    assert np.abs(chosen[1] - best[1]).max() <= 1
+    by_itself, at_once = make(), make(positions=Positions(restart=0))
+    asked = make(positions=Positions("none", restart=RESTART))
+    assert np.abs(by_itself[0] - at_once[0]).max() <= 1
+    assert np.abs(by_itself[1] - at_once[1]).max() > 1
+    assert np.abs(by_itself[1] - asked[1]).max() <= 1
 
 
-def test_by_itself_a_model_that_scales_grows_as_it_is_and_a_ddpm_does_not_grow():
+def test_a_model_that_scales_its_positions_grows_with_them_and_a_ddpm_does_not_grow():
     shape = {"depth": 1, "width": 32, "heads": 2, "patch_size": 4, "in_channels": 3, "num_classes": 5}
     own = {"extrapolation": "pi", "train_side": 4}
     scaling = FiTPipeline.of(randomized(FiT(**shape, rope=own)).eval(), Card(LABELS, "pixels", 16, 2.0))
@@ -81,18 +82,12 @@ def test_by_itself_a_model_that_scales_grows_as_it_is_and_a_ddpm_does_not_grow()
         ]
         return np.abs(made[0] - made[1]).max() <= 1
 
-    assert same(scaling, Positions(), Positions("own", restart=RESTART), **QUICK)
-    assert not same(scaling, Positions(), Positions("own"), **QUICK)
+    assert same(scaling, Positions(), Positions("pi", restart=RESTART), **QUICK)
+    assert not same(scaling, Positions(), Positions("pi"), **QUICK)
     quick = {"sampling": Sampling("ddim", steps=2), "progress": lambda _: None}
-    assert same(ddpm, Positions(), Positions(*BEYOND), **quick)
+    assert same(ddpm, Positions(), Positions("none"), **quick)
     with pytest.raises(UserError, match="not for a DDPM"):
         ddpm(1, 24, 24, generator=seeds(1), positions=Positions(restart=0.5), **quick)
-
-
-def test_heads_that_cannot_be_scaled_are_left_as_they_are():
-    shape = {"depth": 1, "width": 8, "heads": 2, "patch_size": 4, "in_channels": 3, "num_classes": 5}
-    pipe = FiTPipeline.of(randomized(FiT(**shape)).eval(), Card(LABELS, "pixels", 1, 2.0))
-    assert pipe(1, 24, 24, generator=seeds(1), **QUICK).images[0].size == (24, 24)
 
 
 def test_single_values_serve_all_and_defaults_are_the_trained_square(pipe):

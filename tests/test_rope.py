@@ -98,16 +98,6 @@ def test_images_of_one_batch_are_scaled_each_by_its_own_size(method):
     torch.testing.assert_close(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_images_of_few_tokens_keep_their_positions_beside_others(method):
-    rope = Rope(method, attention_scale="tokens", train_side=4, unscaled=16)
-    sizes = torch.tensor([[2, 8], [4, 4], [3, 9]])  # 8 is more than the trained side
-    plain = frequencies(36).expand(2, 2, -1)
-    torch.testing.assert_close(scaled_frequencies(rope, sizes, 36)[:2], plain)
-    assert not torch.equal(scaled_frequencies(rope, sizes, 36)[2], plain[0])
-    assert mscale(rope, sizes)[:2].tolist() == [1, 1] and mscale(rope, sizes)[2] > 1
-
-
 def test_a_grid_scales_every_image_alike():
     rope = Rope("ntk", train_side=4, grid=(8, 12))
     small = rotation(Layout.of([(2, 3)]), 16, rope)

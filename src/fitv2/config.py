@@ -4,7 +4,6 @@ Nothing heavy is imported here: the command line builds its help from these.
 """
 
 from dataclasses import dataclass, field, fields, replace
-from math import isqrt
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fitv2.errors import UserError
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     Solver = str
 else:  # the one list of each is the registry itself
     Extrapolation = one_of("fitv2.rope:METHODS", first=("none",))
-    OwnExtrapolation = one_of("fitv2.rope:METHODS", first=("auto", "own", "none"))
+    OwnExtrapolation = one_of("fitv2.rope:METHODS", first=("own", "none"))
     AttentionScale = one_of("fitv2.rope:SCALES", first=("none",))
     OwnAttentionScale = one_of("fitv2.rope:SCALES", first=("own", "none"))
     PathName = one_of("fitv2.diffusion.paths:PATHS", last=tuple(OBJECTIVE_OF_PATH))
@@ -53,7 +52,7 @@ class Rope:
     """How positions become angles, and how they are scaled on grids larger than those trained on."""
 
     RENAMED: ClassVar[dict[str, str]] = {"pixels_a_token": "pixels_per_token"}
-    ADDED: ClassVar[frozenset[str]] = frozenset({"kind", "unscaled"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"kind"})
 
     extrapolation: Extrapolation = "none"
     """pi: positions scaled down. ntk: a larger base. ntk-by-parts and yarn: per frequency."""
@@ -69,8 +68,6 @@ class Rope:
     """Scale every image as if it had these rows and columns [default: each by its own]."""
     base: float = 10000.0
     """Base of the frequencies."""
-    unscaled: int = 0
-    """Images of at most so many tokens keep their positions as they are."""
     kind: Literal["rotary", "absolute"] = "rotary"
     """rotary: queries and keys turn. absolute: sines and cosines are added to the tokens once, as in DiT and
     SiT, for comparisons."""
@@ -383,9 +380,7 @@ class Guidance:
             )
 
 
-# Of `auto`, for images of more tokens than trained on: extrapolation and attention scale, and the time of a
-# restart. docs/results/extrapolation.md has the figures of these and of all others.
-BEYOND, RESTART = ("ntk", "tokens"), 0.6
+RESTART = 0.6  # what was found best: docs/results/extrapolation.md
 
 
 @dataclass(frozen=True)
@@ -395,10 +390,9 @@ class Positions:
     By itself an image of more tokens than trained on grows: see `restart`.
     """
 
-    extrapolation: OwnExtrapolation = "auto"
+    extrapolation: OwnExtrapolation = "own"
     """pi: positions scaled down. ntk: a larger base. ntk-by-parts and yarn: per frequency. none: as they are.
-    own: as the model has them. auto: so too, or what was found best for images of more tokens than trained
-    on."""
+    own: as the model has them."""
     attention_scale: OwnAttentionScale = "own"
     """Sharper attention on larger grids: the paper's Eq. 15, the released code's pro1 and pro2, or by the
     tokens alone. own: as the model has it, and none with --extrapolation."""
@@ -408,49 +402,42 @@ class Positions:
     """Rows of the largest square trained on, in tokens [default: the model's own]."""
     restart: float | None = None
     """Make images of more tokens than trained on at the trained size first, enlarge them, and make them on
-    from this time, 0 noise to 1 data. 0: at their own size at once [default: the best found; 0 with
-    another extrapolation or attention scale, and without a flow]."""
+    from this time, 0 noise to 1 data. 0: at their own size at once [default: 0.6; 0 with another
+    extrapolation or attention scale, and without a flow]."""
 
     def __post_init__(self) -> None:
         """UserError for a number outside its range."""
         check_limits(self)
 
+    @property
+    def are_own(self) -> bool:
+        """Whether positions are scaled as the model has them."""
+        return (self.extrapolation, self.attention_scale) == ("own", "own")
+
     def restart_time(self, is_flow: bool) -> float:
-        """See `restart`; that of `auto` is for flows. Raises UserError for another one without a flow."""
+        """See `restart`. Raises UserError for one that is asked of a model without a flow."""
         if self.restart and not is_flow:
             raise UserError("`restart` is for models with a flow, not for a DDPM")
         if self.restart is not None:
             return self.restart
-        return RESTART if is_flow and self.extrapolation == "auto" and not self.is_chosen else 0.0
+        return RESTART if is_flow and self.are_own else 0.0
 
-    @property
-    def is_chosen(self) -> bool:
-        """Whether there is anything else than the model's own and `auto`."""
-        return self.extrapolation not in ("auto", "own") or self.attention_scale != "own"
-
-    def apply(self, own: Rope, max_tokens: int, unit: int) -> Rope:
+    def apply(self, own: Rope, trained: int, unit: int) -> Rope:
         """A model's positions, scaled so.
 
-        `max_tokens` is the longest image trained on, in tokens of `unit` pixels. Raises UserError
+        `trained` is the side of the largest square trained on, in tokens of `unit` pixels. Raises UserError
         where nothing is scaled.
         """
-        if not self.is_chosen:
+        if self.are_own:
             if self.train_side is not None or not self.per_axis:
                 raise UserError("`train_side` and `per_axis` do nothing without `extrapolation`")
-            scaled = own.kind == "absolute" or (own.extrapolation, own.attention_scale) != ("none", "none")
-            if self.extrapolation == "own" or scaled:
-                return own
-        kept = self.extrapolation in ("auto", "own")
-        method, scale = (own.extrapolation if kept else self.extrapolation), self.attention_scale
-        if not self.is_chosen:
-            method, scale = BEYOND
+            return own
         return replace(
             own,
-            extrapolation=method,
-            attention_scale="none" if scale == "own" else scale,
-            per_axis=own.per_axis if kept else self.per_axis,
-            train_side=self.train_side or own.train_side or max(2, isqrt(max_tokens)),
-            unscaled=own.unscaled if self.is_chosen else max_tokens,
+            extrapolation=own.extrapolation if self.extrapolation == "own" else self.extrapolation,
+            attention_scale="none" if self.attention_scale == "own" else self.attention_scale,
+            per_axis=own.per_axis if self.extrapolation == "own" else self.per_axis,
+            train_side=next(s for s in (self.train_side, own.train_side, trained) if s is not None),
             pixels_per_token=unit,
             grid=None,
         )

@@ -64,7 +64,6 @@ LIMITS = {
     "pixels_per_token": Range(1, 65_536),
     "grid": Range(1, MAX_TOKENS),
     "restart": Range(0, 1),
-    "unscaled": Range(0, MAX_TOKENS),
     "base": Range(1, 1e12, above=True),
     # Encoding
     "max_tokens": Range(1, MAX_TOKENS),

@@ -237,10 +237,7 @@ class FiTPipeline(DiffusionPipeline):
         for request in requests:
             _check_tokens(request, self.unit)
         own = self.transformer.architecture.rope
-        rope = positions.apply(own, self.card.max_tokens, self.unit)
-        heads_turn = 4 * self.transformer.architecture.heads < self.transformer.architecture.width
-        if not positions.is_chosen and not (heads_turn and any(self.is_beyond(size) for size in sizes)):
-            rope = own  # also where a head has too few channels to be scaled
+        rope = positions.apply(own, self.card.square[0], self.unit)
         model = self.transformer if rope == own else self.transformer.with_rope(rope)
         if guidance.guidance_scale is None:
             guidance = replace(guidance, guidance_scale=self.card.guidance)

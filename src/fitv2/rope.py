@@ -128,20 +128,15 @@ def mscale(rope: Rope, size_B2: Tensor) -> Tensor:
     That of the attention scale, and with YaRN 0.1·ln s + 1.
     """
     size = size_B2.float()
-    factor = one_B = torch.ones_like(size[:, 0])
+    factor = torch.ones_like(size[:, 0])
     if rope.extrapolation == "yarn":
         stretch = (size.amax(1) / float(rope.train_side or 1)).clamp_min(1)
         factor = torch.where(stretch > 1, 0.1 * stretch.log() + 1, factor)
-    if rope.attention_scale not in ("none", *SCALES):
+    if rope.attention_scale == "none":
+        return factor
+    if rope.attention_scale not in SCALES:
         raise nearest("attention_scale", rope.attention_scale, ["none", *SCALES])
-    if rope.attention_scale != "none":
-        factor = factor * SCALES[rope.attention_scale](size, rope).sqrt()
-    return torch.where(is_scaled(rope, size_B2), factor, one_B)
-
-
-def is_scaled(rope: Rope, size_B2: Tensor) -> Tensor:
-    """Which images have so many tokens that their positions are scaled, (B,)."""
-    return size_B2.prod(1) > rope.unscaled
+    return factor * SCALES[rope.attention_scale](size, rope).sqrt()
 
 
 def scaled_frequencies(rope: Rope, size_B2: Tensor, dims: int) -> Tensor:
@@ -154,7 +149,6 @@ def scaled_frequencies(rope: Rope, size_B2: Tensor, dims: int) -> Tensor:
     method = METHODS[rope.extrapolation]
     length_B2 = size_B2 if rope.per_axis else size_B2.amax(1, keepdim=True).expand(-1, 2)
     stretch_B2 = (length_B2.float() / rope.train_side).clamp_min(1.0)
-    stretch_B2 = torch.where(is_scaled(rope, size_B2)[:, None], stretch_B2, 1.0)
     return method(stretch_B2.flatten(), dims, rope.base, rope.train_side).unflatten(0, (-1, 2))
 
 

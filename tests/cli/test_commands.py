@@ -12,7 +12,7 @@ from fitv2.autoencoder import Pixels
 from fitv2.checkpoint import Card, save_model
 from fitv2.cli.commands import COMMANDS, main
 from fitv2.conditioning import Condition
-from fitv2.config import BEYOND, RESTART, Guidance, Sampling
+from fitv2.config import RESTART, Guidance, Sampling
 from fitv2.model import FiT
 from fitv2.pipeline import FiTPipeline, to_image
 from fitv2.presets import PRESETS
@@ -34,7 +34,7 @@ def fitv2(capsys, *arguments):
     [
         (
             [],
-            f"scaled by {BEYOND[0]}, attention by {BEYOND[1]}; grown from 64 at time {RESTART:g}",
+            f"left as they are; grown from 64 at time {RESTART:g}",
         ),
         (["--extrapolation", "none"], "left as they are\n"),
         (["--extrapolation", "pi"], "scaled by pi\n"),

@@ -136,9 +136,9 @@ def sample(options: Sample) -> int:
 
 
 def said_beyond(pipeline: Any, sizes: Sequence[str], positions: Positions) -> str:
-    """What is done with positions on sizes beyond those trained on."""
+    """How images of sizes beyond those trained on are made."""
     own, trained = pipeline.transformer.architecture.rope, pipeline.card.max_tokens
-    rope = positions.apply(own, trained, pipeline.unit)
+    rope = positions.apply(own, pipeline.card.square[0], pipeline.unit)
     how = {"none": "left as they are"}.get(rope.extrapolation, f"scaled by {rope.extrapolation}")
     scale = "" if rope.attention_scale == "none" else f", attention by {rope.attention_scale}"
     restart = positions.restart_time(pipeline.is_flow)

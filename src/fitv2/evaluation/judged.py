@@ -44,7 +44,7 @@ class JudgedModel:
         solver, steps = how.sampling.resolve(
             "ddpm" if model.architecture.objective_name in OUTPUTS else "heun"
         )
-        rope = how.positions.apply(model.architecture.rope, pipe.card.max_tokens, pipe.unit)
+        rope = how.positions.apply(model.architecture.rope, pipe.card.square[0], pipe.unit)
         strength = how.guidance.guidance_scale
         guidance = {"guidance_scale": pipe.card.guidance if strength is None else strength}
         return {

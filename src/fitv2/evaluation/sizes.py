@@ -43,7 +43,7 @@ class Method:
 
 
 def methods() -> list[Method]:
-    """Those of the paper's Table IV, with and without the attention scale of its Eq. 15; and the default."""
+    """Those of the paper's Table IV, with and without the attention scale of its Eq. 15; and growth."""
     plain = [
         Method("none", Positions("none")),
         Method("PI", Positions("pi", per_axis=False)),
@@ -59,7 +59,7 @@ def methods() -> list[Method]:
         for method in plain
         if method.name in ("none", "VisionPI", "VisionYaRN", "VisionNTK", "VisionNTK by parts")
     ]
-    return [*plain, *scaled, Method("auto", Positions())]
+    return [*plain, *scaled, Method("grown", Positions())]
 
 
 def in_proportion(grid: Size, side: int) -> Size:
@@ -87,7 +87,7 @@ def cells(side: int, unit: int, groups: Sequence[str]) -> Iterator[Cell]:
     for group in groups:
         grids = [in_proportion(grid, side) for grid in GROUPS[group]]
         sizes = tuple((rows * unit, columns * unit) for rows, columns in grids)
-        used = [Method("own", Positions("own"))] if group == "trained" else methods()
+        used = [Method("own", Positions())] if group == "trained" else methods()
         for method in used:
             yield Cell(group, method, sizes)
 
