@@ -380,7 +380,7 @@ class Guidance:
             )
 
 
-RESTART = 0.6  # what was found best: docs/results/extrapolation.md
+RESTART = 0.7  # what was found best: docs/results/extrapolation.md
 
 
 @dataclass(frozen=True)
@@ -402,7 +402,7 @@ class Positions:
     """Rows of the largest square trained on, in tokens [default: the model's own]."""
     restart: float | None = None
     """Make images of more tokens than trained on at the trained size first, enlarge them, and make them on
-    from this time, 0 noise to 1 data. 0: at their own size at once [default: 0.6; 0 with another
+    from this time, 0 noise to 1 data. 0: at their own size at once [default: 0.7; 0 with another
     extrapolation or attention scale, and without a flow]."""
 
     def __post_init__(self) -> None:
