@@ -380,7 +380,7 @@ class Guidance:
             )
 
 
-RESTART = 0.7  # what was found best: docs/results/extrapolation.md
+RESTART = 0.7  # distances are alike from here on: docs/results/extrapolation.md
 
 
 @dataclass(frozen=True)
