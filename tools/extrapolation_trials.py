@@ -94,7 +94,7 @@ def trials() -> Iterator[tuple[str, Positions]]:
     for method in ("none", "ntk", "turns 1 to 0.25"):
         for scale in SCALES:
             yield f"{method} + {scale}", Positions(method, scale)
-    for time in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+    for time in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99):
         yield f"none, restart at {time:g}", Positions("none", restart=time)
         yield f"ntk + tokens, restart at {time:g}", Positions("ntk", "tokens", restart=time)
 
