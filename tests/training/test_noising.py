@@ -15,7 +15,7 @@ from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError
 from fitv2.presets import preset
 from fitv2.tokens import Layout, PackedTokens
-from fitv2.training.noising import Draws, Reading, drawn_batches
+from fitv2.training.noising import Draws, Reading, drawn_batches, places
 
 
 def draws(data, keys, objective):
@@ -40,6 +40,10 @@ def test_an_image_gets_the_noise_of_its_own_key_whatever_its_neighbours(objectiv
     assert three.chance_B[2] == one.chance_B[0] and three.label_chance_B[2] == one.label_chance_B[0]
     other = draws(data.select([2]), [(0, 10)], objective)
     assert not np.array_equal(other.noise_TC, one.noise_TC)
+
+
+def test_the_places_of_some_keys_in_any_order():
+    assert places(np.array([7, 3, 9, 5]), np.array([5, 7, 9])) == [3, 0, 2]
 
 
 def test_draws_of_some_images_are_those_that_they_had():

@@ -68,6 +68,13 @@ class Draws:
         return replace(condition, values={**condition.values, "label": label_B})
 
 
+def places(keys: np.ndarray, wanted: np.ndarray) -> list[int]:
+    """Where among the different `keys` each of the wanted ones is."""
+    order = np.argsort(keys)
+    found: list[int] = order[np.searchsorted(keys, wanted, sorter=order)].tolist()
+    return found
+
+
 @dataclass(frozen=True)
 class Reading:
     """Reads the tokens of a step, and draws for its images: what other processes can do ahead."""

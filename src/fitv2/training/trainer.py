@@ -42,7 +42,7 @@ from fitv2.training.checkpointing import (
     verify_state,
 )
 from fitv2.training.initialize import give_texts, initialize
-from fitv2.training.noising import Draws, Reading, drawn_batches
+from fitv2.training.noising import Draws, Reading, drawn_batches, places
 from fitv2.training.optim import build_optimizers, learning_rate
 from fitv2.training.run_folder import cut_log, note_start, read_log, settle
 from fitv2.training.throughput import ByTime, Rates, TrainingFlops, memory_gib, peak_flops
@@ -218,10 +218,9 @@ class Trainer:
         mine = torch.zeros((), device=self.device)
         not_finite: list[Tensor] = []
         parts = batch.split(self.config.grad_accum_steps)
-        place = {int(key): number for number, key in enumerate(batch.keys)}
         for number, part in enumerate(parts, 1):
             self.weights.before_part(number == len(parts))
-            its_own = draws if part is batch else draws.select([place[int(key)] for key in part.keys])
+            its_own = draws if part is batch else draws.select(places(batch.keys, part.keys))
             sample, condition = self.noise(part, its_own)
             loss_B, error_B = self.objective.loss(self.weights.model, sample, condition)
             self.by_time.add(self.objective.progress(sample.t_B), error_B.detach())
