@@ -118,6 +118,7 @@ LIMITS = {
     "crop_at_most": SHARE,
     "most_real": Range(10, 10_000_000),
     "every": COUNT,
+    "evaluations": Range(2, 10_000),
     "seeds": SEED,
     "widths": Range(4, 65_536),
     "depths": Range(1, 1_000),

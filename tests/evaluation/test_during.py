@@ -3,13 +3,15 @@
 import pytest
 from PIL import Image
 
-from fitv2.checkpoint import load_model
+from conftest import randomized
+from fitv2.checkpoint import Card, load_model
 from fitv2.config import Guidance, Sampling
 from fitv2.errors import UserError
 from fitv2.evaluation.during import TrainingJudge
 from fitv2.evaluation.evaluate import evaluate
-from fitv2.evaluation.judged import How
+from fitv2.evaluation.judged import How, JudgedModel
 from fitv2.evaluation.settings import Evaluation
+from fitv2.model import FiT
 from fitv2.pipeline import FiTPipeline
 
 
@@ -28,6 +30,20 @@ def test_figures_at_every_size_and_their_mean(reference, pixel_model):
     assert found["judge/top_5_16x16"] == 1  # there are two labels
     assert judge.identity != TrainingJudge(reference, 13).identity
     assert judge(FiTPipeline.of(*load_model(pixel_model))) == found
+
+
+@pytest.mark.parametrize(("path", "solver"), [("linear", "heun"), ("ddpm", "ddim")])
+def test_every_model_takes_as_many_evaluations(reference, path, solver):
+    shape = {"depth": 1, "width": 16, "heads": 2, "patch_size": 4, "in_channels": 3, "num_classes": 2}
+    prediction = "noise" if path == "ddpm" else "velocity"
+    model = randomized(FiT(**shape, path=path, prediction=prediction))
+    pipeline = FiTPipeline.of(model, Card(("red", "blue"), "pixels", 16))
+    judge = TrainingJudge(reference, 10, evaluations=6)
+    assert judge.sampling(pipeline).solver == solver
+    judged = JudgedModel(pipeline, judge.settings, How(Guidance(1.0), judge.sampling(pipeline)))
+    pictures, _ = judged.pictures((16, 16), judge.references[16, 16].about)
+    assert judged.evaluations(pictures) == 6
+    assert judge.identity != TrainingJudge(reference, 10).identity
 
 
 def test_a_folder_that_is_no_reference(tmp_path):

@@ -95,7 +95,8 @@ def train_study(runs: Any, options: TrainingStudy) -> int:
 
     with stages_bar("step") as bar:
         run_study(
-            runs, options.reference, options.out, seeds=options.seeds, num=options.num, report=tqdm.write,
+            runs, options.reference, options.out, seeds=options.seeds, num=options.num,
+            evaluations=options.evaluations, report=tqdm.write,
             progress=lambda name, report: bar(name, report.step, None), command=command_line(),
         )  # fmt: skip
     print((options.out / "table.md").read_text(encoding="utf-8"))

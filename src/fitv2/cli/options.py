@@ -215,6 +215,8 @@ class TrainingStudy:
     """A run for each."""
     num: int = 200
     """Images that are judged of each size."""
+    evaluations: int = 50
+    """Evaluations of a model for each of them, as many for all: by Heun's method, or by DDIM."""
     scale: Annotated[Scale, tyro.conf.OmitArgPrefixes] = field(default_factory=Scale)
 
     def __post_init__(self) -> None:

@@ -141,16 +141,17 @@ def run_study(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     num: int = 200,
+    evaluations: int = 50,
     progress: Callable[[str, StepReport], None] = lambda name, report: None,
     report: Callable[[str], None] = lambda _: None,
     command: str = "",
 ) -> list[Curve]:
     """Train every run with every seed, and write curves.json, table.md and curves.png in `out`.
 
-    `reference` is the folder of an evaluation; its sizes are those that are judged. Raises UserError as
-    `train` does.
+    `reference` is the folder of an evaluation; its sizes are those that are judged, by `num` images of
+    `evaluations` calls of the model each. Raises UserError as `train` does.
     """
-    judge, curves = TrainingJudge(reference, num), []
+    judge, curves = TrainingJudge(reference, num, evaluations), []
     settle(out, {"judge": judge.identity})
     for seed in seeds:  # all runs once before any is made again
         for planned in runs:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fitv2.config import RESTART
+from fitv2.config import RESTART, Sampling
 from fitv2.encoding.images import parse_size
 from fitv2.errors import UserError
 from fitv2.evaluation.extract import features_of, pieces
@@ -27,11 +27,13 @@ class TrainingJudge:
     """Distances of a model's pictures to a kept reference, at all its sizes.
 
     The distance of a few hundred pictures is far above that of many; they are comparable with one another,
-    not with those of `fitv2 evaluate`. Raises UserError when the folder is no reference.
+    not with those of `fitv2 evaluate`. With `evaluations` every model is called as often for a picture: by
+    Heun's method, or by DDIM; else as the model samples by itself. Raises UserError when the folder is no
+    reference.
     """
 
-    def __init__(self, folder: Path, num: int) -> None:
-        self.settings = Evaluation(num=num)
+    def __init__(self, folder: Path, num: int, evaluations: int | None = None) -> None:
+        self.settings, self.evaluations = Evaluation(num=num), evaluations
         self.extractor = load_extractor(FEATURES, default_device())
         sizes = [parse_size(path.parent.name) for path in sorted(folder.glob(f"*/{ABOUT}"))]
         if not sizes:
@@ -44,7 +46,7 @@ class TrainingJudge:
         """What has to be the same for distances to be comparable."""
         of_sizes = [(size, kept.about.sha256) for size, kept in self.references.items()]
         # RESTART: how images of more tokens than trained on are made.
-        said = repr((self.settings.num, self.extractor.digest, of_sizes, RESTART))
+        said = repr((self.settings.num, self.evaluations, self.extractor.digest, of_sizes, RESTART))
         return hashlib.sha256(said.encode()).hexdigest()
 
     def __call__(self, pipeline: FiTPipeline) -> dict[str, float]:
@@ -55,9 +57,17 @@ class TrainingJudge:
         distances = [value for name, value in values.items() if name.startswith("judge/FD_")]
         return {DISTANCE: sum(distances) / len(distances)} | values
 
+    def sampling(self, pipeline: FiTPipeline) -> Sampling:
+        """Steps of the solver that takes as many evaluations as were asked for."""
+        if self.evaluations is None:
+            return Sampling()
+        if pipeline.is_flow:
+            return Sampling(solver="heun", steps=max(1, self.evaluations // 2))
+        return Sampling(solver="ddim", steps=self.evaluations)
+
     def at(self, pipeline: FiTPipeline, size: Size, reference: Reference) -> dict[str, float]:
         """The Fréchet distance at a size, and how often what was asked for is among the nearest five."""
-        judged = JudgedModel(pipeline, self.settings, How())
+        judged = JudgedModel(pipeline, self.settings, How(sampling=self.sampling(pipeline)))
         pictures, asked = judged.pictures(size, reference.about)
         found = [
             features_of(pictures.read(piece), piece, [self.extractor]) for piece in pieces(len(pictures))
