@@ -38,11 +38,11 @@ def test_every_model_takes_as_many_evaluations(reference, path, solver):
     prediction = "noise" if path == "ddpm" else "velocity"
     model = randomized(FiT(**shape, path=path, prediction=prediction))
     pipeline = FiTPipeline.of(model, Card(("red", "blue"), "pixels", 16))
-    judge = TrainingJudge(reference, 10, evaluations=6)
+    judge = TrainingJudge(reference, 10, evaluations=8)
     assert judge.sampling(pipeline).solver == solver
     judged = JudgedModel(pipeline, judge.settings, How(Guidance(1.0), judge.sampling(pipeline)))
     pictures, _ = judged.pictures((16, 16), judge.references[16, 16].about)
-    assert judged.evaluations(pictures) == 6
+    assert judged.evaluations(pictures) == 8
     assert judge.identity != TrainingJudge(reference, 10).identity
 
 
