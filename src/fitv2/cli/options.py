@@ -216,7 +216,7 @@ class TrainingStudy:
     num: int = 200
     """Images that are judged of each size."""
     evaluations: int = 50
-    """Evaluations of a model for each of them: by Heun's method, or by DDIM, which takes a divisor of 1000."""
+    """Evaluations of a model for each of them, a divisor of 1000: by Heun's method, or by DDIM."""
     scale: Annotated[Scale, tyro.conf.OmitArgPrefixes] = field(default_factory=Scale)
 
     def __post_init__(self) -> None:
