@@ -49,13 +49,25 @@ def test_drawings_stand_in_cells_as_large_as_the_largest():
     assert rows.arranged([red, blue, red], upright=True).size == (6, 24)
 
 
+@pytest.mark.parametrize(
+    ("size", "upright", "canvas"),
+    [((4, 8), False, (16, 8)), ((4, 8), True, (4, 8)), ((30, 10), False, (30, 15))],
+)
+def test_a_drawing_alone_on_white(size, upright, canvas):
+    sheet = rows.alone(Image.new("RGB", size, "red"), upright)
+    assert sheet.size == canvas
+    assert sheet.getpixel((canvas[0] // 2, canvas[1] // 2)) == (255, 0, 0)
+    white = canvas[0] * canvas[1] - size[0] * size[1]
+    assert sheet.histogram()[256 + 255] == white  # where green is full
+
+
 def test_the_shipped_set_gives_the_same_rows_each_time():
     import pyarrow.parquet as pq
 
     table = pq.read_table(SOURCE.parents[1] / "data" / "emoji" / "validation.parquet").to_pylist()[:60]
     made = [list(rows.with_rows(table)) for _ in range(2)]
     assert made[0] == made[1]
-    assert len(made[0]) == 120
+    assert len(made[0]) == 180
     shapes = {row["caption"].rsplit(" ", 2)[-2:][-1] for row in made[0]}
     assert {"side", "other", "row", "column"} <= shapes
-    assert len({hashlib.sha256(row["source"].encode()).digest() for row in made[0]}) == 120
+    assert len({hashlib.sha256(row["source"].encode()).digest() for row in made[0]}) == 180

@@ -3,8 +3,9 @@
     python tools/emoji_rows.py data/emoji tokens/emoji-pictures
     fitv2 encode tokens/emoji-pictures tokens/emoji --autoencoder emoji --no-mirror --label-column artist
 
-Every drawing is kept, and appears once more in a row or a column: of copies of itself ("two owls side by
-side"), or, one in three, with others of its artist and group ("owl and fox side by side"). Which it gets
+Every drawing is kept. It appears once more in a row or a column: of copies of itself ("two owls side by
+side"), or, one in three, with others of its artist and group ("owl and fox side by side"). And once more
+alone ("owl"), in the middle of a white sheet twice as wide as high, or twice as high as wide. Which it gets
 follows from the hash of its `source`, so the same set gives the same files.
 
     python tools/emoji_rows.py data/emoji tokens/few-pictures animals-nature food-drink "flag: Japan"
@@ -95,8 +96,17 @@ def arranged(images: Sequence[Image.Image], upright: bool) -> Image.Image:
     return sheet
 
 
+def alone(image: Image.Image, upright: bool) -> Image.Image:
+    """A drawing in the middle of white of 2:1 or 1:2."""
+    side = max(image.height / 2, image.width) if upright else max(image.height, image.width / 2)
+    width, height = (round(side), round(2 * side)) if upright else (round(2 * side), round(side))
+    sheet = Image.new("RGB", (width, height), "white")
+    sheet.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return sheet
+
+
 def with_rows(drawings: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each drawing, then its arrangement."""
+    """Each drawing, then its arrangement, then it alone on white."""
     alike = defaultdict(list)
     for drawing in drawings:
         alike[drawing["artist"], drawing["group"]].append(drawing)
@@ -112,10 +122,19 @@ def with_rows(drawings: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             chosen = [others[int.from_bytes(numbers[2 * i : 2 * i + 2], "big") % len(others)] for i in (1, 2)]
             shown = [drawing, *chosen][: arrangement.copies]
         images = [Image.open(io.BytesIO(each["image"]["bytes"])) for each in shown]
-        held = io.BytesIO()
-        arranged(images, arrangement.upright).save(held, "PNG")
         words = caption([each["caption"] for each in shown], arrangement)
-        yield {"image": held.getvalue(), "caption": words, "source": f"{source}+{words}", **said}
+        sheet = arranged(images, arrangement.upright)
+        yield {"image": png(sheet), "caption": words, "source": f"{source}+{words}", **said}
+        upright = numbers[-1] % 2 == 1
+        source += " on high white" if upright else " on wide white"
+        yield {"image": png(alone(images[0], upright)), "caption": concept, "source": source, **said}
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as the bytes of a PNG file."""
+    held = io.BytesIO()
+    image.save(held, "PNG")
+    return held.getvalue()
 
 
 def concepts_of(drawings: Sequence[Mapping[str, Any]], names: Sequence[str]) -> set[str]:
