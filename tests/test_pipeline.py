@@ -140,8 +140,8 @@ def test_guidance_steps_and_positions_change_the_image(pipe):
         ((5, 8, 8), "unknown label 5: numbers go from 0 to 4"),
         ((0, 0, 8), "height is 0"),
         ((0, 8, 8.5), "width is 8.5; it must be a whole number"),
-        (([0, 1], [8, 8, 8], 8), "have 2, 3, 1, 1, 1 entries"),
-        (([], 8, 8), "have 0, 1, 1, 1, 1 entries"),
+        (([0, 1], [8, 8, 8], 8), "there are 2 of class_labels, 3 of height, 1 of width: give"),
+        (([], 8, 8), "there are 0 of class_labels, 1 of height, 1 of width: give"),
     ],
 )
 def test_wrong_requests_are_refused(pipe, arguments, said):

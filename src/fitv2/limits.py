@@ -112,6 +112,7 @@ LIMITS = {
     "eta": SHARE,
     "num": Range(1, MAX_IMAGES),
     "size": Range(1, MAX_SIDE),
+    "strength": Range(0, 1, above=True),
     "samples": Range(0, 10_000),
     # Evaluation
     "Evaluation.num": Range(10, MAX_IMAGES),

@@ -31,11 +31,12 @@ from fitv2.config import Guidance, Positions, Sampling
 from fitv2.diffusion.flow import Flow
 from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError, nearest
-from fitv2.limits import MAX_TOKENS, check_limit
 from fitv2.model import FiT
 from fitv2.runtime.serialization import read_json
 from fitv2.sampling.generate import Request, generate
+from fitv2.sampling.generate import invert as invert_requests
 from fitv2.sampling.growth import Growth
+from fitv2.sampling.requests import Wanted
 from fitv2.text_encoder import TextEncoder, caption_of, load_text_encoder
 
 INDEX = "model_index.json"
@@ -176,7 +177,7 @@ class FiTPipeline(DiffusionPipeline):
             generator: one for each image, or one from which a seed for each is drawn.
             output_type: "pil", "np" (N, H, W, 3 in [0, 1]) or "pt" (N, 3, H, W): a list where sizes differ.
             return_dict: else a tuple.
-            options: as of `stream`.
+            options: as of `stream`: pictures to edit, positions, and more.
 
         Raises UserError for labels, sizes, a solver or settings that do not exist or do not fit.
         """
@@ -213,6 +214,10 @@ class FiTPipeline(DiffusionPipeline):
         *,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        mask_image: Image.Image | Sequence[Image.Image | None] | None = None,
+        strength: float | Sequence[float] | None = None,
+        latents: Sequence[Tensor] | None = None,
         guidance: Guidance = Guidance(),  # noqa: B008  frozen
         sampling: Sampling = Sampling(),  # noqa: B008
         positions: Positions = Positions(),  # noqa: B008
@@ -221,21 +226,24 @@ class FiTPipeline(DiffusionPipeline):
     ) -> Iterator[Image.Image]:
         """Make images as `__call__` does, and give them one after another, as soon as each pack is done.
 
-        `positions` says how positions are scaled; `tokens_per_pack` how many tokens are computed together;
-        `progress` is called with the share done [default: a bar].
+        Args:
+            class_labels, height, width, generator, prompt, negative_prompt: as of `__call__`.
+            image: pictures to start from; the size is theirs, or they are brought to that which is given.
+            mask_image: white where a picture is made anew; the rest stays as it is [default: all of it].
+            strength: how much of the way from noise is gone again, above 0 to 1 [default: 0.6; 1 with a
+                mask].
+            latents: noise to start from, (rows, columns, channels per token) each: see
+                `fitv2.sampling.editing`, and `invert`.
+            guidance, sampling: as of `fitv2 sample`.
+            positions: how positions are scaled, and how images beyond the trained size are made.
+            tokens_per_pack: how many tokens are computed together.
+            progress: called with the share done [default: a bar].
         """
-        side = self.card.square[0] * self.unit
-        labels, heights, widths, prompts, negatives = _broadcast(
-            class_labels, side if height is None else height, side if width is None else width, prompt,
-            negative_prompt,
+        wanted = Wanted(
+            class_labels=class_labels, height=height, width=width, prompt=prompt,
+            negative_prompt=negative_prompt, image=image, mask_image=mask_image, strength=strength, latents=latents,
         )  # fmt: skip
-        sizes = [(_pixels("height", h), _pixels("width", w)) for h, w in zip(heights, widths, strict=True)]
-        rngs = _generators(generator, len(labels))
-        conditions = self._conditions(labels, prompts)
-        away = [None] * len(labels) if negative_prompt is None else self._conditions([None], negatives)
-        requests = [Request(*values) for values in zip(conditions, sizes, rngs, away, strict=True)]
-        for request in requests:
-            _check_tokens(request, self.unit)
+        requests = self._requests(wanted, generator)
         own = self.transformer.architecture.rope
         rope = positions.apply(own, self.card.square[0], self.unit)
         model = self.transformer if rope == own else self.transformer.with_rope(rope)
@@ -246,8 +254,32 @@ class FiTPipeline(DiffusionPipeline):
                 model, self.autoencoder, requests, guidance, sampling, tokens_per_pack=tokens_per_pack,
                 growth=Growth(self.card.max_tokens, positions.restart_time(self.is_flow)), progress=report,
             )  # fmt: skip
-            for image in pixels:
-                yield to_image(image)
+            for made in pixels:
+                yield to_image(made)
+
+    def invert(
+        self,
+        image: Image.Image | Sequence[Image.Image],
+        class_labels: str | int | Sequence[str | int | None] | None = None,
+        height: int | Sequence[int] | None = None,
+        width: int | Sequence[int] | None = None,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        generator: Generator | Sequence[Generator] | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008  frozen
+    ) -> list[Tensor]:
+        """The noise of pictures, (rows, columns, channels per token) each: `latents` that give them again.
+
+        Along the flow from data to noise, without guidance: with `guidance_scale` 1 and small steps they
+        come back as they were. Raises UserError for a model without a flow.
+        """
+        wanted = Wanted(class_labels=class_labels, height=height, width=width, prompt=prompt, image=image)
+        return invert_requests(
+            self.transformer, self.autoencoder, self._requests(wanted, generator), sampling
+        )
+
+    def _requests(self, wanted: Wanted, generator: Generator | Sequence[Generator] | None) -> list[Request]:
+        return wanted.requests(generator, self._conditions, self.card.square[0] * self.unit, self.unit)
 
     def _conditions(
         self, labels: Sequence[str | int | None], prompts: Sequence[str | None]
@@ -331,46 +363,6 @@ def _convert(images: list[Image.Image], output_type: str) -> Any:
         return np.stack(arrays) if same else arrays
     tensors = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
     return torch.stack(tensors) if same else tensors
-
-
-def _broadcast(*values: Any) -> list[list[Any]]:
-    """Lists of one length; a single value, or a list of one, serves all. Raises UserError."""
-    lists = [list(v) if isinstance(v, list | tuple | range | np.ndarray | Tensor) else [v] for v in values]
-    count = max(map(len, lists))
-    if 0 in map(len, lists) or {len(one) for one in lists} - {1, count}:
-        lengths = ", ".join(str(len(one)) for one in lists)
-        raise UserError(
-            f"class_labels, height, width, prompt and negative_prompt have {lengths} entries:"
-            " give one of each, or as many"
-        )
-    return [one * count if len(one) == 1 else one for one in lists]
-
-
-def _pixels(name: str, value: Any) -> int:
-    if isinstance(value, bool) or value != value // 1 or value < 1:  # NaN differs from itself
-        raise UserError(f"{name} is {value}; it must be a whole number of pixels")
-    check_limit("size", int(value))
-    return int(value)
-
-
-def _check_tokens(request: Request, unit: int) -> None:
-    rows, columns = request.grid(unit)
-    if rows * columns > MAX_TOKENS:
-        height, width = request.pixels
-        raise UserError(
-            f"an image of {height}x{width} pixels has {rows * columns} tokens; there can be {MAX_TOKENS}"
-        )
-
-
-def _generators(generator: Generator | Sequence[Generator] | None, count: int) -> list[Generator]:
-    """A generator for each image."""
-    if generator is not None and not isinstance(generator, Generator):
-        if len(generator) != count:
-            raise UserError(f"{len(generator)} generators for {count} images: give one, or one for each")
-        return list(generator)
-    device = "cpu" if generator is None else generator.device
-    seeds = torch.randint(1 << 62, (count,), generator=generator, device=device).tolist()
-    return [Generator().manual_seed(seed) for seed in seeds]
 
 
 def _is_hub_name(name: str | Path) -> bool:

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from fitv2.conditioning import Condition
 from fitv2.config import Architecture, Sampling, Training
-from fitv2.diffusion.noise import Loss, NoisySample
+from fitv2.diffusion.noise import Known, Loss, NoisySample
 from fitv2.diffusion.paths import PATHS, Path, score
 from fitv2.diffusion.solvers import Progress
 from fitv2.diffusion.transport import transport
@@ -252,6 +252,25 @@ class Flow:
 
         return velocity
 
+    def follow_around(self, output: Output, layout: Layout, known: Known) -> Output:
+        """The velocity where some parts are known: these go straight from their noise to their data.
+
+        The model sees them where the path has them at that time, so that the rest is made to fit (the
+        replacement of Song et al., arXiv 2011.13456, I.2, without noise that is drawn anew at every step).
+        """
+        free = self.follow(output, layout)
+
+        def velocity(x_TC: Tensor, t: Tensor) -> Tensor:
+            t_T1 = layout.spread(t.float().expand(len(layout)))[:, None]
+            (alpha, sigma), (alpha_rate, sigma_rate) = (
+                self.path.coefficients(t_T1),
+                self.path.derivatives(t_T1),
+            )
+            x_TC = known.hold(x_TC, alpha * known.data_TC + sigma * known.noise_TC)
+            return known.hold(free(x_TC, t), alpha_rate * known.data_TC + sigma_rate * known.noise_TC)
+
+        return velocity
+
     def generate(
         self,
         output: Output,
@@ -261,7 +280,26 @@ class Flow:
         sampling: Sampling,
         progress: Progress = lambda _: None,
         start: float = 0.0,
+        known: Known | None = None,
     ) -> Tensor:
         """From `x_TC`, noise or what is at time `start`, to data; `output` is the guided model."""
+        follow = self.follow if known is None else partial(self.follow_around, known=known)
+        made = transport(
+            self, follow(output, layout), layout, x_TC, generators, sampling, begin=start, progress=progress
+        )
+        return made if known is None else known.hold(made, known.data_TC)
+
+    def invert(
+        self,
+        output: Output,
+        layout: Layout,
+        data_TC: Tensor,
+        generators: Sequence[Generator],
+        sampling: Sampling,
+        progress: Progress = lambda _: None,
+    ) -> Tensor:
+        """The noise from which `generate` makes data; with a stochastic solver a sample of it."""
         velocity = self.follow(output, layout)
-        return transport(self, velocity, layout, x_TC, generators, sampling, begin=start, progress=progress)
+        return transport(
+            self, velocity, layout, data_TC, generators, sampling, to_noise=True, progress=progress
+        )

@@ -30,6 +30,18 @@ class NoisySample:
         return NoisySample(x_TC, self.layout.to(device), t_B, data_TC, noise_TC)
 
 
+class Known(NamedTuple):
+    """Parts of images that are not to be made but stay as they are."""
+
+    where_TC: Tensor  # bool
+    data_TC: Tensor
+    noise_TC: Tensor  # what these parts start from
+
+    def hold(self, value_TC: Tensor, known_TC: Tensor) -> Tensor:
+        """`value_TC` with these parts replaced."""
+        return torch.where(self.where_TC, known_TC, value_TC)
+
+
 class Loss(NamedTuple):
     """The loss of each image."""
 

@@ -5,15 +5,12 @@ Meng et al., arXiv 2108.01073). What is large stays as the model knows it; what 
 at the new size.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from fitv2.autoencoder import Autoencoder
-from fitv2.tokens import Layout, Size, patchify
+from fitv2.tokens import Layout, Size
 
 
 @dataclass(frozen=True)
@@ -45,14 +42,9 @@ def within(grid: Size, max_tokens: int) -> Size:
     return found
 
 
-def enlarge(images: Sequence[Tensor], layout: Layout, autoencoder: Autoencoder, patch: int) -> Tensor:
-    """Images (3, h, w) of any sizes as tokens (T, C) of those of `layout`: bicubic in pixels, then encoded.
+def enlarge(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image (3, h, w) at a larger size, bicubic.
 
-    Latents that are enlarged themselves decode to ghosts along edges.
+    In pixels: latents that are enlarged themselves decode to ghosts along edges.
     """
-    tokens, unit = [], autoencoder.downsample * patch
-    for image, (rows, columns) in zip(images, layout.sizes, strict=True):
-        size = rows * unit, columns * unit
-        large = interpolate(image[None], size, mode="bicubic", align_corners=False).clamp(-1, 1)
-        tokens.append(patchify(autoencoder.encode(large), patch).flatten(0, 2).float())
-    return torch.cat(tokens).to(layout.image_T.device)
+    return interpolate(image[None], size, mode="bicubic", align_corners=False)[0].clamp(-1, 1)
