@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fitv2.autoencoder import load_autoencoder
-from fitv2.checkpoint import Card, export_model, find_model, load_model, save_model
+from fitv2.checkpoint import Card, export_model, find_model, load_model, save_model, weights_digest
 from fitv2.config import Rope
 from fitv2.errors import UserError
 from fitv2.model import FiT
@@ -234,3 +235,13 @@ def test_a_pickle_is_never_opened(model, tmp_path):
     weights_of(tmp_path).rename(tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match=r"safetensors is damaged or missing"):
         load_model(tmp_path)
+
+
+def test_a_digest_tells_weights_apart():
+    one, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    assert weights_digest(one) == weights_digest(one, None) != weights_digest(other)
+    with torch.no_grad():
+        other.load_state_dict(one.state_dict())
+        assert weights_digest(other) == weights_digest(one)
+        other.bias[0] += 1e-6
+    assert weights_digest(other) != weights_digest(one)

@@ -6,6 +6,7 @@ SHA-256 of these files. One that travels holds an autoencoder that nobody else h
 `autoencoder`.
 """
 
+import hashlib
 import math
 import re
 import shutil
@@ -19,7 +20,7 @@ from unicodedata import normalize
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fitv2.autoencoder import is_folder
 from fitv2.config import Architecture, Rope
@@ -177,6 +178,16 @@ def load_model(name: str | Path) -> tuple[FiT, Card]:
             f"{folder}/{CARD} has {len(card.labels)} labels, its model {architecture.num_classes}"
         )
     return model.eval(), card
+
+
+def weights_digest(*modules: nn.Module | None) -> str:
+    """The SHA-256 of the weights of some modules, in the order of their names."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()) if module is not None else ():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_architecture(folder: Path) -> Architecture:

@@ -112,6 +112,9 @@ LIMITS = {
     "eta": SHARE,
     "num": Range(1, MAX_IMAGES),
     "size": Range(1, MAX_SIDE),
+    "height": Range(1, MAX_SIDE),
+    "Recipe.width": Range(1, MAX_SIDE),
+    "at": Range(0, MAX_SIDE),
     "strength": Range(0, 1, above=True),
     "samples": Range(0, 10_000),
     # Evaluation

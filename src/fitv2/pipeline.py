@@ -241,7 +241,8 @@ class FiTPipeline(DiffusionPipeline):
         """
         wanted = Wanted(
             class_labels=class_labels, height=height, width=width, prompt=prompt,
-            negative_prompt=negative_prompt, image=image, mask_image=mask_image, strength=strength, latents=latents,
+            negative_prompt=negative_prompt, image=image, mask_image=mask_image, strength=strength,
+            latents=latents,
         )  # fmt: skip
         requests = self._requests(wanted, generator)
         own = self.transformer.architecture.rope

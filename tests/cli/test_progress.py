@@ -1,3 +1,5 @@
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +36,8 @@ def test_a_run_that_never_starts_shows_no_bar(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_stages_are_one_bar_after_another(capsys):
+def test_stages_are_one_bar_after_another(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with stages_bar("image") as progress:
         progress("list", 500, None)
         progress("encode", 20, 100)
@@ -43,6 +46,20 @@ def test_stages_are_one_bar_after_another(capsys):
     assert "encode: 100%" in last
     assert "100/100" in last
     assert "list" not in last
+
+
+def test_a_log_file_gets_a_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr("fitv2.cli.progress.EVERY", 0.2)
+    with stages_bar("image") as progress:
+        begun = time.monotonic()
+        while time.monotonic() - begun < 0.5:
+            progress("encode", round(100 * (time.monotonic() - begun)), 100)
+        progress("encode", 100, 100)
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    lines = said.splitlines()
+    assert 3 <= len(lines) <= 5  # the start, about two on the way, the end
+    assert "100/100" in lines[-1]
 
 
 def test_other_processes_draw_no_bar(capsys):

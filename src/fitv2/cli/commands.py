@@ -4,19 +4,20 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from io import TextIOWrapper
 from typing import Any
 
 import tyro
-from tqdm import tqdm
 
 from fitv2 import __version__
+from fitv2.cli.making import edit, sample
 from fitv2.cli.measuring import evaluate, flops, study_convergence, study_scaling, study_sizes
 from fitv2.cli.options import (
     Convert,
     Demo,
+    Edit,
     Encode,
     Evaluate,
     Export,
@@ -29,10 +30,9 @@ from fitv2.cli.options import (
     Train,
 )
 from fitv2.cli.parsing import name_flags, option_names, parse
-from fitv2.cli.progress import share_bar, stages_bar, training_bar
-from fitv2.config import Architecture, Network, Positions
+from fitv2.cli.progress import bar, share_bar, stages_bar, training_bar
+from fitv2.config import Architecture, Network
 from fitv2.errors import UserError, in_one_line, nearest, printable
-from fitv2.limits import check_limit
 from fitv2.presets import PRESETS, Preset, preset
 from fitv2.runtime.signals import RECEIVED, leave_on_signals
 
@@ -98,82 +98,6 @@ def train(options: Train) -> int:
     return 0
 
 
-def sample(options: Sample) -> int:
-    """Run `fitv2 sample`."""
-    import torch
-
-    from fitv2.cli.saving import file_name, save_image
-    from fitv2.encoding.images import parse_size
-    from fitv2.pipeline import FiTPipeline
-    from fitv2.runtime.device import default_device
-    from fitv2.runtime.rng import generator
-
-    chosen = [parse_size(text[:32]) for text in options.size]  # a longer one is too large in any case
-    for size in chosen:
-        check_limit("size", max(size))
-    pipeline = FiTPipeline.from_pretrained(options.model, allow_download=options.allow_download)
-    torch.nn.Module.to(pipeline.transformer, getattr(torch, options.precision))
-    side = pipeline.card.square[0] * pipeline.unit
-    named, what = subjects(pipeline, options)
-    sizes = dict.fromkeys(chosen or [(side, side)])
-    check_limit("num", options.num * len(named) * len(sizes))
-    if beyond := [f"{height}x{width}" for height, width in sizes if pipeline.is_beyond((height, width))]:
-        print(f"fitv2: {said_beyond(pipeline, beyond, options.positions)}", file=sys.stderr)
-    seeds = range(options.seed, options.seed + options.num)
-    # Sizes outermost: images that grow are packed with their neighbours alone.
-    wanted = [(i, size, seed) for size in sizes for i in range(len(named)) for seed in seeds]
-    with share_bar("sample", len(wanted), "image") as progress:
-        made = pipeline.to(default_device()).stream(
-            height=[height for _, (height, _), _ in wanted], width=[width for _, (_, width), _ in wanted],
-            generator=[generator(seed) for *_, seed in wanted], guidance=options.guidance,
-            sampling=options.sampling, positions=options.positions, progress=progress,
-            **{key: [values[i] for i, *_ in wanted] for key, values in what.items()},
-        )  # fmt: skip
-        for (i, size, seed), image in zip(wanted, made, strict=True):
-            save_image(image, options.out / file_name(named[i], size, seed))
-    print(f"{len(wanted)} images in {options.out}")
-    return 0
-
-
-def said_beyond(pipeline: Any, sizes: Sequence[str], positions: Positions) -> str:
-    """How images of sizes beyond those trained on are made."""
-    own, trained = pipeline.transformer.architecture.rope, pipeline.card.max_tokens
-    rope = positions.apply(own, pipeline.card.square[0], pipeline.unit)
-    how = {"none": "left as they are"}.get(rope.extrapolation, f"scaled by {rope.extrapolation}")
-    scale = "" if rope.attention_scale == "none" else f", attention by {rope.attention_scale}"
-    restart = positions.restart_time(pipeline.is_flow)
-    grown = f"; grown from {trained} at time {restart:g}" if restart else ""
-    which = ", ".join(sizes[:3]) + ("…" if len(sizes) > 3 else "")
-    return f"{which}: more than the {trained} tokens trained on; positions are {how}{scale}{grown}"
-
-
-def subjects(pipeline: Any, options: Sample) -> tuple[list[str], dict[str, list[Any]]]:
-    """What to make images of: a name for the files of each, and the arguments of the pipeline.
-
-    Raises UserError for labels and prompts that the model does not take, or not together.
-    """
-    from fitv2.cli.saving import distinct_names
-
-    labels = list(dict.fromkeys(pipeline.get_label_ids(options.label)))
-    if options.prompt:
-        prompts = list(dict.fromkeys(options.prompt))
-        if len(labels) > 1:
-            raise UserError("one label goes with all prompts: give `label` once")
-        what: dict[str, list[Any]] = {"prompt": prompts}
-        if labels:
-            what["class_labels"] = labels * len(prompts)
-        if options.negative_prompt is not None:
-            what["negative_prompt"] = [options.negative_prompt] * len(prompts)
-        return distinct_names(tuple(prompts)), what
-    if options.negative_prompt is not None:
-        raise UserError("`negative_prompt` goes with `prompt`")
-    if "label" not in pipeline.transformer.architecture.conditions:
-        raise UserError("this model takes texts: give `prompt`")
-    names = distinct_names(pipeline.card.labels)
-    chosen = labels or list(range(len(names)))
-    return [names[i] for i in chosen], {"class_labels": chosen}
-
-
 def convert(options: Convert) -> int:
     """Run `fitv2 convert`."""
     from fitv2.conversion.convert import convert_checkpoint, convert_to_released
@@ -201,7 +125,7 @@ def convert(options: Convert) -> int:
         )
     kept, skipped = convert_latents(
         latents, options.out, autoencoder=options.autoencoder,
-        progress=lambda images, total: tqdm(images, "convert", total, unit="image"),
+        progress=lambda images, total: bar(iterable=images, desc="convert", total=total, unit="image"),
     )  # fmt: skip
     print(f"{options.out}: {kept} images")
     if not skipped:
@@ -257,6 +181,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "encode": (Encode, encode),
     "train": (Train, train),
     "sample": (Sample, sample),
+    "edit": (Edit, edit),
     "convert": (Convert, convert),
     "export": (Export, export),
     "inspect": (Inspect, inspect),
@@ -271,7 +196,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
 
 def checking(names: Iterable[str], total: int) -> Iterable[str]:
     """A bar over the files of a dataset."""
-    return tqdm(names, "check", total, unit="file", leave=False)
+    return bar(iterable=names, desc="check", total=total, unit="file", leave=False)
 
 
 def train_defaults(arguments: list[str]) -> Train:

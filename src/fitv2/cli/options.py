@@ -62,7 +62,9 @@ class Train:
 class Sample:
     """Make images: every label or prompt at every size, NUM of each.
 
-    A model of labels and texts takes one label with all prompts.
+    A model of labels and texts takes one label with all prompts. How a picture was made is written in its
+    PNG. Run the same command again to resume: what is there is not made again. Under torchrun all processes
+    share the work.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -79,12 +81,67 @@ class Sample:
     """Images of each label and size, with seeds SEED, SEED+1, …"""
     seed: int = 0
     """Seed of the first image."""
+    from_metadata: Path | None = None
+    """Make the picture in this PNG again: what it shows, its size, seed and settings are read from it."""
     out: Path = Path("samples")
     """Folder for the images, LABEL_HEIGHTxWIDTH_SEED.png, or PROMPT_…."""
+    grid: bool = False
+    """Also draw all of them on one sheet, OUT/grid.png."""
+    npz: bool = False
+    """Also write those of each size as OUT/HEIGHTxWIDTH.npz, for ADM's evaluator."""
     allow_download: bool = False
     """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
     precision: Precision = "float32"
     """Of the transformer. Where there are bfloat16 products they are two to three times as fast."""
+    guidance: Annotated[Guidance, tyro.conf.OmitArgPrefixes] = field(default_factory=Guidance)
+    positions: Annotated[Positions, tyro.conf.OmitArgPrefixes] = field(default_factory=Positions)
+    sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Make images from a picture: variations, a part made anew, a new shape, or what lies between two.
+
+    Without --mask, --canvas and --toward: variations of all of it. See docs/guides/editing.md.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A model as of `fitv2 sample`."""
+    picture: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
+    """An image file."""
+    prompt: str | None = None
+    """What to show, for a model of texts."""
+    label: str | None = None
+    """Name or number of a label."""
+    negative_prompt: str | None = None
+    """What guidance leads away from."""
+    strength: float | None = None
+    """How much of the picture is made anew, above 0 to 1: a little to all of it [default: 0.6; 1 with --mask
+    or --canvas]."""
+    mask: Path | None = None
+    """Picture of the same size, white where it is made anew; the rest stays to the last bit."""
+    canvas: str | None = None
+    """HEIGHTxWIDTH in pixels: lay the picture on a larger canvas, and paint what is around it."""
+    at: tuple[int, int] | None = None
+    """Row and column of its upper left corner on the canvas [default: the middle]."""
+    toward: Path | None = None
+    """A second picture: make NUM images on the way from one to the other."""
+    toward_prompt: str | None = None
+    """What the second picture shows [default: as the first]."""
+    size: str | None = None
+    """HEIGHTxWIDTH in pixels that the picture is brought to first [default: its own]."""
+    num: int = 4
+    """Images, with seeds SEED, SEED+1, …; with --toward steps of the way."""
+    seed: int = 0
+    """Seed of the first image."""
+    out: Path = Path("edited")
+    """Folder for the images."""
+    grid: bool = False
+    """Also draw all of them on one sheet, OUT/grid.png."""
+    allow_download: bool = False
+    """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
+    precision: Precision = "float32"
+    """As of `fitv2 sample`."""
     guidance: Annotated[Guidance, tyro.conf.OmitArgPrefixes] = field(default_factory=Guidance)
     positions: Annotated[Positions, tyro.conf.OmitArgPrefixes] = field(default_factory=Positions)
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)

@@ -16,7 +16,7 @@ import torch
 
 from fitv2 import __version__
 from fitv2.errors import UserError, reading
-from fitv2.evaluation.extract import Features, collect, extract, is_whole, write_npz
+from fitv2.evaluation.extract import Features, collect, extract, is_whole, write_pictures
 from fitv2.evaluation.features import Extractor, load_extractor
 from fitv2.evaluation.identity import settle
 from fitv2.evaluation.judged import How, Judged, JudgedModel, open_judged, shown_by
@@ -153,7 +153,7 @@ def conclude(
             draw_sheet(pairs, out / f"{name}_nearest.png", f"{title}, each beside the nearest real picture")
         if npz:
             own = as_statistics({key: RealFeatures(value) for key, value in features.values.items()})
-            write_npz(out / name, len(cell.pictures), out / f"{name}.npz", own)
+            write_pictures(out / name, len(cell.pictures), out / f"{name}.npz", own)
         sizes[name] = figures(features.values, real, asked, shown_by(beside.about, judged))
         references[name] = beside.about.brief | {"pictures_judged": len(features.numbers)}
         if isinstance(judged, JudgedModel):

@@ -6,7 +6,6 @@ that is there needs no doing again.
 
 import hashlib
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from fitv2.errors import UserError, reading
 from fitv2.evaluation.features import Extractor
 from fitv2.evaluation.pictures import Pictures
 from fitv2.runtime.files import atomic_file
+from fitv2.runtime.npz import write_npz
 
 PIECE = 64
 WAIT = 0.5  # seconds between looks for the pieces of other processes
@@ -62,7 +62,7 @@ def extract(
 ) -> None:
     """Do this process's share of the pieces that are not yet in `folder`; `place` is which, of how many.
 
-    With `pixels` all pictures are kept, for `write_npz`.
+    With `pixels` all pictures are kept, for `write_pictures`.
     """
     rank, world = place
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,23 +134,17 @@ def wait_for(folder: Path, count: int) -> Features:
     return collect(folder, count)
 
 
-def write_npz(folder: Path, count: int, out: Path, also: dict[str, np.ndarray]) -> None:
-    """Write all pictures as `arr_0` of an npz, uint8 (N, H, W, 3), piece by piece: 50,000 have 10 GB.
-
-    `also` are further arrays.
-    """
+def write_pictures(folder: Path, count: int, out: Path, also: dict[str, np.ndarray]) -> None:
+    """Write all pictures as `arr_0` of an npz, uint8 (N, H, W, 3); `also` are further arrays."""
     paths, shapes = piece_paths(folder, count), []
     for path in paths:
         with safe_open(path, "numpy") as file:
             shapes.append(file.get_slice(PIXELS).get_shape())
     full = [shape for shape in shapes if shape[0]]
-    header = {"descr": "|u1", "fortran_order": False, "shape": (sum(n for n, *_ in full), *full[0][1:])}
-    with atomic_file(out) as scratch, zipfile.ZipFile(scratch, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(member, header)
-            for path in paths:
-                with safe_open(path, "numpy") as file:
-                    member.write(file.get_tensor(PIXELS).tobytes())
-        for name, array in also.items():
-            with archive.open(f"{name}.npy", "w") as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+    write_npz(out, (sum(n for n, *_ in full), *full[0][1:]), map(pixels_of, paths), also)
+
+
+def pixels_of(path: Path) -> bytes:
+    """The pixels of a piece."""
+    with safe_open(path, "numpy") as file:
+        return file.get_tensor(PIXELS).tobytes()

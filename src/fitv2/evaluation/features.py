@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from fitv2.checkpoint import weights_digest
 from fitv2.errors import UserError, in_one_line, nearest
-from fitv2.evaluation.identity import weights_digest
 
 EFFICIENTNET_AREA = 224 * 224  # what it was trained on; it takes any shape
 DINOV2_SIDE = 224

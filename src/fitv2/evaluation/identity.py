@@ -1,12 +1,8 @@
-"""What tells two evaluations apart: digests of weights and files, and a note of them in a folder."""
+"""What tells two evaluations apart: a note in their folder."""
 
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from fitv2.errors import UserError
 from fitv2.runtime.files import write_json
@@ -14,16 +10,6 @@ from fitv2.runtime.serialization import read_json
 
 SETTINGS = "settings.json"
 WAIT, PATIENCE = 0.5, 600.0  # seconds between looks for another process's note; until it has to be there
-
-
-def weights_digest(*modules: nn.Module | None) -> str:
-    """The SHA-256 of the weights of some modules, in the order of their names."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()) if module is not None else ():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def settle(folder: Path, about: dict[str, Any], begins: bool = True) -> None:

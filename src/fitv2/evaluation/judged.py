@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from fitv2.checkpoint import CARD, SHIPPED
+from fitv2.checkpoint import CARD, SHIPPED, weights_digest
 from fitv2.config import OUTPUTS, Guidance, Positions, Sampling
 from fitv2.errors import UserError
-from fitv2.evaluation.identity import weights_digest
 from fitv2.evaluation.pictures import Batch, Made, Pictures, Subject, draw_labels
 from fitv2.evaluation.reference import About, Collection, size_name
 from fitv2.evaluation.settings import Evaluation

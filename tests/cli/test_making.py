@@ -1,0 +1,150 @@
+"""`fitv2 sample` and `fitv2 edit`: resumable, told in the picture, shared by processes."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import picture
+from fitv2.cli.commands import main
+from fitv2.evaluation.pictures import Batch
+from fitv2.sampling.recipe import read_recipe
+
+
+def fitv2(capsys, *arguments):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["fitv2", *map(str, arguments)])
+        main()
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+QUICK = ("--steps", 2)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_picture_is_made_again_from_what_it_says(pixel_model, here, capsys):
+    options = ("--label", "red", "--size", "12x20", "--seed", 7, "--guidance-scale", 2, *QUICK)
+    assert fitv2(capsys, "sample", pixel_model, *options, "--out", "first")[0] == 0
+    source = here / "first" / "red_12x20_7.png"
+    assert read_recipe(source).label == "red"
+    assert fitv2(capsys, "sample", pixel_model, "--from-metadata", source, "--out", "again")[0] == 0
+    assert files(here / "first") == files(here / "again")
+    status, _, said = fitv2(capsys, "sample", pixel_model, "--from-metadata", source, "--label", "red")
+    assert (status, "--from-metadata says what to show" in said) == (2, True)
+
+
+def test_other_weights_are_said(pixel_model, here, capsys):
+    assert fitv2(capsys, "sample", pixel_model, "--label", "red", *QUICK, "--out", "first")[0] == 0
+    source = here / "first" / "red_16x16_0.png"
+    _, _, said = fitv2(capsys, "sample", "clipart", "--from-metadata", source, "--out", "again")
+    assert "was made by other weights" in said or "unknown label" in said
+
+
+def test_what_is_there_is_not_made_again_and_what_differs_is(pixel_model, here, capsys):
+    options = ("sample", pixel_model, "--num", 3, "--size", "8x8", "--out", "out")
+    assert fitv2(capsys, *options, *QUICK)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in (here / "out").iterdir()}
+    assert len(before) == 6
+    assert fitv2(capsys, *options, *QUICK)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in (here / "out").iterdir()} == before
+    whole = files(here / "out")
+    (here / "out" / "red_8x8_1.png").unlink()
+    assert fitv2(capsys, *options, *QUICK)[0] == 0
+    assert files(here / "out") == whole
+    assert fitv2(capsys, *options, "--steps", 3)[0] == 0
+    assert files(here / "out").keys() == whole.keys()
+    assert not set(files(here / "out").values()) & set(whole.values())
+
+
+def test_a_sheet_and_a_batch_for_adm_s_evaluator(pixel_model, here, capsys):
+    assert fitv2(capsys, "sample", pixel_model, "--size", "8x8", "--size", "4x12", *QUICK, "--grid", "--npz",
+                 "--out", "out")[0] == 0  # fmt: skip
+    assert Image.open(here / "out" / "grid.png").width > 24
+    batch = Batch(here / "out" / "4x12.npz")
+    assert (len(batch), batch.pixels) == (2, (4, 12))
+    blue = np.asarray(Image.open(here / "out" / "blue_4x12_0.png"))
+    assert np.array_equal(np.asarray(batch.read(range(1))[0]), blue)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_run_again_the_same_files(pixel_model, here, capsys, processes):
+    """In blocks of a few images, so that the work can be cut off in the middle."""
+    options = ["sample", str(pixel_model), "--num", "30", "--size", "64x64", "--steps", "2"]
+    assert fitv2(capsys, *options, "--out", "whole")[0] == 0
+    code = "import os; from fitv2.cli.commands import main; main()"
+    running = subprocess.Popen([sys.executable, "-c", code, *options, "--out", "out"], cwd=here)
+    while running.poll() is None and len(files(here / "out")) < 8:
+        pass
+    running.kill()
+    running.wait()
+    assert 8 <= len(files(here / "out")) < 60
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+         "-m", "--", "fitv2", *options, "--out", "out"],
+        cwd=here, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert files(here / "out") == files(here / "whole")
+
+
+@pytest.fixture
+def photo(here):
+    picture(16, 12).save(here / "photo.png")
+    mask = Image.new("L", (16, 12))
+    mask.paste(255, (0, 0, 16, 6))
+    mask.save(here / "mask.png")
+    return here / "photo.png"
+
+
+def test_a_part_is_made_anew(pixel_model, photo, here, capsys):
+    options = ("edit", pixel_model, photo, "--label", "red", "--mask", "mask.png", "--num", 2, *QUICK)
+    assert fitv2(capsys, *options, "--grid")[0] == 0
+    assert sorted(files(here / "edited")) == ["grid.png", "photo-red_12x16_0.png", "photo-red_12x16_1.png"]
+    made = np.asarray(Image.open(here / "edited" / "photo-red_12x16_0.png"))
+    assert np.array_equal(made[6:], np.asarray(Image.open(photo))[6:])
+    assert not np.array_equal(made[:6], np.asarray(Image.open(photo))[:6])
+    assert read_recipe(here / "edited" / "photo-red_12x16_0.png").edited["mask"]
+    status, _, said = fitv2(
+        capsys, "sample", pixel_model, "--from-metadata", here / "edited" / "photo-red_12x16_0.png"
+    )
+    assert (status, "was made from another picture" in said) == (2, True)
+
+
+def test_a_picture_on_a_larger_canvas(pixel_model, photo, here, capsys):
+    options = ("--label", "red", "--canvas", "16x32", "--at", 2, 9, "--num", 1, *QUICK)
+    assert fitv2(capsys, "edit", pixel_model, photo, *options)[0] == 0
+    made = np.asarray(Image.open(here / "edited" / "photo-red_16x32_0.png"))
+    assert np.array_equal(made[2:14, 9:25], np.asarray(Image.open(photo)))
+
+
+def test_from_one_picture_to_another(pixel_model, photo, here, capsys):
+    picture(20, 20, 1).save(here / "other.png")
+    options = ("--toward", "other.png", "--num", 3, "--label", "red", "--steps", 4)
+    assert fitv2(capsys, "edit", pixel_model, photo, *options)[0] == 0
+    assert sorted(files(here / "edited")) == [f"photo-red_12x16_{i}.png" for i in range(3)]
+    assert read_recipe(here / "edited" / "photo-red_12x16_1.png").edited["share"] == 0.5
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--mask", "mask.png", "--canvas", "64x64"], "give --mask or --canvas"),
+    (["--at", "1", "2"], "--at goes with --canvas"),
+    (["--canvas", "8x8"], "does not lie on a canvas of 8x8"),
+    (["--toward", "photo.png", "--strength", "0.5"], "--toward goes without"),
+    (["--mask", "nothing.png"], "nothing.png is no picture that can be read"),
+    (["--strength", "2"], "--strength is 2"),
+    (["--label", "green"], "unknown label 'green'"),
+])  # fmt: skip
+def test_what_does_not_fit_is_one_line(pixel_model, photo, capsys, options, said):
+    status, _, error = fitv2(capsys, "edit", pixel_model, photo, *options)
+    assert (status, said in error) == (2, True), error
