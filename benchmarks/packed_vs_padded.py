@@ -33,7 +33,8 @@ from fitv2.encoding.images import resized
 from fitv2.model import EPS, Attention, Block, FiT, SwiGLU
 from fitv2.rope import rotation
 from fitv2.runtime.rng import generator
-from fitv2.sampling.generate import Request, cut_into_packs, default_tokens_per_pack
+from fitv2.sampling.generate import cut_into_packs, default_tokens_per_pack
+from fitv2.sampling.requests import Request
 from fitv2.tokens import Layout, Size
 
 # The commonest sizes of ImageNet's training pictures, with about their shares of it; the rest is

@@ -33,10 +33,10 @@ from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError, nearest
 from fitv2.model import FiT
 from fitv2.runtime.serialization import read_json
-from fitv2.sampling.generate import Request, generate
+from fitv2.sampling.generate import generate
 from fitv2.sampling.generate import invert as invert_requests
 from fitv2.sampling.growth import Growth
-from fitv2.sampling.requests import Wanted
+from fitv2.sampling.requests import Request, Wanted
 from fitv2.text_encoder import TextEncoder, caption_of, load_text_encoder
 
 INDEX = "model_index.json"
@@ -223,6 +223,7 @@ class FiTPipeline(DiffusionPipeline):
         positions: Positions = Positions(),  # noqa: B008
         tokens_per_pack: int | None = None,
         progress: Callable[[float], None] | None = None,
+        watch: Callable[[int, Callable[[], list[Image.Image]]], None] | None = None,
     ) -> Iterator[Image.Image]:
         """Make images as `__call__` does, and give them one after another, as soon as each pack is done.
 
@@ -238,6 +239,8 @@ class FiTPipeline(DiffusionPipeline):
             positions: how positions are scaled, and how images beyond the trained size are made.
             tokens_per_pack: how many tokens are computed together.
             progress: called with the share done [default: a bar].
+            watch: called at every evaluation with the number of the first image of those that are being made,
+                and a function that gives what they look like so far. What it raises ends the making.
         """
         wanted = Wanted(
             class_labels=class_labels, height=height, width=width, prompt=prompt,
@@ -250,10 +253,16 @@ class FiTPipeline(DiffusionPipeline):
         model = self.transformer if rope == own else self.transformer.with_rope(rope)
         if guidance.guidance_scale is None:
             guidance = replace(guidance, guidance_scale=self.card.guidance)
+
+        def see(first: int, show: Callable[[], list[Tensor]]) -> None:
+            if watch:
+                watch(first, lambda: [to_image(made) for made in show()])
+
         with _Progress(self, progress) as report:
             pixels = generate(
                 model, self.autoencoder, requests, guidance, sampling, tokens_per_pack=tokens_per_pack,
                 growth=Growth(self.card.max_tokens, positions.restart_time(self.is_flow)), progress=report,
+                watch=watch and see,
             )  # fmt: skip
             for made in pixels:
                 yield to_image(made)

@@ -17,7 +17,8 @@ from fitv2.model import FiT
 from fitv2.pipeline import FiTPipeline, to_image
 from fitv2.presets import PRESETS
 from fitv2.runtime.rng import generator
-from fitv2.sampling.generate import Request, generate
+from fitv2.sampling.generate import generate
+from fitv2.sampling.requests import Request
 
 
 def fitv2(capsys, *arguments):

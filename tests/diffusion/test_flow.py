@@ -5,6 +5,7 @@ from conftest import noise_of
 from fitv2.conditioning import Condition
 from fitv2.config import Architecture, Sampling, Training
 from fitv2.diffusion.flow import MIN_TIME_TO_DATA, PREDICTIONS, WEIGHTS, Flow, logit_normal, uniform
+from fitv2.diffusion.noise import Known
 from fitv2.diffusion.paths import PATHS
 from fitv2.errors import UserError
 from fitv2.runtime.rng import generator
@@ -222,3 +223,27 @@ def test_a_model_that_knows_the_data_makes_them(flow, solver):
     made = flow.generate(known, point.layout, point.noise_TC, rngs, Sampling(solver), seen.append)
     torch.testing.assert_close(made, point.data_TC, rtol=1e-4, atol=1e-4)
     assert seen[-1] == 1
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=names)
+def test_the_expected_data_of_a_perfect_velocity_are_the_data(flow):
+    point = sample(flow)
+    data_TC = flow.expected_data(true_velocity(flow, point), point.x_TC, times_of(point))
+    torch.testing.assert_close(data_TC, point.data_TC, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=names)
+def test_what_is_known_stays_on_its_path_whatever_the_model_says(flow):
+    point = sample(flow, (0.4, 0.4, 0.4))
+    where_TC = torch.arange(point.data_TC.numel()).reshape(point.data_TC.shape) % 3 == 0
+    seen = []
+
+    def output(x_TC, t_B):
+        seen.append(x_TC)
+        return torch.zeros_like(x_TC)
+
+    velocity = flow.follow_around(output, point.layout, Known(where_TC, point.data_TC, point.noise_TC))
+    found = velocity(torch.zeros_like(point.x_TC), torch.tensor(0.4))
+    torch.testing.assert_close(seen[0][where_TC], point.x_TC[where_TC])
+    torch.testing.assert_close(found[where_TC], true_velocity(flow, point)[where_TC])
+    assert (seen[0][~where_TC] == 0).all()

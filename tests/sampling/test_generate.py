@@ -10,13 +10,8 @@ from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.pipeline import to_image
 from fitv2.runtime.rng import generator
-from fitv2.sampling.generate import (
-    Request,
-    crop_evenly,
-    cut_into_packs,
-    decode,
-    generate,
-)
+from fitv2.sampling.generate import cut_into_packs, generate
+from fitv2.sampling.requests import Request
 
 UNIT = 4  # pixels a token of these models
 SIZES = [(2, 2), (1, 4), (3, 2), (2, 2)]
@@ -89,13 +84,6 @@ def test_any_size_is_the_middle_of_the_next_larger_grid(pixel_model):
         torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-3)
     assert [one.grid(UNIT) for one in requests] == [(2, 3)] * 4
     assert request(0, (1, 9), 0).grid(UNIT) == (1, 3)
-
-
-def test_what_is_cut_is_as_much_on_either_side():
-    image = torch.arange(6 * 7).reshape(1, 6, 7).expand(3, 6, 7)
-    assert torch.equal(crop_evenly(image, (6, 7)), image)
-    assert torch.equal(crop_evenly(image, (4, 3)), image[:, 1:5, 2:5])
-    assert torch.equal(crop_evenly(image, (3, 6)), image[:, 1:4, :6])  # of an odd number the more at the end
 
 
 def test_same_call_same_bytes(pixel_model):
@@ -172,15 +160,33 @@ def test_a_perfect_prediction_of_the_data_is_reached(solver):
         assert (picture == round(1.2 * 127.5)).all()
 
 
+def test_what_the_images_become_is_seen_on_the_way(pixel_model, ddpm_model):
+    """At the last evaluation of Euler's method it is the image."""
+    wanted, seen = [(i, size, i) for i, size in enumerate(SIZES)], []
+
+    def watch(first, show):
+        seen.append((first, show()))
+
+    made = tensors(pixel_model, wanted, solver="euler", tokens_per_pack=8, watch=watch)
+    assert [first for first, _ in seen] == [0] * 4 + [2] * 4 + [3] * 4
+    for first, last in seen[3::4]:
+        for one, other in zip(last, made[first:], strict=False):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    seen.clear()
+    tensors(ddpm_model, wanted[:1], solver="ddim", watch=watch)
+    assert not seen
+
+
+def test_what_watches_can_end_it(pixel_model):
+    def watch(first, show):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        tensors(pixel_model, [(0, (2, 2), 0)], watch=watch)
+
+
 def test_an_image_that_is_not_finite_is_an_error():
     model = FiT(**SHAPE).eval()
     torch.nn.init.constant_(model.head.out.bias, torch.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
         tensors(model, [(0, (1, 1), 0)])
-
-
-def test_decoding_rounds_to_the_nearest_level():
-    levels = torch.arange(256).reshape(1, 1, 256).expand(3, 1, 256) / 127.5 - 1
-    (made,) = decode([levels.permute(1, 2, 0)], Pixels(), 1)
-    assert made.dtype == torch.float32
-    assert (np.array(to_image(made))[0, :, 0] == np.arange(256)).all()

@@ -9,8 +9,9 @@ from fitv2.config import Guidance, Sampling
 from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.runtime.rng import generator
-from fitv2.sampling.generate import Request, generate
+from fitv2.sampling.generate import generate
 from fitv2.sampling.growth import Growth, enlarge, within
+from fitv2.sampling.requests import Request
 
 SHAPE = {"depth": 1, "width": 32, "heads": 2, "patch_size": 2, "in_channels": 3, "num_classes": 2}
 

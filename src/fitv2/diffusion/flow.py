@@ -239,6 +239,12 @@ class Flow:
         """The velocity that an output stands for at each token's time, (T, C) float32."""
         return PREDICTIONS[self.prediction].velocity(self.path, output_TC.float(), x_TC, t_T1)
 
+    def expected_data(self, velocity_TC: Tensor, x_TC: Tensor, t_T1: Tensor) -> Tensor:
+        """The data to which a straight line of the path through `x_TC` with this velocity leads, (T, C)."""
+        alpha, sigma = self.path.coefficients(t_T1)
+        alpha_rate, sigma_rate = self.path.derivatives(t_T1)
+        return (sigma_rate * x_TC - sigma * velocity_TC) / (alpha * sigma_rate - sigma * alpha_rate)
+
     def score(self, velocity_TC: Tensor, x_TC: Tensor, t_T1: Tensor) -> Tensor:
         """∇ log p_t(x) of the field with this velocity, (T, C); infinite at t = 1."""
         return score(self.path, velocity_TC, x_TC, t_T1)

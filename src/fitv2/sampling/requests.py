@@ -1,4 +1,4 @@
-"""What a pipeline is called with, as requests: one for each image."""
+"""Images to make, one request each, and what a pipeline is called with as such."""
 
 from __future__ import annotations
 
@@ -11,14 +11,54 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from fitv2.conditioning import Condition
+from fitv2.conditioning import Condition, Text
 from fitv2.errors import UserError
 from fitv2.limits import MAX_TOKENS, check_limit
 from fitv2.sampling.editing import Edit, resize, to_mask, to_pixels
-from fitv2.sampling.generate import Request
+from fitv2.sampling.growth import Growth
+from fitv2.tokens import Size
 
 STRENGTH = 0.6  # of a variation: what it shows stays, how it looks changes
 Conditions = Callable[[Sequence[Any], Sequence[str | None]], list[Condition]]  # of labels and prompts
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One image to make. The same request gives the same image, whatever is made beside it."""
+
+    condition: Condition  # of one image
+    pixels: tuple[int, int]  # height, width
+    generator: Generator
+    negative: Condition | None = None  # what guidance leads away from [default: nothing in particular]
+    edit: Edit | None = None  # the picture, of these pixels, that it is made from
+    noise: Tensor | None = None  # (rows, columns, C) [default: drawn by the generator]
+
+    def grid(self, unit: int) -> Size:
+        """The smallest grid of tokens of `unit` pixels that covers the image."""
+        height, width = self.pixels
+        return -(-height // unit), -(-width // unit)
+
+    def length(self, unit: int) -> int:
+        """Tokens of its text and of the image."""
+        rows, columns = self.grid(unit)
+        text = self.condition.values.get("text")
+        return rows * columns + (sum(text.lengths) if isinstance(text, Text) else 0)
+
+    def covering(self, unit: int) -> Edit | None:
+        """The picture that it is made from, on its whole grid."""
+        rows, columns = self.grid(unit)
+        return self.edit and self.edit.covering((rows * unit, columns * unit))
+
+    def way(self, growth: Growth | None, unit: int) -> tuple[bool, float]:
+        """Whether it grows, and the time from which it is made: what has to be alike in a pack.
+
+        A picture that is there from a later time on than growth's has its size already.
+        """
+        start = self.edit.start if self.edit else 0.0
+        grows = bool(
+            growth and growth.applies(self.grid(unit)) and start < growth.time and self.noise is None
+        )
+        return grows, start
 
 
 @dataclass(frozen=True, kw_only=True)
