@@ -115,6 +115,10 @@ LIMITS = {
     "height": Range(1, MAX_SIDE),
     "Recipe.width": Range(1, MAX_SIDE),
     "at": Range(0, MAX_SIDE),
+    "port": Range(1, 65_535),
+    "max_side": Range(16, MAX_SIDE),
+    "max_images": Range(1, 1_000),
+    "queue": Range(1, 10_000),
     "strength": Range(0, 1, above=True),
     "samples": Range(0, 10_000),
     # Evaluation

@@ -24,7 +24,7 @@ def test_every_option_says_what_it_does(command):
 
 def test_commands():
     names = {
-        "Convert", "Demo", "Edit", "Encode", "Evaluate", "Export", "Flops", "Inspect", "Sample",
+        "App", "Convert", "Demo", "Edit", "Encode", "Evaluate", "Export", "Flops", "Inspect", "Sample",
         "StudyConvergence", "StudyScaling", "StudySizes", "Train",
     }  # fmt: skip
     assert {kind.__name__ for kind in COMMANDS} == names

@@ -39,10 +39,18 @@ def test_one_generator_gives_each_image_its_own_seed():
     assert first.generator.initial_seed() != second.generator.initial_seed()
 
 
+def test_generators_alone_say_how_many_images_there_are():
+    found = requests(3, class_labels=1, height=8, width=8)
+    seeds = [generator(i).initial_seed() for i in range(3)]
+    assert [request.generator.initial_seed() for request in found] == seeds
+    with pytest.raises(UserError, match="2 generators for 3 images"):
+        requests(2, class_labels=[0, 1, 2])
+
+
 def test_latents_of_one_image_are_one_value():
     assert len(listed(torch.zeros(2, 3, 4))) == 1
     assert len(listed(torch.zeros(3))) == 3
-    assert broadcast(a=[1, 2], b="x") == [[1, 2], ["x", "x"]]
+    assert broadcast(1, a=[1, 2], b="x") == [[1, 2], ["x", "x"]]
 
 
 @pytest.mark.parametrize(("wanted", "said"), [

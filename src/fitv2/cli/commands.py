@@ -12,9 +12,10 @@ from typing import Any
 import tyro
 
 from fitv2 import __version__
-from fitv2.cli.making import edit, sample
+from fitv2.cli.making import app, edit, sample
 from fitv2.cli.measuring import evaluate, flops, study_convergence, study_scaling, study_sizes
 from fitv2.cli.options import (
+    App,
     Convert,
     Demo,
     Edit,
@@ -182,6 +183,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "train": (Train, train),
     "sample": (Sample, sample),
     "edit": (Edit, edit),
+    "app": (App, app),
     "convert": (Convert, convert),
     "export": (Export, export),
     "inspect": (Inspect, inspect),

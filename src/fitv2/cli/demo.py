@@ -8,7 +8,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image
 
-from fitv2.cli.saving import distinct_names, file_name, save_image
 from fitv2.config import Encoding, Positions, Sampling, Training
 from fitv2.encoding.encode import encode
 from fitv2.errors import UserError
@@ -18,6 +17,7 @@ from fitv2.presets import preset
 from fitv2.runtime.device import default_device
 from fitv2.runtime.files import atomic_file
 from fitv2.runtime.rng import generator
+from fitv2.sampling.saving import distinct_names, file_name, save_image
 from fitv2.tokens import Size
 from fitv2.training.trainer import train
 

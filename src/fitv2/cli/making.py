@@ -1,12 +1,14 @@
-"""The commands that make images: `sample`, `edit`."""
+"""The commands that make images: `sample`, `edit`, `app`."""
 
+import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fitv2.cli.options import Edit, Sample
+from fitv2.cli.options import App, Edit, Sample
 from fitv2.cli.progress import share_bar
 from fitv2.config import Positions
 from fitv2.errors import UserError
@@ -56,6 +58,23 @@ def edit(options: Edit) -> int:
     return make_all(pipeline, jobs, options)
 
 
+def app(options: App) -> int:
+    """Run `fitv2 app`."""
+    from fitv2.app.page import serve
+    from fitv2.app.studio import Bounds, Studio
+    from fitv2.pipeline import FiTPipeline
+    from fitv2.runtime.device import default_device
+
+    pipeline = FiTPipeline.from_pretrained(options.model, allow_download=options.allow_download)
+    bounds = Bounds(max_side=options.max_side, max_images=options.max_images)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as with Ctrl-C: the folder is removed
+    with tempfile.TemporaryDirectory(prefix="fitv2-") as scratch:
+        folder = (options.out or Path(scratch)).resolve()
+        studio = Studio(pipeline.to(default_device()), options.model, folder, bounds)
+        serve(studio, host=options.host, port=options.port, queue=options.queue)
+    return 0
+
+
 def open_pipeline(options: Sample | Edit) -> "tuple[FiTPipeline, str]":
     """The pipeline of a model, and the digest of its weights."""
     from fitv2.checkpoint import weights_digest
@@ -72,8 +91,8 @@ def open_pipeline(options: Sample | Edit) -> "tuple[FiTPipeline, str]":
 
 def plan(options: Sample, pipeline: "FiTPipeline", weights: str) -> list[Job]:
     """Every label or prompt at every size, `num` of each."""
-    from fitv2.cli.saving import file_name
     from fitv2.encoding.images import parse_size
+    from fitv2.sampling.saving import file_name
 
     chosen = [parse_size(text[:32]) for text in options.size]  # a longer one is too large in any case
     for size in chosen:
@@ -112,7 +131,7 @@ def subjects(pipeline: "FiTPipeline", options: Sample) -> list[tuple[str, int | 
 
     Raises UserError for labels and prompts that the model does not take, or not together.
     """
-    from fitv2.cli.saving import distinct_names
+    from fitv2.sampling.saving import distinct_names
 
     labels = list(dict.fromkeys(pipeline.get_label_ids(options.label)))
     if options.prompt:
@@ -131,8 +150,8 @@ def subjects(pipeline: "FiTPipeline", options: Sample) -> list[tuple[str, int | 
 
 def again(options: Sample, source: Path, pipeline: "FiTPipeline", weights: str) -> Job:
     """The picture `source`, to be made again. Raises UserError for one that was edited."""
-    from fitv2.cli.saving import distinct_names, file_name
     from fitv2.sampling.recipe import read_recipe
+    from fitv2.sampling.saving import distinct_names, file_name
 
     if options.label or options.prompt or options.size or options.negative_prompt is not None:
         raise UserError(
@@ -218,7 +237,7 @@ def label_of(options: Edit, pipeline: "FiTPipeline") -> str | None:
 
 def edit_name(options: Edit, recipe: "Recipe") -> str:
     """PICTURE_HEIGHTxWIDTH_SEED.png."""
-    from fitv2.cli.saving import distinct_names, file_name
+    from fitv2.sampling.saving import distinct_names, file_name
 
     said = "-".join(part for part in (options.picture.stem, recipe.prompt or recipe.label) if part)
     return file_name(distinct_names((said,))[0], (recipe.height, recipe.width), recipe.seed)

@@ -148,6 +148,32 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class App:
+    """Open a page in the browser: prompts, sizes, editing.
+
+    Others can reach it with --host 0.0.0.0 alone; then put it behind a server that knows its visitors. See
+    docs/guides/app.md.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "emoji"
+    """A model as of `fitv2 sample`."""
+    host: str = "127.0.0.1"
+    """Address that is listened at; this one is reached from this machine alone."""
+    port: int = 7860
+    """Port."""
+    max_side: int = 512
+    """Longest side of a picture, in pixels."""
+    max_images: int = 16
+    """Pictures at once."""
+    queue: int = 32
+    """Orders that wait; further ones are refused."""
+    out: Path | None = None
+    """Folder for the pictures [default: one that goes with the page]."""
+    allow_download: bool = False
+    """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
+
+
+@dataclass(frozen=True)
 class Convert:
     """Turn a released checkpoint or released latents into a folder of ours, or a model back.
 

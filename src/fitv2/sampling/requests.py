@@ -87,7 +87,7 @@ class Wanted:
         Raises UserError for what does not fit.
         """
         labels, heights, widths, prompts, negatives, images, masks, strengths, noises = broadcast(
-            **vars(self)
+            len(generator) if isinstance(generator, Sequence) else 1, **vars(self)
         )
         own = [(side, side) if image is None else (image.height, image.width) for image in images]
         sizes = [
@@ -125,10 +125,11 @@ def _edit(
     return Edit(pixels, anew, (STRENGTH if mask is None else 1.0) if strength is None else strength)
 
 
-def broadcast(**values: Any) -> list[list[Any]]:
-    """Lists of one length; a single value, or a list of one, serves all. Raises UserError."""
+def broadcast(fewest: int, /, **values: Any) -> list[list[Any]]:
+    """Lists of one length; where all have a single value, of the length `fewest`. Raises UserError."""
     lists = [listed(value) for value in values.values()]
-    count = max(map(len, lists))
+    most = max(map(len, lists))
+    count = fewest if most == 1 else most
     if 0 in map(len, lists) or {len(one) for one in lists} - {1, count}:
         given = [f"{len(one)} of {name}" for (name, v), one in zip(values.items(), lists, strict=True)
                  if v is not None]  # fmt: skip

@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from fitv2.cli.saving import distinct_names, file_name, save_image
+from fitv2.sampling.saving import distinct_names, file_name, save_image
 
 
 def names_of(*labels):

@@ -1,0 +1,1 @@
+"""The page in a browser; it calls the pipeline alone."""

@@ -1,0 +1,249 @@
+"""What the page does, without the page: orders become pictures, one order after another."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Queue
+from threading import Event, Lock, Thread
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from fitv2.checkpoint import weights_digest
+from fitv2.config import Guidance, Positions, Sampling
+from fitv2.errors import UserError
+from fitv2.pipeline import FiTPipeline
+from fitv2.runtime.rng import generator
+from fitv2.sampling.editing import place, to_mask
+from fitv2.sampling.recipe import Recipe, save_picture
+from fitv2.sampling.saving import distinct_names, file_name
+
+PREVIEW_EVERY = 1.0  # seconds
+BY_ITSELF = "automatic"
+EXTRAPOLATIONS = (BY_ITSELF, "none", "pi", "ntk", "ntk-by-parts", "yarn")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a visitor may ask for at most."""
+
+    max_side: int = 512
+    max_images: int = 16
+    max_steps: int = 100
+    max_tokens: int = 8_192  # of all images of an order together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a visitor asks for."""
+
+    prompt: str = ""
+    label: str = ""
+    negative_prompt: str = ""
+    height: int
+    width: int
+    count: int = 1
+    guidance_scale: float = 1.5
+    steps: int = 25
+    seed: int = 0
+    extrapolation: str = BY_ITSELF
+    given: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the pipeline for a picture that is edited: `image`, `mask_image`, `strength`."""
+    edited: dict[str, str | float | None] | None = None
+    """What the recipe says of it."""
+
+
+class Shown(NamedTuple):
+    """How far an order is."""
+
+    pictures: Sequence[Path | Image.Image]  # done, then previews
+    done: int
+    share: float
+
+
+class VisitorLeftError(Exception):
+    """The visitor has gone."""
+
+
+class Studio:
+    """A model that takes orders; pictures go to a folder, each with its recipe."""
+
+    def __init__(
+        self,
+        pipeline: FiTPipeline,
+        model: str,
+        folder: Path,
+        bounds: Bounds = Bounds(),
+    ) -> None:
+        self.pipeline, self.model, self.folder, self.bounds = pipeline, model, folder, bounds
+        self.weights = weights_digest(pipeline.transformer, pipeline.vae)
+        self.turn = Lock()
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the model takes prompts."""
+        return "text" in self.pipeline.transformer.architecture.conditions
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of its labels, each once."""
+        known = "label" in self.pipeline.transformer.architecture.conditions
+        return list(dict.fromkeys(self.pipeline.card.labels)) if known else []
+
+    @property
+    def side(self) -> int:
+        """Of the largest square it was trained on, in pixels."""
+        return self.pipeline.card.square[0] * self.pipeline.unit
+
+    def recipes(self, order: Order) -> list[Recipe]:
+        """What is to be made. Raises UserError for what is out of bounds."""
+        bounds, unit = self.bounds, self.pipeline.unit
+        for name, value, most in (
+            ("the height", order.height, bounds.max_side), ("the width", order.width, bounds.max_side),
+            ("the number of pictures", order.count, bounds.max_images),
+            ("the number of steps", order.steps, bounds.max_steps),
+        ):  # fmt: skip
+            if not 1 <= value <= most or value != int(value):
+                raise UserError(f"{name} can be 1 to {most}, not {value}")
+        tokens = order.count * -(-order.height // unit) * -(-order.width // unit)
+        if tokens > bounds.max_tokens:
+            raise UserError(
+                f"these pictures have {tokens} tokens together, and {bounds.max_tokens} is the most here:"
+                " ask for fewer or smaller ones"
+            )
+        if order.extrapolation not in EXTRAPOLATIONS:
+            raise UserError(f"extrapolation can be {', '.join(EXTRAPOLATIONS)}")
+        own = order.extrapolation == BY_ITSELF
+        if not self.takes_text and not order.label:
+            raise UserError("choose a label")
+        return [
+            Recipe.of(
+                self.pipeline, model=self.model, weights=self.weights, label=order.label or None,
+                prompt=order.prompt if self.takes_text else None,
+                negative_prompt=order.negative_prompt or None, height=int(order.height),
+                width=int(order.width), seed=int(order.seed) + i, precision="float32",
+                guidance=Guidance(float(order.guidance_scale)),
+                sampling=Sampling(steps=int(order.steps)),
+                positions=Positions() if own else Positions(order.extrapolation), edited=order.edited,
+            )
+            for i in range(int(order.count))
+        ]  # fmt: skip
+
+    def make(self, order: Order) -> Iterator[Shown]:
+        """Pictures as they come, with previews between. Leaving the iterator ends the work.
+
+        Raises UserError for what the model or this place does not make.
+        """
+        recipes = self.recipes(order)
+        folder = self.folder / secrets.token_hex(8)
+        told: Queue[Shown | BaseException | None] = Queue()
+        left = Event()
+        worker = Thread(target=self._work, args=(order, recipes, folder, told.put, left.is_set), daemon=True)
+        worker.start()
+        try:
+            while (found := told.get()) is not None:
+                if isinstance(found, BaseException):
+                    raise found
+                yield found
+        finally:
+            left.set()
+            worker.join()
+
+    def _work(
+        self,
+        order: Order,
+        recipes: Sequence[Recipe],
+        folder: Path,
+        tell: Callable[[Shown | BaseException | None], None],
+        has_left: Callable[[], bool],
+    ) -> None:
+        """Make the pictures of recipes, and tell of each; in the end None, or what went wrong."""
+        try:
+            with self.turn:
+                self._make(order, recipes, folder, tell, has_left)
+        except VisitorLeftError:
+            pass
+        except BaseException as error:
+            tell(error)
+        tell(None)
+
+    def _make(
+        self,
+        order: Order,
+        recipes: Sequence[Recipe],
+        folder: Path,
+        tell: Callable[[Shown | BaseException | None], None],
+        has_left: Callable[[], bool],
+    ) -> None:
+        done: list[Path] = []
+        share, last = 0.0, time.monotonic()
+        first = recipes[0]
+        (name,) = distinct_names((first.prompt or first.label or "picture",))
+
+        def progress(part: float) -> None:
+            nonlocal share
+            share = part
+
+        def watch(_: int, show: Callable[[], list[Image.Image]]) -> None:
+            nonlocal last
+            if has_left():
+                raise VisitorLeftError
+            if time.monotonic() - last > PREVIEW_EVERY:
+                tell(Shown([*done, *show()], len(done), share))
+                last = time.monotonic()
+
+        made = self.pipeline.stream(
+            generator=[generator(recipe.seed) for recipe in recipes], guidance=first.guidance,
+            sampling=first.sampling, positions=first.positions, progress=progress, watch=watch,
+            **first.arguments, **order.given,
+        )  # fmt: skip
+        for recipe, image in zip(recipes, made, strict=True):
+            path = folder / file_name(name, (recipe.height, recipe.width), recipe.seed)
+            save_picture(image, path, recipe)
+            done.append(path)
+            tell(Shown([*done], len(done), share))
+
+
+def painted(picture: Image.Image, layers: Sequence[Image.Image]) -> Image.Image:
+    """The mask of what was painted over a picture, in any colour. Raises UserError if that is nothing."""
+    mask = Image.new("L", picture.size)
+    for layer in layers:
+        drawn = layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha > 16 else 0)
+        mask.paste(255, (0, 0), drawn.resize(picture.size))
+    if not to_mask(mask).any():
+        raise UserError("nothing is painted: draw over what is to be made anew")
+    return mask
+
+
+def edit_order(
+    picture: Image.Image | None,
+    layers: Sequence[Image.Image],
+    how: str,
+    canvas: tuple[int, int],
+    strength: float,
+    **order: Any,
+) -> Order:
+    """An order for a picture of one's own. `how` is one of `HOW`. Raises UserError for what does not fit."""
+    if picture is None:
+        raise UserError("put a picture there first")
+    picture = picture.convert("RGBA") if picture.mode in ("RGBA", "LA", "P") else picture.convert("RGB")
+    given: dict[str, Any] = {"image": picture}
+    if how == PAINTED:
+        given["mask_image"] = painted(picture, layers)
+    elif how == AROUND:
+        given["image"], given["mask_image"] = place(picture, canvas)
+    elif how == ALL:
+        given["strength"] = float(strength)
+    else:
+        raise UserError(f"what to do can be {', '.join(HOW)}")
+    image = given["image"]
+    said = {"how": how, "strength": given.get("strength", 1.0)}
+    return Order(height=image.height, width=image.width, given=given, edited=said, **order)
+
+
+PAINTED, AROUND, ALL = "make anew what is painted", "paint around it", "vary all of it"
+HOW = (PAINTED, AROUND, ALL)

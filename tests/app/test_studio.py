@@ -1,0 +1,117 @@
+"""What the page does, without the page."""
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import picture
+from fitv2.app.studio import ALL, AROUND, PAINTED, Bounds, Order, Studio, edit_order, painted
+from fitv2.errors import UserError
+from fitv2.pipeline import FiTPipeline
+from fitv2.sampling.recipe import read_recipe
+
+ORDER = Order(label="red", height=8, width=12, count=2, steps=2, seed=5)
+
+
+@pytest.fixture
+def studio(pixel_model, tmp_path):
+    return Studio(FiTPipeline.from_pretrained(pixel_model), "tiny", tmp_path / "made", Bounds(max_side=64))
+
+
+def test_pictures_are_those_of_the_pipeline_and_hold_their_recipes(studio):
+    *_, last = studio.make(ORDER)
+    assert (last.done, last.share) == (2, 1.0)
+    recipe = read_recipe(last.pictures[1])
+    assert (recipe.label, recipe.height, recipe.width, recipe.seed) == ("red", 8, 12, 6)
+    from fitv2.runtime.rng import generator
+
+    (alone,) = studio.pipeline.stream(
+        "red",
+        8,
+        12,
+        [generator(6)],
+        guidance=recipe.guidance,
+        sampling=recipe.sampling,
+        progress=lambda _: None,
+    )
+    assert np.array_equal(np.asarray(Image.open(last.pictures[1])), np.asarray(alone))
+
+
+def test_previews_come_between(studio, monkeypatch):
+    monkeypatch.setattr("fitv2.app.studio.PREVIEW_EVERY", 0.0)
+    shown = list(studio.make(ORDER))
+    previews = [each for each in shown if each.done == 0]
+    assert len(previews) >= 3
+    assert all(image.size == (12, 8) for each in previews for image in each.pictures)
+    assert [each.done for each in shown[-2:]] == [1, 2]
+
+
+def test_who_leaves_ends_the_work(studio, monkeypatch):
+    monkeypatch.setattr("fitv2.app.studio.PREVIEW_EVERY", 0.0)
+    making = studio.make(replace(ORDER, steps=100, count=16))
+    next(making)
+    making.close()
+    assert not any(studio.folder.rglob("*.png"))
+    assert list(studio.make(ORDER))[-1].done == 2  # the next one has its turn
+
+
+def test_orders_take_turns_and_are_not_mixed_up(studio):
+    found = {}
+
+    def make(seed):
+        *_, found[seed] = studio.make(replace(ORDER, seed=seed, count=1, width=4 + seed))
+
+    threads = [threading.Thread(target=make, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, shown in found.items():
+        recipe = read_recipe(shown.pictures[0])
+        assert (recipe.seed, recipe.width) == (seed, 4 + seed)
+        assert Image.open(shown.pictures[0]).width == 4 + seed
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"height": 65}, "the height can be 1 to 64, not 65"), ({"width": 0}, "the width can be 1 to 64"),
+    ({"count": 17}, "the number of pictures can be 1 to 16"), ({"steps": 101}, "the number of steps"),
+    ({"height": 64, "width": 64, "count": 16}, "have 4096 tokens together, and 100 is the most"),
+    ({"extrapolation": "magic"}, "extrapolation can be automatic, none"),
+    ({"label": ""}, "choose a label"), ({"label": "green"}, "unknown label 'green'"),
+])  # fmt: skip
+def test_what_is_out_of_bounds_is_refused_in_words(studio, changes, said):
+    if "tokens" in said:
+        studio.bounds = Bounds(max_side=64, max_tokens=100)
+    with pytest.raises(UserError, match=said):
+        list(studio.make(replace(ORDER, **changes)))
+
+
+def test_what_is_painted_is_made_anew(studio):
+    image, layer = picture(16, 12), Image.new("RGBA", (16, 12))
+    layer.paste((255, 80, 0, 200), (0, 0, 8, 12))
+    order = edit_order(image, [layer], PAINTED, (0, 0), 0.6, label="red", steps=2)
+    *_, last = studio.make(order)
+    made = np.asarray(Image.open(last.pictures[0]))
+    assert np.array_equal(made[:, 8:], np.asarray(image)[:, 8:])
+    assert not np.array_equal(made[:, :8], np.asarray(image)[:, :8])
+    assert read_recipe(last.pictures[0]).edited == {"how": PAINTED, "strength": 1.0}
+    with pytest.raises(UserError, match="nothing is painted"):
+        painted(image, [Image.new("RGBA", (16, 12))])
+
+
+def test_around_and_all_of_a_picture(studio):
+    image = picture(16, 12)
+    around = edit_order(image, [], AROUND, (16, 40), 0.6, label="red", steps=2)
+    assert (around.height, around.width) == (16, 40)
+    *_, last = studio.make(around)
+    assert np.array_equal(np.asarray(Image.open(last.pictures[0]))[2:14, 12:28], np.asarray(image))
+    varied = edit_order(image, [], ALL, (0, 0), 0.25, label="red", steps=4)
+    assert varied.given["strength"] == 0.25
+    *_, last = studio.make(varied)
+    assert Image.open(last.pictures[0]).size == (16, 12)
+    for picture_, how, said in ((None, ALL, "put a picture there"), (image, "paint it", "what to do can be")):
+        with pytest.raises(UserError, match=said):
+            edit_order(picture_, [], how, (8, 8), 0.5)
