@@ -152,7 +152,7 @@ def test_choose_make_see_download_read(browser, url, tmp_path):
     tab, strangers = opened(browser, url)
     number(tab, "Height", 24)
     number(tab, "Width", 40)
-    number(tab, "How many", 2)
+    number(tab, "Count", 2)
     tab.get_by_role("button", name="Make", exact=True).click()
     wait_for_pictures(tab, 2)
     tab.locator("#gallery button img").first.click()
@@ -171,7 +171,7 @@ def test_choose_make_see_download_read(browser, url, tmp_path):
 @needs_browser
 def test_too_much_at_once_gives_a_message(browser, url):
     tab, _ = opened(browser, url)
-    for name, value in (("How many", 4), ("Height", 64), ("Width", 64)):
+    for name, value in (("Count", 4), ("Height", 64), ("Width", 64)):
         number(tab, name, value)
     tab.get_by_role("button", name="Make", exact=True).click()
     tab.get_by_text("1024 tokens together").wait_for()

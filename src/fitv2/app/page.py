@@ -80,7 +80,7 @@ def editing_tab(studio: Studio) -> None:
     with gr.Row():
         with gr.Column(scale=2):
             editor = gr.ImageEditor(
-                type="pil", label="Your picture", brush=gr.Brush(default_size=24, colors=["#ff5500"]),
+                type="pil", label="Your picture", brush=gr.Brush(colors=["#ff5500"]),
                 sources=("upload", "clipboard"), format="png", transforms=(), elem_id="editor",
             )  # fmt: skip
             what = gr.Radio(HOW, value=HOW[0], label="What to do", elem_id="what")
@@ -173,7 +173,7 @@ def how_fields(studio: Studio) -> list[Any]:
     bounds = studio.bounds
     with gr.Row():
         count = gr.Slider(
-            1, bounds.max_images, min(4, bounds.max_images), step=1, label="How many", min_width=120
+            1, bounds.max_images, min(4, bounds.max_images), step=1, label="Count", min_width=120
         )
         seed = gr.Number(-1, label="Seed, -1 for any", precision=0, min_width=120)
     with gr.Accordion("More", open=False):
