@@ -40,3 +40,9 @@ def test_names_that_saved_folders_and_users_hold_on_to_stay():
     assert all((from_released, released_forward, TokenDataset))
     assert FiT is fitv2.FiT
     assert FiT.__module__ == "fitv2.model"
+
+
+def test_the_public_names_are_listed_and_each_is_there():
+    assert set(fitv2.__all__) <= set(dir(fitv2))
+    assert "__version__" in dir(fitv2)
+    assert all(getattr(fitv2, name) is not None for name in fitv2.__all__)

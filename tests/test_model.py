@@ -263,3 +263,19 @@ def test_a_text_changes_the_image_and_every_weight_learns(text_model):
     # Also where a step has no text at all: a missing gradient would stop the optimizer.
     text_model(x, layout, t, condition.null()).sum().backward()
     assert all(parameter.grad is not None for parameter in text_model.parameters())
+
+
+def test_the_output_comes_as_diffusers_has_it():
+    model = randomized(FiT(depth=1, width=32, heads=2, patch_size=1, in_channels=6, num_classes=5)).eval()
+    layout = Layout.of([(2, 3)])
+    given = torch.randn(6, 6), layout, torch.tensor([0.3]), Condition.of(label=torch.tensor([1]))
+    plain = model(*given)
+    assert torch.equal(model(*given, return_dict=True).sample, plain)
+    (only,) = model(*given, return_dict=False)
+    assert torch.equal(only, plain)
+
+
+def test_blocks_are_what_diffusers_places_and_compiles():
+    model = FiT(depth=2, width=32, heads=2)
+    for names in (model._no_split_modules, model._repeated_blocks):
+        assert {type(block).__name__ for block in model.blocks} == set(names)

@@ -212,3 +212,32 @@ def test_a_folder_has_nothing_imported_but_our_parts(tmp_path, change):
     with pytest.raises(UserError, match=r"which is none of this pipeline|is that of another pipeline"):
         FiTPipeline.from_pretrained(tmp_path)
     assert "antigravity" not in sys.modules
+
+
+def test_arguments_by_the_names_of_diffusers(pipe, caplog):
+    def made(**options):
+        options = QUICK | {"generator": [generator(0)]} | options
+        return np.asarray(pipe(1, 16, 24, **options).images[0], int)
+
+    guided = made(guidance_interval=(0.0, 0.4))
+    assert np.array_equal(guided, made(guidance=Guidance(2.0, guidance_interval=(0.0, 0.4))))
+    assert not np.array_equal(guided, made())
+    scaled = made(extrapolation="ntk")
+    assert np.array_equal(scaled, made(positions=Positions("ntk")))
+    with caplog.at_level("INFO", logger="fitv2"):
+        made()
+    assert "16x24: more than the 16 tokens trained on; positions are left as they are; grown" in caplog.text
+
+
+def test_each_step_is_told_and_can_end_the_making(pipe):
+    told = []
+
+    def on_step_end(which, step, share, tensors):
+        told.append((which is pipe, step, round(share, 3), tensors))
+        if len(told) == 3:
+            raise InterruptedError
+
+    steps = {"num_inference_steps": 4, "progress": lambda _: None, "callback_on_step_end": on_step_end}
+    with pytest.raises(InterruptedError):
+        pipe(1, 8, 8, generator=[generator(0)], **steps)
+    assert told == [(True, 0, 0.25, {}), (True, 1, 0.5, {}), (True, 2, 0.75, {})]

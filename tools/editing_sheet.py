@@ -5,6 +5,7 @@ python tools/editing_sheet.py docs/guides/editing.png
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -20,7 +21,7 @@ def main(out: Path) -> None:
     pipe = FiTPipeline.from_pretrained("emoji")
     channels = pipe.transformer.token_channels
 
-    def make(count: int, **wanted: object) -> list[Image.Image]:
+    def make(count: int, **wanted: Any) -> list[Image.Image]:
         rngs = [generator(seed) for seed in range(count)]
         return list(pipe.stream(generator=rngs, progress=lambda _: None, **wanted))
 

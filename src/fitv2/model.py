@@ -6,10 +6,12 @@ Shape suffixes: B images, T tokens in all, D width, H heads, K channels per head
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, replace
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
@@ -137,7 +139,7 @@ class Head(nn.Module):
         return self.out(modulate(x_TD, shift, scale, layout))
 
 
-class FiT(ModelMixin, ConfigMixin):
+class FiT(ModelMixin, PeftAdapterMixin, ConfigMixin):
     """FiTv2 or FiT. What its output means is not its business: see `fitv2.diffusion`.
 
     Arguments are those of `fitv2.config.Architecture`; `rope` are the fields of `fitv2.config.Rope`.
@@ -145,7 +147,16 @@ class FiT(ModelMixin, ConfigMixin):
     input alone and computes the rest again.
     """
 
+    # What diffusers asks of a model: whole blocks go to one device, and are compiled by themselves.
     _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _repeated_blocks: ClassVar[list[str]] = ["Block"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
+        "patch_embed",
+        "time_embed",
+        "label_embed",
+        "head",
+    ]
 
     @register_to_config
     def __init__(
@@ -237,12 +248,26 @@ class FiT(ModelMixin, ConfigMixin):
             c_BD = c_BD + embedder(condition.values.get(name), condition.present_B)
         return c_BD
 
-    def forward(self, x_TC: Tensor, layout: Layout, t_B: Tensor, condition: Condition) -> Tensor:
+    def forward(
+        self,
+        x_TC: Tensor,
+        layout: Layout,
+        t_B: Tensor,
+        condition: Condition,
+        return_dict: bool | None = None,
+    ) -> Any:
         """Noisy tokens of the images of `layout` at times `t_B` → prediction.
 
         `t_B` (B,) is float32 in [0, 1], or a DDPM step. (T, C) in; (T, C) out, or (T, 2C) where a
-        variance is predicted too.
+        variance is predicted too. As diffusers has it, `return_dict` wraps it: True in a
+        `Transformer2DModelOutput`, False in a tuple; by itself it is the tensor.
         """
+        output_TC = self._predict(x_TC, layout, t_B, condition)
+        if return_dict is None:
+            return output_TC
+        return Transformer2DModelOutput(sample=output_TC) if return_dict else (output_TC,)
+
+    def _predict(self, x_TC: Tensor, layout: Layout, t_B: Tensor, condition: Condition) -> Tensor:
         shift = self.architecture.time_shift
         t_B = shift * t_B / (1 + (shift - 1) * t_B)
         silu_c_BD = silu(self.embed(t_B, condition))

@@ -5,6 +5,8 @@ The command line, previews of a training, the demo and the tools call it.
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 from torch import Generator, Tensor
 
@@ -31,6 +34,7 @@ from fitv2.config import Guidance, Positions, Sampling
 from fitv2.diffusion.flow import Flow
 from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError, nearest
+from fitv2.hub import write_papers
 from fitv2.model import FiT
 from fitv2.runtime.serialization import read_json
 from fitv2.sampling.generate import generate
@@ -41,6 +45,8 @@ from fitv2.text_encoder import TextEncoder, caption_of, load_text_encoder
 
 INDEX = "model_index.json"
 OUTPUT_TYPES = ("pil", "np", "pt")
+LOGGER = logging.getLogger("fitv2")
+LORA = "pytorch_lora_weights.safetensors"
 
 
 class FiTPipeline(DiffusionPipeline):
@@ -144,6 +150,18 @@ class FiTPipeline(DiffusionPipeline):
         height, width = size
         return -(-height // self.unit) * -(-width // self.unit) > self.card.max_tokens
 
+    def said_beyond(self, sizes: Sequence[tuple[int, int]], positions: Positions) -> str:
+        """How images of sizes (height, width) beyond those trained on are made, in a sentence."""
+        own, trained = self.transformer.architecture.rope, self.card.max_tokens
+        rope = positions.apply(own, self.card.square[0], self.unit)
+        how = {"none": "left as they are"}.get(rope.extrapolation, f"scaled by {rope.extrapolation}")
+        scale = "" if rope.attention_scale == "none" else f", attention by {rope.attention_scale}"
+        restart = positions.restart_time(self.is_flow)
+        grown = f"; grown from {trained} at time {restart:g}" if restart else ""
+        named = [f"{height}x{width}" for height, width in dict.fromkeys(sizes)]
+        which = ", ".join(named[:3]) + ("…" if len(named) > 3 else "")
+        return f"{which}: more than the {trained} tokens trained on; positions are {how}{scale}{grown}"
+
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """The indices of labels given by their names. Raises UserError naming the nearest."""
         names = [label] if isinstance(label, str) else label
@@ -158,7 +176,9 @@ class FiTPipeline(DiffusionPipeline):
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         num_inference_steps: int | None = None,
+        extrapolation: str | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -172,8 +192,11 @@ class FiTPipeline(DiffusionPipeline):
             prompt: for a model of texts; what each image is to show.
             negative_prompt: what guidance leads away from [default: nothing in particular].
             guidance_scale: of classifier-free guidance; 1 is none [default: the model's own].
+            guidance_interval: guide only between these times, 0 noise to 1 data.
             num_inference_steps: steps of the solver [default: 25]; an image of more tokens than trained on
                 is made twice, at the trained size too: see `Positions`.
+            extrapolation: how positions of such an image are scaled, by a name of `Positions` [default: it
+                grows from the trained size, and the log says so].
             generator: one for each image, or one from which a seed for each is drawn.
             output_type: "pil", "np" (N, H, W, 3 in [0, 1]) or "pt" (N, 3, H, W): a list where sizes differ.
             return_dict: else a tuple.
@@ -189,6 +212,10 @@ class FiTPipeline(DiffusionPipeline):
         guidance = options.pop("guidance", Guidance(self.config.guidance_scale))
         if guidance_scale is not None:
             guidance = replace(guidance, guidance_scale=guidance_scale)
+        if guidance_interval is not None:
+            guidance = replace(guidance, guidance_interval=guidance_interval)
+        if extrapolation is not None:
+            options["positions"] = replace(options.get("positions", Positions()), extrapolation=extrapolation)
         made = list(
             self.stream(
                 class_labels,
@@ -223,6 +250,7 @@ class FiTPipeline(DiffusionPipeline):
         positions: Positions = Positions(),  # noqa: B008
         tokens_per_pack: int | None = None,
         progress: Callable[[float], None] | None = None,
+        callback_on_step_end: Callable[[FiTPipeline, int, float, dict[str, Any]], Any] | None = None,
         watch: Callable[[int, Callable[[], list[Image.Image]]], None] | None = None,
     ) -> Iterator[Image.Image]:
         """Make images as `__call__` does, and give them one after another, as soon as each pack is done.
@@ -239,6 +267,8 @@ class FiTPipeline(DiffusionPipeline):
             positions: how positions are scaled, and how images beyond the trained size are made.
             tokens_per_pack: how many tokens are computed together.
             progress: called with the share done [default: a bar].
+            callback_on_step_end: called as diffusers does, with the pipeline, the number of the step, the
+                share done, and no tensors. What it raises ends the making.
             watch: called at every evaluation with the number of the first image of those that are being made,
                 and a function that gives what they look like so far. What it raises ends the making.
         """
@@ -248,6 +278,9 @@ class FiTPipeline(DiffusionPipeline):
             latents=latents,
         )  # fmt: skip
         requests = self._requests(wanted, generator)
+        beyond = [request.pixels for request in requests if self.is_beyond(request.pixels)]
+        if beyond:
+            LOGGER.info("%s", self.said_beyond(beyond, positions))
         own = self.transformer.architecture.rope
         rope = positions.apply(own, self.card.square[0], self.unit)
         model = self.transformer if rope == own else self.transformer.with_rope(rope)
@@ -258,7 +291,7 @@ class FiTPipeline(DiffusionPipeline):
             if watch:
                 watch(first, lambda: [to_image(made) for made in show()])
 
-        with _Progress(self, progress) as report:
+        with _Progress(self, progress, callback_on_step_end) as report:
             pixels = generate(
                 model, self.autoencoder, requests, guidance, sampling, tokens_per_pack=tokens_per_pack,
                 growth=Growth(self.card.max_tokens, positions.restart_time(self.is_flow)), progress=report,
@@ -290,6 +323,44 @@ class FiTPipeline(DiffusionPipeline):
 
     def _requests(self, wanted: Wanted, generator: Generator | Sequence[Generator] | None) -> list[Request]:
         return wanted.requests(generator, self._conditions, self.card.square[0] * self.unit, self.unit)
+
+    def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
+        """Save all parts as diffusers does, with a README and the line by which diffusers itself opens it."""
+        if options.pop("push_to_hub", False):
+            raise UserError("to put it on the hub, call push_to_hub")
+        super().save_pretrained(save_directory, *arguments, **options)
+        write_papers(Path(save_directory), self.transformer, self.card, self.unit)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "A FiTv2 model",
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **options: Any,
+    ) -> str:
+        """Upload what `save_pretrained` saves, to a repository that is made if there is none; its address."""
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options)
+            return str(upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message, token=token,
+                create_pr=create_pr,
+            ))  # fmt: skip
+
+    def load_lora_weights(
+        self, source: str | Path | dict[str, Tensor], adapter_name: str = "default", **options: Any
+    ) -> None:
+        """Add a LoRA that `transformer.save_lora_adapter` saved, from a folder or tensors; needs PEFT.
+
+        A hub name is fetched. `set_adapters`, `disable_lora` and `delete_adapters` of `transformer` rule it.
+        """
+        if not isinstance(source, dict):
+            options = {"weight_name": LORA} | options
+        source = source if isinstance(source, dict) else str(source)
+        self.transformer.load_lora_adapter(source, prefix=None, adapter_name=adapter_name, **options)
 
     def _conditions(
         self, labels: Sequence[str | int | None], prompts: Sequence[str | None]
@@ -340,15 +411,27 @@ def check_index(folder: Path) -> None:
 class _Progress:
     """The function that is told the share done: that of the caller, or one that moves the pipeline's bar."""
 
-    def __init__(self, pipeline: FiTPipeline, progress: Callable[[float], None] | None) -> None:
-        self.pipeline, self.progress = pipeline, progress
+    def __init__(
+        self, pipeline: FiTPipeline, progress: Callable[[float], None] | None, on_step_end: Any = None
+    ) -> None:
+        self.pipeline, self.progress, self.on_step_end = pipeline, progress, on_step_end
         self.bar: Any = None
+        self.step = 0
 
     def __enter__(self) -> Callable[[float], None]:
+        if not self.progress:
+            self.bar = self.pipeline.progress_bar(total=100)
+        return self.report
+
+    def report(self, share: float) -> None:
+        """Tell of a step."""
         if self.progress:
-            return self.progress
-        self.bar = self.pipeline.progress_bar(total=100)
-        return lambda share: self.bar.update(round(100 * share) - self.bar.n)
+            self.progress(share)
+        else:
+            self.bar.update(round(100 * share) - self.bar.n)
+        if self.on_step_end:
+            self.on_step_end(self.pipeline, self.step, share, {})
+        self.step += 1
 
     def __exit__(self, *_: Any) -> None:
         if self.bar is not None:

@@ -223,7 +223,9 @@ def test_python_dash_m_works():
         (torch.OutOfMemoryError("CUDA out of memory"), "not enough memory: CUDA out of memory", 2),
         (FloatingPointError("not finite"), "not finite", 2),
         (OSError(28, "No space left on device", "/x"), "cannot read or write /x: No space left on device", 2),
-        (ModuleNotFoundError("x", name="wandb"), "wandb is not installed", 2),
+        (ModuleNotFoundError("x", name="wandb"), "wandb is not installed: pip install wandb", 2),
+        (ModuleNotFoundError("x", name="pyarrow.parquet"), "pip install 'fitv2[train]'", 2),
+        (ModuleNotFoundError("x", name="gradio"), "gradio is not installed: pip install 'fitv2[app]'", 2),
     ],
 )
 def test_every_error_is_one_line(error, said, status, monkeypatch, capsys):

