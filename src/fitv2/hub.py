@@ -22,8 +22,8 @@ tags: [fitv2, diffusers]
 
 # A FiTv2 model
 
-{parameters:,} parameters, trained on images of up to {tokens} tokens of {unit}x{unit} pixels: {height}x{width},
-or as many in another shape. It makes images of any size and shape, several at once.
+{parameters:,} parameters, trained on images of up to {tokens} tokens of {unit}x{unit} pixels:
+{height}x{width}, or as many in another shape. It makes images of any size and shape, several at once.
 
 ```python
 import fitv2  # pip install fitv2

@@ -151,12 +151,6 @@ class FiT(ModelMixin, PeftAdapterMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["Block"]
     _repeated_blocks: ClassVar[list[str]] = ["Block"]
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
-        "patch_embed",
-        "time_embed",
-        "label_embed",
-        "head",
-    ]
 
     @register_to_config
     def __init__(
