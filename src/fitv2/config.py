@@ -250,6 +250,9 @@ class Optimization:
 
     trainable: Literal["all", "post-training"] = "all"
     """post-training: as in the paper, the patch embedding, the biases, the modulations and the head alone."""
+    lora: int = 0
+    """Rank of a low-rank change of the blocks' matrices, trained in place of them (LoRA, by PEFT); 0 is none.
+    What is saved is a whole model."""
     optimizer: Optimizer = "adamw"
     """muon is for the matrices of the blocks and of texts, with AdamW for the rest."""
     learning_rate: float = 1e-4

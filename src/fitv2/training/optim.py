@@ -43,7 +43,9 @@ def muon(model: FiT, config: Training) -> list[torch.optim.Optimizer]:
     groups = []
     chosen: set[int] = set()
     for name, matrix in model.named_parameters():
-        if matrix.requires_grad and matrix.ndim == 2 and name.startswith(("blocks.", "text_embed.")):
+        low_rank = ".lora_" in name  # neither factor is a matrix whose directions mean something alone
+        of_muon = name.startswith(("blocks.", "text_embed.")) and not low_rank
+        if matrix.requires_grad and matrix.ndim == 2 and of_muon:
             pieces = next((n for end, n in PIECES.items() if name.endswith(end)), 1)
             groups.append({"params": [matrix], "pieces": pieces})
             chosen.add(id(matrix))

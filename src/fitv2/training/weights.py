@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.runtime.distributed import World, gather, local, part
+from fitv2.training.lora import adapted, merged, without_lora
 
 
 class Weights:
@@ -34,7 +35,11 @@ class Weights:
                 f"`fsdp_size` {fsdp_size} needs a multiple of {fsdp_size} processes; there are {world.size}"
             )
         self.master = master
-        self.ema = deepcopy(master).eval().requires_grad_(False)
+        lora = [*adapted(master)]
+        if lora and world.size > 1:
+            raise UserError("`lora` trains in one process")
+        # With a LoRA the EMA is of the matrices with their changes: a plain model.
+        self.ema = (without_lora(master) if lora else deepcopy(master)).eval().requires_grad_(False)
         self.model = self.master
         self.sums_last = False
         if world.size > 1:
@@ -52,9 +57,15 @@ class Weights:
             if dtype != torch.float32:
                 # Not FiT.to: diffusers' warns of modules that there are none of.
                 self.model = nn.Module.to(deepcopy(self.master), dtype)
-        # Each parameter that is trained, as this process holds it: what changes, its EMA, what computes.
-        every = zip(*(held.parameters() for held in (self.master, self.ema, self.model)), strict=True)
+        # Each parameter that is trained, as this process holds it: what changes, and what computes.
+        every = zip(self.master.parameters(), self.model.parameters(), strict=True)
         self.trained = [weights for weights in every if weights[0].requires_grad]
+        average = dict(self.ema.named_parameters())
+        self.changed = [(average[f"{name}.weight"], layer) for name, layer in lora]
+        self.averaged = [
+            (average[name], weight) for name, weight in self.master.named_parameters()
+            if weight.requires_grad and name in average
+        ]  # fmt: skip
 
     def before_part(self, last: bool) -> None:
         """Say whether a part of a step is its last."""
@@ -65,14 +76,14 @@ class Weights:
         """Add the gradients of the model that computes to those of the float32 weights."""
         if self.model is self.master:
             return
-        for weight, _, computed in self.trained:
+        for weight, computed in self.trained:
             assert computed.grad is not None
             gradient, computed.grad = computed.grad.float(), None
             weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
 
     def clip(self, max_norm: float) -> float:
         """Scale the gradients down to a norm of at most this; returns their norm before."""
-        norm = nn.utils.clip_grad_norm_([weight for weight, *_ in self.trained], max_norm)
+        norm = nn.utils.clip_grad_norm_([weight for weight, _ in self.trained], max_norm)
         return float(gather(norm))
 
     @torch.no_grad()
@@ -83,9 +94,13 @@ class Weights:
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
         """Move the EMA towards the new weights, and copy these to the model that computes."""
-        weights, ema, computing = ([local(w) for w in held] for held in zip(*self.trained, strict=True))
-        torch._foreach_lerp_(ema, weights, 1 - decay)
+        if self.averaged:
+            ema, weights = ([local(w) for w in held] for held in zip(*self.averaged, strict=True))
+            torch._foreach_lerp_(ema, weights, 1 - decay)
+        for average, layer in self.changed:
+            average.lerp_(merged(layer), 1 - decay)
         if self.model is not self.master:
+            weights, computing = ([local(w) for w in held] for held in zip(*self.trained, strict=True))
             torch._foreach_copy_(computing, weights)
 
     def gather_ema(self, world: World) -> FiT | None:

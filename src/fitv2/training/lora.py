@@ -1,0 +1,57 @@
+"""LoRA (Hu et al., arXiv 2106.09685), by PEFT: low-rank changes of matrices, trained in their place."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fitv2.errors import UserError
+from fitv2.model import FiT
+
+ADAPTER = "lora"
+TARGETS = r"blocks\.\d+\.(attention\.(qkv|out)|mlp\.(gate_up|down))"
+
+
+def add_lora(model: FiT, rank: int) -> None:
+    """Put B·A of a rank beside every matrix of attention and SwiGLU, B zero at first; it alone is trained.
+
+    Raises UserError without PEFT.
+    """
+    try:
+        from peft import LoraConfig
+    except ModuleNotFoundError as error:
+        raise UserError("`lora` needs PEFT: pip install 'fitv2[lora]'") from error
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), ADAPTER)
+    for parameter in trained:
+        parameter.requires_grad_(True)  # PEFT froze all that is not its own
+
+
+def adapted(model: FiT) -> Iterator[tuple[str, Any]]:
+    """The layers that have a LoRA, by their names."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            yield name, module
+
+
+def merged(layer: Any) -> Tensor:
+    """The matrix of a layer with its change: W + α/r·B·A, of rank r; here α = r."""
+    up, down = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
+    return torch.addmm(layer.base_layer.weight, up, down, alpha=layer.scaling[ADAPTER])
+
+
+@torch.no_grad()
+def without_lora(model: FiT) -> FiT:
+    """A copy of a model with its changes in the matrices themselves."""
+    weights = {
+        name.replace(".base_layer.", "."): tensor.detach().clone()
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name
+    }
+    weights |= {f"{name}.weight": merged(layer) for name, layer in adapted(model)}
+    with torch.device("meta"):
+        plain = FiT(**asdict(model.architecture))
+    plain.load_state_dict(weights, assign=True)
+    return plain
