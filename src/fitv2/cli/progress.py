@@ -37,7 +37,7 @@ def bar(**options: Any) -> Any:
     if sys.stderr.isatty():
         return tqdm(**options)
     return tqdm(
-        **options, file=Lines(), mininterval=EVERY, maxinterval=EVERY, miniters=0, ncols=80, ascii=True
+        **options, file=Lines(), mininterval=EVERY, maxinterval=EVERY, miniters=0, ncols=100, ascii=True
     )
 
 
