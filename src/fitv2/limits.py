@@ -115,6 +115,7 @@ LIMITS = {
     "size": Range(1, MAX_SIDE),
     "height": Range(1, MAX_SIDE),
     "Recipe.width": Range(1, MAX_SIDE),
+    "label_number": Range(0, 100_000_000),
     "at": Range(0, MAX_SIDE),
     "port": Range(1, 65_535),
     "max_side": Range(16, MAX_SIDE),

@@ -281,9 +281,6 @@ class FiTPipeline(DiffusionPipeline):
         beyond = [request.pixels for request in requests if self.is_beyond(request.pixels)]
         if beyond:
             LOGGER.info("%s", self.said_beyond(beyond, positions))
-        own = self.transformer.architecture.rope
-        rope = positions.apply(own, self.card.square[0], self.unit)
-        model = self.transformer if rope == own else self.transformer.with_rope(rope)
         if guidance.guidance_scale is None:
             guidance = replace(guidance, guidance_scale=self.card.guidance)
 
@@ -293,7 +290,8 @@ class FiTPipeline(DiffusionPipeline):
 
         with _Progress(self, progress, callback_on_step_end) as report:
             pixels = generate(
-                model, self.autoencoder, requests, guidance, sampling, tokens_per_pack=tokens_per_pack,
+                self._scaled(positions), self.autoencoder, requests, guidance, sampling,
+                tokens_per_pack=tokens_per_pack,
                 growth=Growth(self.card.max_tokens, positions.restart_time(self.is_flow)), progress=report,
                 watch=watch and see,
             )  # fmt: skip
@@ -310,6 +308,7 @@ class FiTPipeline(DiffusionPipeline):
         prompt: str | Sequence[str] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008  frozen
+        positions: Positions = Positions(),  # noqa: B008
     ) -> list[Tensor]:
         """The noise of pictures, (rows, columns, channels per token) each: `latents` that give them again.
 
@@ -317,9 +316,14 @@ class FiTPipeline(DiffusionPipeline):
         come back as they were. Raises UserError for a model without a flow.
         """
         wanted = Wanted(class_labels=class_labels, height=height, width=width, prompt=prompt, image=image)
-        return invert_requests(
-            self.transformer, self.autoencoder, self._requests(wanted, generator), sampling
-        )
+        requests = self._requests(wanted, generator)
+        return invert_requests(self._scaled(positions), self.autoencoder, requests, sampling)
+
+    def _scaled(self, positions: Positions) -> FiT:
+        """The model with positions scaled so; it shares its weights."""
+        own = self.transformer.architecture.rope
+        rope = positions.apply(own, self.card.square[0], self.unit)
+        return self.transformer if rope == own else self.transformer.with_rope(rope)
 
     def _requests(self, wanted: Wanted, generator: Generator | Sequence[Generator] | None) -> list[Request]:
         return wanted.requests(generator, self._conditions, self.card.square[0] * self.unit, self.unit)

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import picture
+from conftest import picture, randomized
 from fitv2.app.studio import ALL, AROUND, PAINTED, Bounds, Order, Studio, edit_order, painted
+from fitv2.checkpoint import Card
 from fitv2.errors import UserError
+from fitv2.model import FiT
 from fitv2.pipeline import FiTPipeline
 from fitv2.sampling.recipe import read_recipe
 
+SHAPE = {"depth": 1, "width": 32, "heads": 2, "patch_size": 4, "in_channels": 3, "num_classes": 2}
 ORDER = Order(label="red", height=8, width=12, count=2, steps=2, seed=5)
 
 
@@ -54,8 +57,42 @@ def test_who_leaves_ends_the_work(studio, monkeypatch):
     making = studio.make(replace(ORDER, steps=100, count=16))
     next(making)
     making.close()
-    assert not any(studio.folder.rglob("*.png"))
+    with studio.turn:
+        assert not any(studio.folder.rglob("*.png"))
     assert list(studio.make(ORDER))[-1].done == 2  # the next one has its turn
+
+
+def test_who_leaves_a_ddpm_ends_the_work_too(tmp_path):
+    model = randomized(FiT(**SHAPE, path="ddpm", prediction="noise")).eval()
+    slow = Studio(FiTPipeline.of(model, Card(("blue", "red"), "pixels", 16)), "ddpm", tmp_path, Bounds(64))
+    told, left = [], threading.Event()
+
+    def tell(shown):
+        told.append(shown)
+
+    left.set()
+    order = replace(ORDER, steps=50)
+    slow._work(order, slow.recipes(order), tmp_path, tell, left.is_set)
+    assert told == [None]
+
+
+def test_labels_of_one_name_are_told_apart_by_their_numbers(tmp_path):
+    model = randomized(FiT(**SHAPE | {"num_classes": 3})).eval()
+    card = Card(("crane", "crane", "owl"), "pixels", 16)
+    cranes = Studio(FiTPipeline.of(model, card), "cranes", tmp_path, Bounds(64))
+    assert cranes.labels == ["crane (0)", "crane (1)", "owl"]
+    (recipe,) = cranes.recipes(replace(ORDER, label="crane (1)", count=1))
+    assert (recipe.label, recipe.arguments["class_labels"]) == ("crane", 1)
+
+
+def test_old_pictures_are_removed_where_they_are_kept_for_a_time(studio):
+    list(studio.make(ORDER))
+    assert len(list(studio.folder.iterdir())) == 1
+    list(studio.make(ORDER))
+    assert len(list(studio.folder.iterdir())) == 2
+    studio.keep = 0.0
+    list(studio.make(ORDER))
+    assert len(list(studio.folder.iterdir())) == 1
 
 
 def test_orders_take_turns_and_are_not_mixed_up(studio):

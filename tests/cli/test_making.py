@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import picture
+from conftest import picture, randomized
+from fitv2.checkpoint import Card, save_model
 from fitv2.cli.commands import main
 from fitv2.evaluation.pictures import Batch
+from fitv2.model import FiT
 from fitv2.sampling.recipe import read_recipe
 
 
@@ -25,6 +27,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
 
 
+SHAPE = {"depth": 1, "width": 32, "heads": 2, "patch_size": 4, "in_channels": 3, "num_classes": 2}
 QUICK = ("--steps", 2)
 
 
@@ -42,14 +45,32 @@ def test_a_picture_is_made_again_from_what_it_says(pixel_model, here, capsys):
     assert fitv2(capsys, "sample", pixel_model, "--from-metadata", source, "--out", "again")[0] == 0
     assert files(here / "first") == files(here / "again")
     status, _, said = fitv2(capsys, "sample", pixel_model, "--from-metadata", source, "--label", "red")
-    assert (status, "--from-metadata says what to show" in said) == (2, True)
+    assert (status, "--from-metadata says how the picture is made" in said) == (2, True)
 
 
-def test_other_weights_are_said(pixel_model, here, capsys):
+def test_other_weights_are_said_and_do_not_replace_the_picture(pixel_model, here, capsys):
+    other = randomized(FiT(**SHAPE), seed=1)
+    save_model(other, Card(("blue", "red"), "pixels", 16, 1.0), here / "other")
     assert fitv2(capsys, "sample", pixel_model, "--label", "red", *QUICK, "--out", "first")[0] == 0
     source = here / "first" / "red_16x16_0.png"
-    _, _, said = fitv2(capsys, "sample", "clipart", "--from-metadata", source, "--out", "again")
-    assert "was made by other weights" in said or "unknown label" in said
+    status, _, said = fitv2(capsys, "sample", "other", "--from-metadata", source, "--out", "again")
+    assert (status, "was made by other weights" in said) == (0, True)
+    before = source.read_bytes()
+    status, _, said = fitv2(capsys, "sample", "other", "--from-metadata", source, "--out", "first")
+    assert (status, "would be replaced by another picture" in said) == (2, True)
+    assert source.read_bytes() == before
+
+
+def test_labels_of_one_name_are_made_again_by_their_numbers(here, capsys):
+    cranes = randomized(FiT(**SHAPE | {"num_classes": 3}))
+    save_model(cranes, Card(("crane", "crane", "owl"), "pixels", 16, 2.0), here / "cranes")
+    assert fitv2(capsys, "sample", "cranes", "--label", "1", "--label", "0", *QUICK)[0] == 0
+    made = sorted((here / "samples").glob("crane*.png"))
+    assert len(made) == 2
+    for source in made:
+        assert fitv2(capsys, "sample", "cranes", "--from-metadata", source, "--out", "again")[0] == 0
+        again = max((here / "again").glob("*.png"), key=lambda path: path.stat().st_mtime_ns)
+        assert Image.open(again).tobytes() == Image.open(source).tobytes()
 
 
 def test_what_is_there_is_not_made_again_and_what_differs_is(pixel_model, here, capsys):
@@ -110,21 +131,23 @@ def photo(here):
 def test_a_part_is_made_anew(pixel_model, photo, here, capsys):
     options = ("edit", pixel_model, photo, "--label", "red", "--mask", "mask.png", "--num", 2, *QUICK)
     assert fitv2(capsys, *options, "--grid")[0] == 0
-    assert sorted(files(here / "edited")) == ["grid.png", "photo-red_12x16_0.png", "photo-red_12x16_1.png"]
-    made = np.asarray(Image.open(here / "edited" / "photo-red_12x16_0.png"))
+    grid, first, second = sorted(files(here / "edited"))
+    assert grid == "grid.png"
+    assert first.startswith("photo-red-")
+    assert second.endswith("_12x16_1.png")
+    made = np.asarray(Image.open(here / "edited" / first))
     assert np.array_equal(made[6:], np.asarray(Image.open(photo))[6:])
     assert not np.array_equal(made[:6], np.asarray(Image.open(photo))[:6])
-    assert read_recipe(here / "edited" / "photo-red_12x16_0.png").edited["mask"]
-    status, _, said = fitv2(
-        capsys, "sample", pixel_model, "--from-metadata", here / "edited" / "photo-red_12x16_0.png"
-    )
+    assert read_recipe(here / "edited" / first).edited["mask"]
+    status, _, said = fitv2(capsys, "sample", pixel_model, "--from-metadata", here / "edited" / first)
     assert (status, "was made from another picture" in said) == (2, True)
 
 
 def test_a_picture_on_a_larger_canvas(pixel_model, photo, here, capsys):
     options = ("--label", "red", "--canvas", "16x32", "--at", 2, 9, "--num", 1, *QUICK)
     assert fitv2(capsys, "edit", pixel_model, photo, *options)[0] == 0
-    made = np.asarray(Image.open(here / "edited" / "photo-red_16x32_0.png"))
+    (name,) = files(here / "edited")
+    made = np.asarray(Image.open(here / "edited" / name))
     assert np.array_equal(made[2:14, 9:25], np.asarray(Image.open(photo)))
 
 
@@ -132,8 +155,23 @@ def test_from_one_picture_to_another(pixel_model, photo, here, capsys):
     picture(20, 20, 1).save(here / "other.png")
     options = ("--toward", "other.png", "--num", 3, "--label", "red", "--steps", 4)
     assert fitv2(capsys, "edit", pixel_model, photo, *options)[0] == 0
-    assert sorted(files(here / "edited")) == [f"photo-red_12x16_{i}.png" for i in range(3)]
-    assert read_recipe(here / "edited" / "photo-red_12x16_1.png").edited["share"] == 0.5
+    names = sorted(files(here / "edited"))
+    assert [read_recipe(here / "edited" / name).edited["share"] for name in names] == [0.0, 0.5, 1.0]
+    ends = [np.asarray(Image.open(here / "edited" / name), int) for name in (names[0], names[2])]
+    fine = ("--solver", "rk4", "--steps", 60, "--out", "fine")
+    assert fitv2(capsys, "edit", pixel_model, photo, *options[:6], *fine)[0] == 0
+    first, last = (Image.open(here / "fine" / name) for name in sorted(files(here / "fine"))[::2])
+    assert np.abs(np.asarray(first, int) - np.asarray(Image.open(photo), int)).max() <= 3
+    assert ends[0].shape == np.asarray(last).shape
+
+
+def test_a_photo_that_lies_on_its_side_is_put_upright(pixel_model, here, capsys):
+    lying, exif = picture(20, 12), Image.Exif()
+    exif[0x0112] = 6
+    lying.save(here / "phone.jpg", exif=exif)
+    assert fitv2(capsys, "edit", pixel_model, "phone.jpg", "--label", "red", "--num", 1, *QUICK)[0] == 0
+    (name,) = files(here / "edited")
+    assert Image.open(here / "edited" / name).size == (12, 20)
 
 
 @pytest.mark.parametrize(("options", "said"), [
@@ -141,6 +179,7 @@ def test_from_one_picture_to_another(pixel_model, photo, here, capsys):
     (["--at", "1", "2"], "--at goes with --canvas"),
     (["--canvas", "8x8"], "does not lie on a canvas of 8x8"),
     (["--toward", "photo.png", "--strength", "0.5"], "--toward goes without"),
+    (["--toward-prompt", "x"], "--toward-prompt goes with --toward"),
     (["--mask", "nothing.png"], "nothing.png is no picture that can be read"),
     (["--strength", "2"], "--strength is 2"),
     (["--label", "green"], "unknown label 'green'"),

@@ -124,6 +124,12 @@ def test_embeddings_of_other_labels_are_trained_too(tokens, folder, tmp_path):
     assert any("label_embed start at random" in str(each.message) for each in said)
     held = load_file(newest_checkpoint(run) / "ema" / WEIGHTS)
     assert held["label_embed.weight"].shape[0] == 4  # with that for none
+    shorter = train(
+        settings(steps=1, lora=2), tmp_path / "other", tmp_path / "shorter", init=str(tmp_path / "first")
+    )
+    before = load_file(shorter / "ema" / WEIGHTS)
+    assert not torch.equal(held["label_embed.weight"], before["label_embed.weight"])  # it is trained
+    torch.testing.assert_close(held["time_embed.up.weight"], before["time_embed.up.weight"])
     torch.testing.assert_close(
         held["patch_embed.weight"], load_model(tmp_path / "first")[0].patch_embed.weight.detach()
     )

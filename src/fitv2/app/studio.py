@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,8 +80,11 @@ class Studio:
         model: str,
         folder: Path,
         bounds: Bounds = Bounds(),
+        keep: float | None = None,
     ) -> None:
+        """`folder` is the studio's own: the page gives out what lies there, for `keep` seconds."""
         self.pipeline, self.model, self.folder, self.bounds = pipeline, model, folder, bounds
+        self.keep = keep
         self.weights = weights_digest(pipeline.transformer, pipeline.vae)
         self.turn = Lock()
 
@@ -90,9 +95,17 @@ class Studio:
 
     @property
     def labels(self) -> list[str]:
-        """The names of its labels, each once."""
-        known = "label" in self.pipeline.transformer.architecture.conditions
-        return list(dict.fromkeys(self.pipeline.card.labels)) if known else []
+        """The names of its labels; those that several have with their numbers."""
+        if "label" not in self.pipeline.transformer.architecture.conditions:
+            return []
+        names = self.pipeline.card.labels
+        often = Counter(names)
+        return [f"{name} ({i})" if often[name] > 1 else name for i, name in enumerate(names)]
+
+    def label_number(self, name: str) -> int:
+        """That of one of `labels`, or of what the command line takes. Raises UserError."""
+        known = self.labels
+        return known.index(name) if name in known else self.pipeline.card.label_index(name)
 
     @property
     def side(self) -> int:
@@ -118,11 +131,13 @@ class Studio:
         if order.extrapolation not in EXTRAPOLATIONS:
             raise UserError(f"extrapolation can be {', '.join(EXTRAPOLATIONS)}")
         own = order.extrapolation == BY_ITSELF
+        number = self.label_number(order.label) if order.label else None
         if not self.takes_text and not order.label:
             raise UserError("choose a label")
         return [
             Recipe.of(
-                self.pipeline, model=self.model, weights=self.weights, label=order.label or None,
+                self.pipeline, model=self.model, weights=self.weights, label_number=number,
+                label=None if number is None else self.pipeline.card.labels[number],
                 prompt=order.prompt if self.takes_text else None,
                 negative_prompt=order.negative_prompt or None, height=int(order.height),
                 width=int(order.width), seed=int(order.seed) + i, precision="float32",
@@ -139,6 +154,7 @@ class Studio:
         Raises UserError for what the model or this place does not make.
         """
         recipes = self.recipes(order)
+        self.tidy()
         folder = self.folder / secrets.token_hex(8)
         told: Queue[Shown | BaseException | None] = Queue()
         left = Event()
@@ -150,8 +166,14 @@ class Studio:
                     raise found
                 yield found
         finally:
-            left.set()
-            worker.join()
+            left.set()  # no waiting here: the next order waits for its turn
+
+    def tidy(self) -> None:
+        """Remove pictures that are older than `keep`."""
+        if self.keep is not None and self.folder.exists():
+            for old in self.folder.iterdir():
+                if time.time() - old.stat().st_mtime > self.keep:
+                    shutil.rmtree(old, ignore_errors=True)
 
     def _work(
         self,
@@ -187,6 +209,8 @@ class Studio:
         def progress(part: float) -> None:
             nonlocal share
             share = part
+            if has_left():  # a DDPM is not watched
+                raise VisitorLeftError
 
         def watch(_: int, show: Callable[[], list[Image.Image]]) -> None:
             nonlocal last

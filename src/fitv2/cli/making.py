@@ -1,5 +1,7 @@
 """The commands that make images: `sample`, `edit`, `app`."""
 
+import hashlib
+import secrets
 import signal
 import sys
 import tempfile
@@ -59,7 +61,7 @@ def edit(options: Edit) -> int:
 
 def app(options: App) -> int:
     """Run `fitv2 app`."""
-    from fitv2.app.page import serve
+    from fitv2.app.page import KEEP, serve
     from fitv2.app.studio import Bounds, Studio
     from fitv2.pipeline import FiTPipeline
     from fitv2.runtime.device import default_device
@@ -68,8 +70,10 @@ def app(options: App) -> int:
     bounds = Bounds(max_side=options.max_side, max_images=options.max_images)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as with Ctrl-C: the folder is removed
     with tempfile.TemporaryDirectory(prefix="fitv2-") as scratch:
-        folder = (options.out or Path(scratch)).resolve()
-        studio = Studio(pipeline.to(default_device()), options.model, folder, bounds)
+        # A new folder: the page gives out whatever lies in its own.
+        folder = (options.out or Path(scratch)).resolve() / f"page-{secrets.token_hex(4)}"
+        keep = KEEP if options.out is None else None
+        studio = Studio(pipeline.to(default_device()), options.model, folder, bounds, keep)
         serve(studio, host=options.host, port=options.port, queue=options.queue)
     return 0
 
@@ -105,11 +109,11 @@ def plan(options: Sample, pipeline: "FiTPipeline", weights: str) -> list[Job]:
         for name, number, prompt in shown:
             label = None if number is None else pipeline.card.labels[number]
             for seed in range(options.seed, options.seed + options.num):
-                made = recipe(height=height, width=width, seed=seed, label=label, prompt=prompt)
+                made = recipe(
+                    height=height, width=width, seed=seed, label=label, label_number=number, prompt=prompt
+                )  # fmt: skip
                 path = options.out / file_name(name, (height, width), seed)
-                # By number: two labels may have one name.
-                given = {} if number is None else {"class_labels": number}
-                jobs.append(Job(path, made, prompt or label or "", given))
+                jobs.append(Job(path, made, prompt or label or ""))
     return jobs
 
 
@@ -149,23 +153,25 @@ def subjects(pipeline: "FiTPipeline", options: Sample) -> list[tuple[str, int | 
 
 def again(options: Sample, source: Path, pipeline: "FiTPipeline", weights: str) -> Job:
     """The picture `source`, to be made again. Raises UserError for one that was edited."""
-    from fitv2.sampling.recipe import read_recipe
+    from fitv2.sampling.recipe import is_made, read_recipe
     from fitv2.sampling.saving import distinct_names, file_name
 
-    if options.label or options.prompt or options.size or options.negative_prompt is not None:
-        raise UserError(
-            "`from_metadata` says what to show, and how large: leave out labels, prompts and sizes"
-        )
+    kept = ("model", "from_metadata", "out", "grid", "npz", "allow_download")
+    if options != Sample(**{name: getattr(options, name) for name in kept}):
+        raise UserError("`from_metadata` says how the picture is made: leave out all other settings")
     recipe = read_recipe(source)
     if recipe.edited is not None:
         raise UserError(f"{source} was made from another picture: see fitv2 edit")
     if recipe.weights != weights:
         said = f"{source} was made by other weights, of {recipe.model}: this will be another picture"
         print(f"fitv2: {said}", file=sys.stderr)
-        recipe = replace(recipe, weights=weights)
+        number = None if recipe.label is None else pipeline.card.label_index(recipe.label)
+        recipe = replace(recipe, weights=weights, label_number=number)
     (name,) = distinct_names((recipe.prompt or recipe.label or "",))
     path = options.out / file_name(name, (recipe.height, recipe.width), recipe.seed)
-    return Job(path, replace(recipe, model=options.model), recipe.prompt or recipe.label or "")
+    if path.exists() and path.samefile(source) and not is_made(path, recipe):
+        raise UserError(f"{source} would be replaced by another picture: choose another `out`")
+    return Job(path, recipe, recipe.prompt or recipe.label or "")
 
 
 def plan_edits(options: Edit, pipeline: "FiTPipeline", weights: str) -> list[Job]:
@@ -178,9 +184,13 @@ def plan_edits(options: Edit, pipeline: "FiTPipeline", weights: str) -> list[Job
         raise UserError("give `mask` or `canvas`")
     if options.at and not options.canvas:
         raise UserError("`at` goes with `canvas`")
+    if options.toward_prompt is not None:
+        raise UserError("`toward_prompt` goes with `toward`")
     picture = open_picture(options.picture, options.size)
     mask = open_picture(options.mask, options.size) if options.mask else None
-    edited: dict[str, Any] = {"picture": sha256(options.picture), "strength": options.strength}
+    edited: dict[str, Any] = {
+        "picture": sha256(options.picture), "strength": options.strength, "size": options.size,
+    }  # fmt: skip
     if options.mask:
         edited["mask"] = sha256(options.mask)
     if options.canvas:
@@ -188,11 +198,11 @@ def plan_edits(options: Edit, pipeline: "FiTPipeline", weights: str) -> list[Job
         edited["canvas"], edited["at"] = options.canvas, str(options.at)
     given = {"image": picture, "mask_image": mask, "strength": options.strength}
     recipe = recipes(options, pipeline, weights)
-    jobs = []
+    number, jobs = label_of(options, pipeline), []
     for seed in range(options.seed, options.seed + options.num):
         made = recipe(
-            height=picture.height, width=picture.width, seed=seed, label=label_of(options, pipeline),
-            prompt=options.prompt, edited=edited,
+            height=picture.height, width=picture.width, seed=seed, label_number=number, prompt=options.prompt,
+            label=None if number is None else pipeline.card.labels[number], edited=edited,
         )  # fmt: skip
         jobs.append(Job(options.out / edit_name(options, made), made, options.prompt or "", given))
     return jobs
@@ -201,59 +211,79 @@ def plan_edits(options: Edit, pipeline: "FiTPipeline", weights: str) -> list[Job
 def plan_way(options: Edit, toward: Path, pipeline: "FiTPipeline", weights: str) -> list[Job]:
     """Images on the way from a picture to another: between the noises that make them."""
     from fitv2.runtime.files import sha256
-    from fitv2.sampling.editing import between
+    from fitv2.sampling.recipe import is_made
 
     if options.mask or options.canvas or options.strength is not None:
         raise UserError("`toward` goes without `mask`, `canvas` and `strength`")
+    if options.guidance.guidance_scale is None:  # the flow that leads to noise and back has none
+        options = replace(options, guidance=replace(options.guidance, guidance_scale=1.0))
     first = open_picture(options.picture, options.size)
-    size = f"{first.height}x{first.width}"
-    second = open_picture(toward, size)
-    prompts = [options.prompt, options.toward_prompt if options.toward_prompt is not None else options.prompt]
-    label = label_of(options, pipeline)
+    second = open_picture(toward, f"{first.height}x{first.width}")
+    other = options.prompt if options.toward_prompt is None else options.toward_prompt
+    prompts, number = (options.prompt, other), label_of(options, pipeline)
+    same = {
+        "picture": sha256(options.picture), "toward": sha256(toward), "size": options.size,
+        "prompts": " / ".join(prompt or "" for prompt in prompts),
+    }  # fmt: skip
+    recipe, wanted = recipes(options, pipeline, weights), []
+    for step in range(options.num):
+        share = step / max(1, options.num - 1)
+        wanted.append(recipe(
+            height=first.height, width=first.width, seed=options.seed + step, prompt=prompts[share > 0.5],
+            label_number=number, label=None if number is None else pipeline.card.labels[number],
+            edited=same | {"share": share},
+        ))  # fmt: skip
+    paths = [options.out / edit_name(options, each) for each in wanted]
+    given: list[dict[str, Any]] = [{} for _ in paths]
+    if not all(map(is_made, paths, wanted)):
+        given = latents_between(options, pipeline, (first, second), prompts, number)
+    captions = [f"step {step} of {options.num}" for step in range(1, options.num + 1)]
+    return [Job(*values) for values in zip(paths, wanted, captions, given, strict=True)]
+
+
+def latents_between(
+    options: Edit,
+    pipeline: "FiTPipeline",
+    pictures: "tuple[Image, Image]",
+    prompts: tuple[str | None, str | None],
+    label: int | None,
+) -> list[dict[str, Any]]:
+    """The noise of each image on the way, as arguments of the pipeline."""
+    from fitv2.sampling.editing import between
+
     shown: dict[str, Any] = {} if label is None else {"class_labels": label}
-    if options.prompt is not None:
-        shown["prompt"] = prompts
-    ends = pipeline.invert([first, second], sampling=options.sampling, **shown)
-    edited = {"picture": sha256(options.picture), "toward": sha256(toward)}
-    recipe, jobs = recipes(options, pipeline, weights), []
-    for number in range(options.num):
-        share = number / max(1, options.num - 1)
-        made = recipe(
-            height=first.height, width=first.width, seed=options.seed + number, label=label,
-            prompt=prompts[share > 0.5], edited=edited | {"share": share},
-        )  # fmt: skip
-        given = {"latents": between(ends[0], ends[1], share)}
-        jobs.append(Job(options.out / edit_name(options, made), made, f"{share:.2f}", given))
-    return jobs
+    if prompts != (None, None):
+        shown["prompt"] = [*prompts]
+    ends = pipeline.invert([*pictures], sampling=options.sampling, positions=options.positions, **shown)
+    steps = max(1, options.num - 1)
+    return [{"latents": between(ends[0], ends[1], step / steps)} for step in range(options.num)]
 
 
-def label_of(options: Edit, pipeline: "FiTPipeline") -> str | None:
-    """The name of the label that was asked for."""
-    if options.label is None:
-        return None
-    return pipeline.card.labels[pipeline.card.label_index(options.label)]
+def label_of(options: Edit, pipeline: "FiTPipeline") -> int | None:
+    """The number of the label that was asked for."""
+    return None if options.label is None else pipeline.card.label_index(options.label)
 
 
 def edit_name(options: Edit, recipe: "Recipe") -> str:
-    """PICTURE_HEIGHTxWIDTH_SEED.png."""
+    """PICTURE-PROMPT-HASH_HEIGHTxWIDTH_SEED.png; the hash is of how it was edited."""
     from fitv2.sampling.saving import distinct_names, file_name
 
-    said = "-".join(part for part in (options.picture.stem, recipe.prompt or recipe.label) if part)
+    how = {name: value for name, value in (recipe.edited or {}).items() if name != "share"}
+    digest = hashlib.sha256(repr((how, recipe.label_number)).encode(errors="replace")).hexdigest()[:6]
+    said = "-".join(part for part in (options.picture.stem, recipe.prompt or recipe.label, digest) if part)
     return file_name(distinct_names((said,))[0], (recipe.height, recipe.width), recipe.seed)
 
 
 def open_picture(path: Path, size: str | None) -> "Image":
-    """An image file, brought to a size if one is given. Raises UserError for what is none."""
-    from PIL import Image, UnidentifiedImageError
+    """An image file, upright, brought to a size if one is given. Raises UserError for what is none."""
+    from PIL import Image
 
-    from fitv2.encoding.images import parse_size
-    from fitv2.errors import in_one_line
+    from fitv2.encoding.images import UnusableImage, load_rgb, parse_size
 
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is no picture that can be read: {in_one_line(error)}") from error
+        image = load_rgb(path)
+    except (UnusableImage, OSError) as error:
+        raise UserError(f"{path} is no picture that can be read: {error}") from error
     if size is None:
         return image
     height, width = parse_size(size[:32])
@@ -276,22 +306,30 @@ def make_all(pipeline: "FiTPipeline", jobs: Sequence[Job], options: Sample | Edi
     import torch
 
     from fitv2.runtime.distributed import ranks
+    from fitv2.sampling.recipe import is_made
 
     torch.nn.Module.to(pipeline.transformer, getattr(torch, options.precision))
     rank, world = ranks()
     leave_on_signals("; run the same command again to resume")
+    mine = list(blocks(jobs, pipeline))[rank::world]
+    count, done = sum(map(len, mine)), 0
+    # One bar for all processes: that of the first, whose share is like that of the others.
     with share_bar("sample", len(jobs), "image", shown=rank == 0) as progress:
-        for block in list(blocks(jobs, pipeline))[rank::world]:
-            make_block(pipeline, block, jobs, progress)
-    if not all(job.path.exists() for job in jobs):
+        for block in mine:
+
+            def report(part: float, before: int = done, size: int = len(block)) -> None:
+                progress((before + part * size) / count)
+
+            make_block(pipeline, block, report)
+            done += len(block)
+    if not all(is_made(job.path, job.recipe) for job in jobs):
         print(f"{options.out}: this share is done; another process makes the rest")
         return 0
     if options.grid:
         draw_grid(jobs, options.out / "grid.png")
     if isinstance(options, Sample) and options.npz:
         write_batches(jobs, options.out)
-    if rank == 0 or world == 1:
-        print(f"{len(jobs)} images in {options.out}")
+    print(f"{len(jobs)} images in {options.out}")
     return 0
 
 
@@ -313,25 +351,21 @@ def blocks(jobs: Sequence[Job], pipeline: "FiTPipeline") -> Iterator[list[Job]]:
         yield block
 
 
-def make_block(
-    pipeline: "FiTPipeline", block: Sequence[Job], jobs: Sequence[Job], progress: Callable[[float], None]
-) -> None:
+def make_block(pipeline: "FiTPipeline", block: Sequence[Job], progress: Callable[[float], None]) -> None:
     """Make the images of a block, if they are not all there."""
     from fitv2.runtime.rng import generator
     from fitv2.sampling.recipe import is_made, save_picture
 
-    done = sum(job.path.exists() for job in jobs)  # also those of other processes
     if all(is_made(job.path, job.recipe) for job in block):
-        progress(done / len(jobs))
+        progress(1.0)
         return
-    missing = sum(not job.path.exists() for job in block)
     recipe = block[0].recipe
     each = [job.recipe.arguments | job.given for job in block]
-    arguments: dict[str, Any] = {name: [one.get(name) for one in each] for name in each[0]}
+    names = dict.fromkeys(name for arguments in each for name in arguments)
+    arguments: dict[str, Any] = {name: [one.get(name) for one in each] for name in names}
     made = pipeline.stream(
         generator=[generator(job.recipe.seed) for job in block], guidance=recipe.guidance,
-        sampling=recipe.sampling, positions=recipe.positions,
-        progress=lambda part: progress((done + part * missing) / len(jobs)), **arguments,
+        sampling=recipe.sampling, positions=recipe.positions, progress=progress, **arguments,
     )  # fmt: skip
     for job, image in zip(block, made, strict=True):
         save_picture(image, job.path, job.recipe)

@@ -82,11 +82,11 @@ class Sample:
     seed: int = 0
     """Seed of the first image."""
     from_metadata: Path | None = None
-    """Make the picture in this PNG again: what it shows, its size, seed and settings are read from it."""
+    """Make the picture in this PNG again: all settings are read from it, and no others may be given."""
     out: Path = Path("samples")
     """Folder for the images, LABEL_HEIGHTxWIDTH_SEED.png, or PROMPT_…."""
     grid: bool = False
-    """Also draw all of them on one sheet, OUT/grid.png."""
+    """Also draw them, the first 200, on one sheet, OUT/grid.png."""
     npz: bool = False
     """Also write those of each size as OUT/HEIGHTxWIDTH.npz, for ADM's evaluator."""
     allow_download: bool = False
@@ -125,7 +125,8 @@ class Edit:
     at: tuple[int, int] | None = None
     """Row and column of its upper left corner on the canvas [default: the middle]."""
     toward: Path | None = None
-    """A second picture: make NUM images on the way from one to the other."""
+    """A second picture: make NUM images on the way from one to the other, without guidance unless it is asked
+    for."""
     toward_prompt: str | None = None
     """What the second picture shows [default: as the first]."""
     size: str | None = None
@@ -168,7 +169,7 @@ class App:
     queue: int = 32
     """Orders that wait; further ones are refused."""
     out: Path | None = None
-    """Folder for the pictures [default: one that goes with the page]."""
+    """Pictures go into a new folder in this one [default: they are kept for an hour]."""
     allow_download: bool = False
     """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
 

@@ -91,7 +91,10 @@ def _begun(start: float, stop: float, steps: int, begin: float, fewest: int = 1)
     if begin <= start:
         return start, steps
     if begin >= stop:
-        raise UserError(f"`restart` is {begin:g}; with this solver it must be below {stop:g}")
+        said = "`restart`, and 1 - `strength`,"
+        raise UserError(
+            f"the start is at time {begin:g}; with this solver it must be below {stop:g}: see {said}"
+        )
     return begin, max(fewest, round(steps * (stop - begin) / (stop - start)))
 
 

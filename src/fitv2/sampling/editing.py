@@ -88,7 +88,13 @@ def resize(pixels: Tensor, size: Size) -> Tensor:
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """A picture as pixels (3, H, W) in [−1, 1]; what is transparent becomes white."""
+    """A picture as pixels (3, H, W) in [−1, 1]; what is transparent becomes white.
+
+    Raises UserError for what is no PIL image.
+    """
+    if not isinstance(image, Image.Image):
+        raise UserError(f"a picture is a PIL image, not a {type(image).__name__}")
+    image = eight_bits(image)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -98,7 +104,14 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 def to_mask(image: Image.Image) -> Tensor:
     """A picture of a mask as (H, W), bool: white is made anew, as with diffusers' inpainting."""
-    return torch.from_numpy(np.array(image.convert("L"))) > 127
+    return torch.from_numpy(np.array(eight_bits(image).convert("L"))) > 127
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits in 8; Pillow would cut its values off."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
 
 
 def place(picture: Image.Image, size: Size, at: Size | None = None) -> tuple[Image.Image, Image.Image]:

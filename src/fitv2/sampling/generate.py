@@ -86,11 +86,12 @@ def invert(
     if not isinstance(objective, Flow):
         raise UserError("only models with a flow lead from pictures to noise: no DDPM")
     unit, noises = autoencoder.downsample * patch, []
+    if any(request.edit is None for request in requests):
+        raise UserError("there is no picture to lead to noise")
     for batch in cut_into_packs(requests, unit, default_tokens_per_pack(model.device)):
         pack = Pack(model, autoencoder, batch)
         given = pack.given(pack.layout)
-        if given is None:
-            raise UserError("there is no picture to lead to noise")
+        assert given is not None  # each has a picture
         output = guide(model, pack.layout, pack.condition, Guidance(1.0), objective)
         generators = [request.generator for request in pack.requests]
         noise_TC = objective.invert(output, pack.layout, given.data_TC, generators, sampling)

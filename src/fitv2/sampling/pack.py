@@ -198,8 +198,8 @@ def start_noise(
             own = draw_noise([grid[0] * grid[1]], channels, [generator])
         elif own.shape != (*grid, channels):
             raise UserError(f"`latents` are {tuple(own.shape)}; this image takes {(*grid, channels)}")
-        found.append(own.reshape(-1, channels).float())
-    return torch.cat(found).to(layout.image_T.device)
+        found.append(own.reshape(-1, channels).to(layout.image_T.device, torch.float32))
+    return torch.cat(found)
 
 
 def watched(flow: Flow, output: Output, layout: Layout, watch: Callable[[Tensor], None]) -> Output:

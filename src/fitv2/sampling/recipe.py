@@ -24,7 +24,7 @@ LONGEST = 100_000  # characters of it that are read
 class Recipe:
     """All that decides a picture, but for the machine."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"edited"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"edited", "label_number"})
 
     model: str
     """As it was named."""
@@ -40,6 +40,8 @@ class Recipe:
     guidance: Guidance
     sampling: Sampling
     positions: Positions
+    label_number: int | None = None
+    """Of the label: two may have one name."""
     edited: dict[str, str | float | None] | None = None
     """What it was made from, where that is more than noise."""
 
@@ -63,7 +65,7 @@ class Recipe:
         """What it is in the arguments of `FiTPipeline.stream`."""
         said: dict[str, Any] = {"height": self.height, "width": self.width}
         if self.label is not None:
-            said["class_labels"] = self.label
+            said["class_labels"] = self.label if self.label_number is None else self.label_number
         if self.prompt is not None:
             said["prompt"] = self.prompt
         if self.negative_prompt is not None:
@@ -80,9 +82,10 @@ def save_picture(image: Image.Image, path: Path, recipe: Recipe) -> None:
 def png_text(recipe: Recipe) -> PngInfo:
     """The texts of a PNG file: ours, and those that the PNG specification names."""
     text = PngInfo()
-    text.add_itxt("Description", recipe.prompt or recipe.label or "")
+    shown = recipe.prompt or recipe.label or ""
+    text.add_itxt("Description", shown.encode(errors="replace").decode())
     text.add_text("Software", f"fitv2 {__version__}")
-    text.add_itxt(KEY, json.dumps(asdict(recipe), ensure_ascii=False))
+    text.add_itxt(KEY, json.dumps(asdict(recipe)))
     return text
 
 
@@ -91,7 +94,7 @@ def read_recipe(path: Path) -> Recipe:
     try:
         with Image.open(path) as image:
             said = image.info.get(KEY)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no picture that can be read: {in_one_line(error)}") from error
     if not isinstance(said, str) or len(said) > LONGEST:
         raise UserError(f"{path} does not say how it was made: it is not of fitv2, or was saved anew")

@@ -74,14 +74,16 @@ def with_conditions(model: FiT, architecture: Architecture, other_labels: bool) 
     """A model of other conditions with the weights of `model` for all that both have; and what is new."""
     made = FiT(**asdict(architecture))
     empty, given = made.state_dict(), model.state_dict()
-    kept = {key: given[key] for key in empty if key in given and given[key].shape == empty[key].shape}
-    if other_labels:  # as many, but of other things
-        kept = {key: value for key, value in kept.items() if not key.startswith("label_embed.")}
+    misfits = {key for key in empty if key not in given or given[key].shape != empty[key].shape}
+    anew = {key.split(".")[0] for key in misfits}  # an embedding is kept whole or not at all
+    if other_labels and "label" in architecture.conditions:  # perhaps as many, but of other things
+        anew.add("label_embed")
+    kept = {key: given[key] for key in empty if key.split(".")[0] not in anew}
     made.load_state_dict(kept, strict=False)
-    new = sorted(empty.keys() - kept.keys())
-    named = ", ".join(sorted({key.split(".")[0] for key in new}))
-    warnings.warn(f"{named} start at random: the initial model has other conditions", stacklevel=2)
-    return made, new
+    if anew:
+        named = ", ".join(sorted(anew))
+        warnings.warn(f"{named} start at random: the initial model has other conditions", stacklevel=2)
+    return made, sorted(empty.keys() - kept.keys())
 
 
 def give_texts(dataset: TokenDataset, encoder: TextEncoder) -> None:
