@@ -65,7 +65,7 @@ VALUES = [
 STARTS = {
     "encode": ["nowhere", "out"], "train": ["debug", "--data", "nowhere", "--out", "run"], "sample": ["nowhere"],
     "convert": ["nowhere", "out"], "export": ["nowhere", "out"], "inspect": ["nowhere"],
-    "demo": ["--data", "nowhere"], "flops": ["debug"],
+    "demo": ["--data", "nowhere"], "flops": ["debug"], "edit": ["nowhere", "nowhere.png"], "app": ["nowhere"],
     "evaluate": ["nowhere", "--reference", "nowhere", "--out", "out"],
     "study sizes": ["nowhere", "--reference", "nowhere", "--out", "out"],
     "study convergence": ["--data", "nowhere", "--square", "nowhere", "--reference", "nowhere", "--out", "out"],

@@ -61,12 +61,13 @@ def edit(options: Edit) -> int:
 
 def app(options: App) -> int:
     """Run `fitv2 app`."""
-    from fitv2.app.page import KEEP, serve
-    from fitv2.app.studio import Bounds, Studio
     from fitv2.pipeline import FiTPipeline
     from fitv2.runtime.device import default_device
 
     pipeline = FiTPipeline.from_pretrained(options.model, allow_download=options.allow_download)
+    from fitv2.app.page import KEEP, serve  # after what may fail: Gradio takes seconds
+    from fitv2.app.studio import Bounds, Studio
+
     bounds = Bounds(max_side=options.max_side, max_images=options.max_images)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as with Ctrl-C: the folder is removed
     with tempfile.TemporaryDirectory(prefix="fitv2-") as scratch:
