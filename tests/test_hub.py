@@ -13,7 +13,7 @@ from fitv2.config import Sampling
 from fitv2.errors import UserError
 from fitv2.hub import describe, said_labels
 from fitv2.model import FiT
-from fitv2.pipeline import FiTPipeline
+from fitv2.pipeline import FiTPipeline, adaptable
 from fitv2.runtime.rng import generator
 
 SHAPE = {"depth": 1, "width": 32, "heads": 2, "patch_size": 4, "in_channels": 3, "num_classes": 2}
@@ -108,7 +108,7 @@ def test_a_lora_is_loaded_ruled_and_removed(pipe, tmp_path):
     plain = made(pipe)
     other = FiTPipeline.of(randomized(FiT(**SHAPE)).eval(), pipe.card)
     config = LoraConfig(r=2, target_modules=["qkv", "gate_up"], init_lora_weights=False)
-    other.transformer.add_adapter(config, "mine")
+    adaptable(other.transformer).add_adapter(config, "mine")
     other.transformer.save_lora_adapter(tmp_path, adapter_name="mine")
     pipe.load_lora_weights(tmp_path, adapter_name="mine")
     adapted = made(pipe)
@@ -116,6 +116,8 @@ def test_a_lora_is_loaded_ruled_and_removed(pipe, tmp_path):
     assert not np.array_equal(adapted, plain)
     pipe.transformer.disable_lora()
     assert np.array_equal(made(pipe), plain)
+    assert isinstance(pipe.transformer, FiT)
+    assert adaptable(pipe.transformer) is pipe.transformer
     pipe.transformer.enable_lora()
     pipe.transformer.delete_adapters("mine")
     assert np.array_equal(made(pipe), plain)

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -139,7 +138,7 @@ class Head(nn.Module):
         return self.out(modulate(x_TD, shift, scale, layout))
 
 
-class FiT(ModelMixin, PeftAdapterMixin, ConfigMixin):
+class FiT(ModelMixin, ConfigMixin):
     """FiTv2 or FiT. What its output means is not its business: see `fitv2.diffusion`.
 
     Arguments are those of `fitv2.config.Architecture`; `rope` are the fields of `fitv2.config.Rope`.

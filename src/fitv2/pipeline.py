@@ -357,10 +357,12 @@ class FiTPipeline(DiffusionPipeline):
     def load_lora_weights(
         self, source: str | Path | dict[str, Tensor], adapter_name: str = "default", **options: Any
     ) -> None:
-        """Add a LoRA that `transformer.save_lora_adapter` saved, from a folder or tensors; needs PEFT.
+        """Add a LoRA that `save_lora_adapter` saved, from a folder or tensors; needs PEFT.
 
-        A hub name is fetched. `set_adapters`, `disable_lora` and `delete_adapters` of `transformer` rule it.
+        A hub name is fetched. `transformer` then has diffusers' methods for adapters: `set_adapters`,
+        `disable_lora`, `delete_adapters` and the others; see `adaptable`.
         """
+        adaptable(self.transformer)
         if not isinstance(source, dict):
             options = {"weight_name": LORA} | options
         source = source if isinstance(source, dict) else str(source)
@@ -390,6 +392,19 @@ class FiTPipeline(DiffusionPipeline):
         if not 0 <= index < count:
             raise UserError(f"unknown label {index}: numbers go from 0 to {count - 1}")
         return index
+
+
+def adaptable(model: FiT) -> Any:
+    """The same model, with diffusers' methods for adapters; needs PEFT.
+
+    They come only now: what diffusers has them in imports transformers, which takes seconds.
+    """
+    from diffusers.loaders.peft import PeftAdapterMixin
+
+    if not isinstance(model, PeftAdapterMixin):
+        kind = type(FiT.__name__, (type(model), PeftAdapterMixin), {"__module__": FiT.__module__})
+        model.__class__ = kind
+    return model
 
 
 COMPONENTS = {"transformer": (FiT.__name__,), "vae": (*CLASSES, None)}

@@ -24,6 +24,7 @@ from fitv2.evaluation.settings import Scale
 from fitv2.model import FiT
 from fitv2.presets import PRESETS, Preset
 from fitv2.runtime.files import atomic_file, write_json, write_text
+from fitv2.runtime.signals import RECEIVED
 from fitv2.training.best import DISTANCE
 from fitv2.training.run_folder import read_log
 from fitv2.training.throughput import MultiplyAdds
@@ -158,6 +159,8 @@ def run_study(
             name = f"{planned.name.replace(', ', '-').replace(' ', '')}-{seed}"
             chosen = replace(planned.preset, training=replace(planned.preset.training, seed=seed))
             train(chosen, planned.data, out / name, judge=judge, report=partial(progress, name))
+            if RECEIVED:
+                raise UserError("stopped by a signal; run the same command again to resume")
             longest = tokens_of(planned.data)[1]
             curves.append(read_curve(planned.name, seed, out / name, chosen.model, longest))
             report(f"{name}: {curves[-1].distances[-1]:.1f} after {curves[-1].steps[-1]} steps")

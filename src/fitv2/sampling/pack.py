@@ -18,9 +18,9 @@ from fitv2.diffusion.noise import Known, draw_noise
 from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError
 from fitv2.model import FiT
+from fitv2.sampling.decoding import crop_evenly, decode, encode
 from fitv2.sampling.editing import Edit
 from fitv2.sampling.growth import Growth, enlarge
-from fitv2.sampling.latents import crop_evenly, decode, encode
 from fitv2.sampling.requests import Request
 from fitv2.tokens import Layout, PackedTokens, unpack
 

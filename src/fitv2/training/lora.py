@@ -20,11 +20,12 @@ def add_lora(model: FiT, rank: int) -> None:
     Raises UserError without PEFT.
     """
     try:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
         raise UserError("`lora` needs PEFT: pip install 'fitv2[lora]'") from error
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), ADAPTER)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
+    inject_adapter_in_model(config, model, ADAPTER)
     for parameter in trained:
         parameter.requires_grad_(True)  # PEFT froze all that is not its own
 

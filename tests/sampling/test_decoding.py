@@ -3,7 +3,7 @@ import torch
 
 from fitv2.autoencoder import Pixels, load_autoencoder
 from fitv2.pipeline import to_image
-from fitv2.sampling.latents import crop_evenly, decode, encode
+from fitv2.sampling.decoding import crop_evenly, decode, encode
 from fitv2.tokens import Layout, PackedTokens, unpack
 
 
