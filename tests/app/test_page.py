@@ -186,7 +186,7 @@ def test_a_picture_is_painted_around(browser, url, tmp_path):
     tab.get_by_text(AROUND).click()
     number(tab, "Canvas height", 16)
     number(tab, "Canvas width", 48)
-    tab.wait_for_timeout(1500)  # until the picture is there
+    tab.wait_for_timeout(5000)  # until the picture is there, also beside busy processes
     tab.get_by_role("button", name="Edit", exact=True).click()
     tab.wait_for_function("() => document.querySelectorAll('#gallery button img').length >= 1")
     tab.wait_for_function(
