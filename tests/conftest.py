@@ -4,6 +4,7 @@ import importlib.util
 import io
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -17,15 +18,31 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fitv2.checkpoint import Card, save_model
+from fitv2.cli.commands import main
 from fitv2.config import Encoding
 from fitv2.diffusion.noise import draw_noise
 from fitv2.encoding.encode import encode
 from fitv2.evaluation.features import EXTRACTORS
 from fitv2.model import FiT
 from fitv2.runtime.rng import generator
+from fitv2.runtime.signals import NUMBERS
 
 torch.set_num_threads(1)
 os.environ["FITV2_DEVICE"] = "cpu"  # tests marked gpu name theirs
+
+
+def fitv2(capsys, *arguments):
+    """Run one command in this process: its status, output and error output."""
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(sys, "argv", ["fitv2", *map(str, arguments)])
+            main()
+    finally:  # a command's handlers would end the forks of later tests without a word
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
 
 
 def picture(width, height, seed=0):

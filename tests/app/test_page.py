@@ -55,7 +55,7 @@ def made_by(client, **changes):
 def test_thirty_two_at_once_are_answered_or_refused_in_words(url):
     from gradio_client import Client
 
-    clients = [Client(url, verbose=False) for _ in range(4)]
+    clients = [Client(url, verbose=False, httpx_kwargs={"timeout": 60}) for _ in range(4)]  # 5 s as a rule
     start = threading.Barrier(32)
 
     def ask(number):
@@ -69,7 +69,7 @@ def test_thirty_two_at_once_are_answered_or_refused_in_words(url):
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(ask, range(32)))
     made = [(number, answer) for number, answer in enumerate(answers) if not isinstance(answer, str)]
-    assert len(made) >= 10
+    assert len(made) >= 10, answers
     for number, (recipe, width) in made:
         assert (recipe.seed, recipe.width, width) == (number, 16 + number, 16 + number)
     assert all("queue" in answer.lower() for answer in answers if isinstance(answer, str)), answers
@@ -182,11 +182,12 @@ def test_a_picture_is_painted_around(browser, url, tmp_path):
     picture(16, 12).save(tmp_path / "mine.png")
     tab, _ = opened(browser, url)
     tab.get_by_role("tab", name="Edit").click()
+    tab.locator("#editor canvas").first.wait_for()  # before that the editor loses a file
     tab.locator("#editor input[type=file]").first.set_input_files(tmp_path / "mine.png")
+    tab.locator("#editor").get_by_text("Upload an image").wait_for(state="hidden")  # the picture is there
     tab.get_by_text(AROUND).click()
     number(tab, "Canvas height", 16)
     number(tab, "Canvas width", 48)
-    tab.wait_for_timeout(5000)  # until the picture is there, also beside busy processes
     tab.get_by_role("button", name="Edit", exact=True).click()
     tab.wait_for_function("() => document.querySelectorAll('#gallery button img').length >= 1")
     tab.wait_for_function(

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import encoded_picture, randomized
+from conftest import encoded_picture, fitv2, randomized
 from fitv2.autoencoder import Pixels
 from fitv2.checkpoint import Card, save_model
-from fitv2.cli.commands import COMMANDS, main
+from fitv2.cli.commands import COMMANDS
 from fitv2.conditioning import Condition
 from fitv2.config import RESTART, Guidance, Sampling
 from fitv2.model import FiT
@@ -19,15 +19,6 @@ from fitv2.presets import PRESETS
 from fitv2.runtime.rng import generator
 from fitv2.sampling.generate import generate
 from fitv2.sampling.requests import Request
-
-
-def fitv2(capsys, *arguments):
-    """Status, output and error output of one command."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", ["fitv2", *map(str, arguments)])
-        main()
-    captured = capsys.readouterr()
-    return stop.value.code, captured.out, captured.err
 
 
 @pytest.mark.parametrize(

@@ -7,20 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import picture, randomized
+from conftest import fitv2, picture, randomized
 from fitv2.checkpoint import Card, save_model
-from fitv2.cli.commands import main
 from fitv2.evaluation.pictures import Batch
 from fitv2.model import FiT
 from fitv2.sampling.recipe import read_recipe
-
-
-def fitv2(capsys, *arguments):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", ["fitv2", *map(str, arguments)])
-        main()
-    captured = capsys.readouterr()
-    return stop.value.code, captured.out, captured.err
 
 
 def files(folder):
