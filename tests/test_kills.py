@@ -100,12 +100,15 @@ def has_handlers(process):
     return False
 
 
-def children(pid):
-    """Its processes that read, and theirs."""
+def readers(pid):
+    """Its processes that read: those that are Python too, not the git that is asked for the commit."""
+    found = []
     with contextlib.suppress(OSError):
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [int(child) for child in found]
-    return []
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                if os.path.samefile(f"/proc/{child}/exe", "/proc/self/exe"):
+                    found.append(int(child))
+    return found
 
 
 def send(process, number, group):
@@ -369,10 +372,10 @@ def stop_while_readers_start(command, number, group, delay, tmp_path, tally):
     before = own_scratch(command.out.parent)
     process = Forked([*command.arguments, "--workers", "2"], tmp_path / "said")
     deadline = time.monotonic() + 20
-    while not children(process.pid) and process.process.is_alive() and time.monotonic() < deadline:
+    while not readers(process.pid) and process.process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(delay)
-    tally["with readers"] += bool(children(process.pid))
+    tally["with readers"] += bool(readers(process.pid))
     go_on(command, number, end(process, number, group, tally), before)
 
 
