@@ -106,7 +106,7 @@ def readers(pid):
     with contextlib.suppress(OSError):
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
             with contextlib.suppress(OSError):
-                if os.path.samefile(f"/proc/{child}/exe", "/proc/self/exe"):
+                if Path(f"/proc/{child}/exe").samefile("/proc/self/exe"):
                     found.append(int(child))
     return found
 

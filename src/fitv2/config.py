@@ -37,8 +37,10 @@ else:  # the one list of each is the registry itself
     Diffusion = one_of("fitv2.diffusion.paths:FORMS")
     Objective = one_of("fitv2.diffusion.objective:OBJECTIVES")
     Optimizer = one_of("fitv2.training.optim:OPTIMIZERS")
-    Solver = one_of(*(f"fitv2.diffusion.solvers:{table}" for table in ("FIXED", "ADAPTIVE", "STOCHASTIC")),
-                    "fitv2.diffusion.ddpm:SCHEDULERS")  # fmt: skip
+    Solver = one_of(
+        *(f"fitv2.diffusion.solvers:{table}" for table in ("FIXED", "MULTISTEP", "ADAPTIVE", "STOCHASTIC")),
+        "fitv2.diffusion.scheduled:SCHEDULERS", "fitv2.diffusion.ddpm:SCHEDULERS",
+    )  # fmt: skip
 NOISY_SOLVERS = (*keys_of("fitv2.diffusion.solvers:STOCHASTIC"), *keys_of("fitv2.diffusion.ddpm:SCHEDULERS"))
 
 OUTPUTS = {"ddpm": 2}  # by objective: how many a model has for each channel, where that is not one
@@ -451,10 +453,13 @@ class Sampling:
     """How a trained model's flow is followed."""
 
     solver: Solver | None = None
-    """dopri5 to adaptive-heun choose their steps; euler-maruyama and stochastic-heun add noise along the
-    way; ddpm and ddim are for FiT v1 [default: heun; ddpm for FiT v1]."""
+    """ab2 takes one evaluation a step, heun two; dopri5 to adaptive-heun choose their steps; euler-maruyama
+    and stochastic-heun add noise along the way; unipc and dpm++ are those of diffusers; ddpm and ddim are for
+    FiT v1 [default: heun; ddpm for FiT v1]."""
     steps: int | None = None
     """Steps of the solver [default: 25; 250 for a stochastic one, ddpm and ddim]."""
+    shift: float = 1.0
+    """Above 1 steps are shorter near the noise and longer near the data, below 1 the other way round."""
     rtol: float = 1e-3
     """Relative error per step that a solver which chooses its steps allows; added to the absolute one."""
     atol: float = 1e-4

@@ -52,12 +52,13 @@ LORA = "pytorch_lora_weights.safetensors"
 class FiTPipeline(DiffusionPipeline):
     """Images of any labels and sizes, all in one packed batch.
 
-    Components: `transformer`, a `FiT`, and `vae`, a diffusers `AutoencoderKL`, or None for a model on
-    pixels. `labels` names the classes, `max_tokens` is the longest image it was trained on, and
-    `guidance_scale` the strength that looks best.
+    Components: `transformer`, a `FiT`; `vae`, a diffusers `AutoencoderKL`, or None for a model on pixels; and
+    `scheduler`, one of diffusers' for flows, or None for the solvers of `Sampling`. `labels` names the
+    classes, `max_tokens` is the longest image it was trained on, and `guidance_scale` the strength that looks
+    best.
     """
 
-    _optional_components: ClassVar[list[str]] = ["vae"]
+    _optional_components: ClassVar[list[str]] = ["vae", "scheduler"]
     model_cpu_offload_seq = "transformer->vae"
 
     def __init__(
@@ -68,9 +69,10 @@ class FiTPipeline(DiffusionPipeline):
         max_tokens: int = 256,
         guidance_scale: float = 1.5,
         text_encoder_name: str = "",
+        scheduler: Any = None,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, vae=vae)
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(
             labels=list(labels), max_tokens=max_tokens, guidance_scale=guidance_scale,
             text_encoder_name=text_encoder_name,
@@ -283,6 +285,8 @@ class FiTPipeline(DiffusionPipeline):
             LOGGER.info("%s", self.said_beyond(beyond, positions))
         if guidance.guidance_scale is None:
             guidance = replace(guidance, guidance_scale=self.card.guidance)
+        if sampling.solver is None and self.scheduler is not None:
+            sampling = replace(sampling, solver=self.scheduler)
 
         def see(first: int, show: Callable[[], list[Tensor]]) -> None:
             if watch:
@@ -332,6 +336,7 @@ class FiTPipeline(DiffusionPipeline):
         """Save all parts as diffusers does, with a README and the line by which diffusers itself opens it."""
         if options.pop("push_to_hub", False):
             raise UserError("to put it on the hub, call push_to_hub")
+        self.register_modules(scheduler=self.scheduler)  # diffusers overlooks one that was None before
         super().save_pretrained(save_directory, *arguments, **options)
         write_papers(Path(save_directory), self.transformer, self.card, self.unit)
 
@@ -407,7 +412,11 @@ def adaptable(model: FiT) -> Any:
     return model
 
 
-COMPONENTS = {"transformer": (FiT.__name__,), "vae": (*CLASSES, None)}
+FLOWS = (
+    "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+)  # fmt: skip
+COMPONENTS = {"transformer": (FiT.__name__,), "vae": (*CLASSES, None), "scheduler": (*FLOWS, None)}
 
 
 def check_index(folder: Path) -> None:

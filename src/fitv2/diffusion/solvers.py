@@ -90,6 +90,21 @@ def fixed(
     return x
 
 
+def adams_bashforth(velocity: Velocity, x: Tensor, times: Tensor, progress: Progress = _quiet) -> Tensor:
+    """Steps between neighbouring `times` (steps+1,), each led by the slope before it too: order 2.
+
+    One evaluation a step, where Heun takes two. The first step is Euler's. Hairer, Nørsett & Wanner,
+    Solving Ordinary Differential Equations I, III.1 and, for steps of unequal length, III.5.
+    """
+    before, length = None, 1.0
+    for i, (t, dt) in enumerate(zip(times[:-1], times.diff(), strict=True), 1):
+        slope = velocity(x, t)
+        x = x + dt * (slope if before is None else slope + dt / (2 * length) * (slope - before))
+        before, length = slope, dt
+        progress(i / (len(times) - 1))
+    return x
+
+
 def _step(
     method: Tableau, velocity: Velocity, x: Tensor, t: Tensor, step: Tensor, dt: Tensor, slope: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
@@ -179,6 +194,9 @@ def _first_step(
     h1 = (0.01 / steepest) ** (1 / method.order)
     h1 = torch.where(steepest <= 1e-15, h0.abs().mul(1e-3).clamp_min(1e-6), h1)
     return torch.minimum(100 * h0.abs(), h1).clamp_max(abs(span)).copysign(torch.tensor(span))
+
+
+MULTISTEP = {"ab2": adams_bashforth}
 
 
 # Stochastic -------------------------------------------------------------------------------------

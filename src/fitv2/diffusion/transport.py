@@ -14,11 +14,12 @@ from fitv2.config import Sampling
 from fitv2.diffusion import solvers
 from fitv2.diffusion.noise import draw_noise
 from fitv2.diffusion.paths import Path, diffusion
+from fitv2.diffusion.scheduled import SCHEDULERS, follow_scheduler, scheduler_named
 from fitv2.diffusion.solvers import Progress, Velocity
 from fitv2.errors import UserError, nearest
 from fitv2.tokens import Layout
 
-SOLVERS = (*solvers.FIXED, *solvers.ADAPTIVE, *solvers.STOCHASTIC)
+SOLVERS = (*solvers.FIXED, *solvers.MULTISTEP, *solvers.ADAPTIVE, *solvers.STOCHASTIC, *SCHEDULERS)
 Solve = Callable[..., Tensor]  # (velocity, x, times, progress) → x
 
 
@@ -66,6 +67,11 @@ def transport(
     UserError for an unknown solver.
     """
     name, steps = sampling.resolve("heun")
+    if name in SCHEDULERS or not isinstance(name, str):
+        if to_noise:
+            raise UserError("towards noise only solvers of our own lead: `solver` heun, for one")
+        scheduler = scheduler_named(name, sampling.shift) if isinstance(name, str) else name
+        return follow_scheduler(scheduler, flow, velocity, x_TC, steps, begin, progress)
     if name in solvers.STOCHASTIC:
         return _stochastic(flow, velocity, layout, x_TC, generators, sampling, to_noise, begin, progress)
     solve = solver_named(name, layout, sampling.rtol, sampling.atol)
@@ -76,11 +82,22 @@ def transport(
         times = torch.linspace(stop - 1e-3 if flow.ends_early else stop, start, steps + 1)
         return solve(velocity, x_TC, times.to(x_TC.device), progress)
     start, steps = _begun(start, stop, steps, begin)
-    times = torch.linspace(start, stop, steps + 1, device=x_TC.device)
+    times = times_between(start, stop, steps, sampling.shift).to(x_TC.device)
     if not flow.ends_early:
         return solve(velocity, x_TC, times, progress)
     x_TC = solve(velocity, x_TC, times[:-1], progress) if steps > 1 else x_TC
     return solvers.fixed(solvers.EULER, velocity, x_TC, times[-2:], progress)
+
+
+def times_between(start: float, stop: float, steps: int, shift: float = 1.0) -> Tensor:
+    """Times of that many steps (steps+1,); with a shift above 1 they are shorter near the noise.
+
+    What is left of the way, σ, becomes shift·σ / (1 + (shift−1)·σ) (Esser et al., arXiv 2403.03206, eq. 23).
+    """
+    if shift == 1:
+        return torch.linspace(start, stop, steps + 1)
+    left = torch.linspace(1, 0, steps + 1)
+    return stop - (stop - start) * shift * left / (1 + (shift - 1) * left)
 
 
 def _begun(start: float, stop: float, steps: int, begin: float, fewest: int = 1) -> tuple[float, int]:
@@ -102,6 +119,8 @@ def solver_named(name: str, layout: Layout, rtol: float = 1e-3, atol: float = 1e
     """The ODE solver of that name; a step size is chosen for each image of `layout` by itself."""
     if name in solvers.FIXED:
         return partial(solvers.fixed, solvers.FIXED[name])
+    if name in solvers.MULTISTEP:
+        return solvers.MULTISTEP[name]
     if name not in solvers.ADAPTIVE:
         raise nearest("solver", name, SOLVERS)
     return partial(
