@@ -67,6 +67,7 @@ STARTS = {
     "convert": ["nowhere", "out"], "export": ["nowhere", "out"], "inspect": ["nowhere"],
     "demo": ["--data", "nowhere"], "flops": ["debug"], "edit": ["nowhere", "nowhere.png"], "app": ["nowhere"],
     "evaluate": ["nowhere", "--reference", "nowhere", "--out", "out"],
+    "study solvers": ["nowhere", "--reference", "nowhere", "--out", "out"],
     "study sizes": ["nowhere", "--reference", "nowhere", "--out", "out"],
     "study convergence": ["--data", "nowhere", "--square", "nowhere", "--reference", "nowhere", "--out", "out"],
     "study scaling": ["--data", "nowhere", "--reference", "nowhere", "--out", "out"],

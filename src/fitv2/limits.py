@@ -107,6 +107,7 @@ LIMITS = {
     "guidance_interval": SHARE,
     "Sampling.steps": Range(1, 10_000),
     "Sampling.shift": Range(0.05, 20),
+    "shifts": Range(0.05, 20),
     "rtol": Range(0, 1),
     "atol": Range(1e-12, 1),
     "diffusion_norm": Range(0, 1e3),

@@ -25,6 +25,6 @@ def test_every_option_says_what_it_does(command):
 def test_commands():
     names = {
         "App", "Convert", "Demo", "Edit", "Encode", "Evaluate", "Export", "Flops", "Inspect", "Sample",
-        "StudyConvergence", "StudyScaling", "StudySizes", "Train",
+        "StudyConvergence", "StudyScaling", "StudySizes", "StudySolvers", "Train",
     }  # fmt: skip
     assert {kind.__name__ for kind in COMMANDS} == names

@@ -13,7 +13,14 @@ import tyro
 
 from fitv2 import __version__
 from fitv2.cli.making import app, edit, sample
-from fitv2.cli.measuring import evaluate, flops, study_convergence, study_scaling, study_sizes
+from fitv2.cli.measuring import (
+    evaluate,
+    flops,
+    study_convergence,
+    study_scaling,
+    study_sizes,
+    study_solvers,
+)
 from fitv2.cli.options import (
     App,
     Convert,
@@ -28,6 +35,7 @@ from fitv2.cli.options import (
     StudyConvergence,
     StudyScaling,
     StudySizes,
+    StudySolvers,
     Train,
 )
 from fitv2.cli.parsing import name_flags, option_names, parse
@@ -195,6 +203,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "inspect": (Inspect, inspect),
     "evaluate": (Evaluate, evaluate),
     "study sizes": (StudySizes, study_sizes),
+    "study solvers": (StudySolvers, study_solvers),
     "study convergence": (StudyConvergence, study_convergence),
     "study scaling": (StudyScaling, study_scaling),
     "flops": (Flops, flops),

@@ -14,6 +14,7 @@ from fitv2.cli.options import (
     StudyConvergence,
     StudyScaling,
     StudySizes,
+    StudySolvers,
     TrainingStudy,
 )
 from fitv2.cli.progress import stages_bar
@@ -68,6 +69,25 @@ def study_sizes(options: StudySizes) -> int:
     if found is None:
         print(f"{options.out}: this share is done; the process that finishes last makes the tables")
         return 0
+    print((options.out / "table.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def study_solvers(options: StudySolvers) -> int:
+    """Run `fitv2 study solvers`."""
+    from fitv2.evaluation.solver_study import plan, study_solvers
+    from fitv2.pipeline import FiTPipeline
+    from fitv2.runtime.device import default_device
+
+    tried = plan(options.solvers, options.shifts, options.evaluations)
+    pipeline = FiTPipeline.from_pretrained(options.model, allow_download=options.allow_download)
+    with stages_bar("cell") as bar:
+        leave_on_signals("; run the same command again to resume")
+        study_solvers(
+            pipeline.to(default_device()), options.reference, options.out, tried, num=options.num,
+            guidance=options.guidance, progress=lambda done, total: bar("solvers", done, total),
+            report=tqdm.write, command=command_line(),
+        )  # fmt: skip
     print((options.out / "table.md").read_text(encoding="utf-8"))
     return 0
 

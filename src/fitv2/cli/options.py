@@ -286,6 +286,36 @@ class StudySizes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudySolvers:
+    """Compare solvers at as many evaluations of a model: how near the exact solution, and what a judge sees.
+
+    Run the same command again to resume. Writes table.md and solvers.png.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A model as of `fitv2 sample`."""
+    reference: Path
+    """The folder `reference` of an evaluation; its first size is judged."""
+    out: Path
+    """Folder for the results."""
+    solvers: tuple[str, ...] = ("euler", "heun", "ab2", "dpm++", "unipc", "dopri5")
+    """Which; those that choose their steps are tried once."""
+    shifts: tuple[float, ...] = (1.0, 2.0)
+    """Each of the others with each of these, as --shift of `fitv2 sample`."""
+    evaluations: tuple[int, ...] = (4, 6, 8, 12, 16, 25, 50)
+    """Of the model for each picture."""
+    num: int = 100
+    """Images that each makes."""
+    allow_download: bool = False
+    """As of `fitv2 sample`."""
+    guidance: Annotated[Guidance, tyro.conf.OmitArgPrefixes] = field(default_factory=Guidance)
+
+    def __post_init__(self) -> None:
+        """UserError for a number outside its range."""
+        check_limits(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingStudy:
     """What all studies take that train models."""
 
