@@ -232,7 +232,7 @@ def test_texts_padded_and_masked_are_as_packed(text_model):
     padded = Text(
         torch.cat([text.states_ME, torch.randn(77 - length, 7)]), (77,), text.pooled_BE, text.held_B
     )
-    layout77 = layout.behind((77,))
+    layout77 = layout.behind(torch.tensor([77]), 77)
     # Where the image would stand behind 5 tokens, and with keys that nobody sees.
     position = layout77.layout.pos_T2.clone()
     position[77:] += length - 77

@@ -94,7 +94,7 @@ def test_patchify_refuses_a_broken_token():
 
 def test_images_stand_behind_their_texts():
     layout = Layout.of([(2, 3), (1, 1), (3, 2)])
-    joint = layout.behind((2, 0, 1))
+    joint = layout.behind(torch.tensor([2, 0, 1]), 3)
     expected = [(0, 0), (1, 1), *((2 + r, 2 + c) for r in range(2) for c in range(3)), (0, 0), (0, 0),
                 *((1 + r, 1 + c) for r in range(3) for c in range(2))]  # fmt: skip
     assert [tuple(position) for position in joint.layout.pos_T2.tolist()] == expected
@@ -106,5 +106,5 @@ def test_images_stand_behind_their_texts():
     joined = joint.join(text, images)
     assert joined.flatten().tolist() == [-1, -2, *range(6), 6, -3, *range(7, 13)]
     assert torch.equal(joint.images(joined), images)
-    assert layout.behind((2, 0, 1)) is joint
-    assert layout.behind((0, 0, 0)).layout.lengths == layout.lengths
+    assert layout.behind(torch.tensor([2, 0, 1]), 3) is joint
+    assert layout.behind(torch.tensor([0, 0, 0]), 0).layout.lengths == layout.lengths

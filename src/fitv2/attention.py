@@ -7,43 +7,66 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fitv2.kernels import use_formulas
-from fitv2.tokens import Layout
+from fitv2.tokens import Layout, equal_neighbours
 
 
-@torch.compiler.disable  # what is compiled must hold for images of any lengths
 def attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: Layout) -> Tensor:
     """Softmax attention within each image of `layout`; (T, H, K) in and out.
 
     On CUDA in half precision this is PyTorch's variable-length kernel; elsewhere images of equal
     length go through `scaled_dot_product_attention` together, which is also the oracle in tests.
+
+    What is compiled must hold for images of any lengths. So with gradients attention stays out of the
+    compiled graph; without it is one operator in it, which reads the lengths when it runs.
     """
+    if not torch.compiler.is_compiling():
+        return _attend(q_THK, k_THK, v_THK, layout.cu_seqlens, layout.length_B)
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        return _attend_outside(q_THK, k_THK, v_THK, layout.cu_seqlens, layout.length_B)
+    return attend_packed(q_THK, k_THK, v_THK, layout.cu_seqlens, layout.length_B)
+
+
+def _attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cu_seqlens: Tensor, length_B: Tensor) -> Tensor:
     half = q_THK.dtype in (torch.bfloat16, torch.float16)
     if q_THK.is_cuda and half and q_THK.shape[-1] % 8 == 0 and not use_formulas():  # the kernel's alignment
-        return _attend_varlen(q_THK, k_THK, v_THK, layout)
-    return _attend_by_length(q_THK, k_THK, v_THK, layout)
+        return _attend_varlen(q_THK, k_THK, v_THK, cu_seqlens, int(length_B.max()))
+    return _attend_by_length(q_THK, k_THK, v_THK, length_B)
 
 
-def _attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: Layout) -> Tensor:
+_attend_outside = torch.compiler.disable(_attend)
+
+
+@torch.library.custom_op("fitv2::attention", mutates_args=())
+def attend_packed(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cu_seqlens: Tensor, length_B: Tensor
+) -> Tensor:
+    """`attention` as an operator for graphs; it has no derivative."""
+    return _attend(q_THK, k_THK, v_THK, cu_seqlens, length_B).contiguous()
+
+
+@attend_packed.register_fake
+def _(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cu_seqlens: Tensor, length_B: Tensor) -> Tensor:
+    return torch.empty_like(q_THK, memory_format=torch.contiguous_format)
+
+
+def _attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # Positional arguments only: the keywords after these seven changed between releases.
-    longest = max(layout.lengths)
-    ends = layout.cu_seqlens
-    out = varlen_attn(q_THK, k_THK, v_THK, ends, ends, longest, longest)
+    out = varlen_attn(q_THK, k_THK, v_THK, cu_seqlens, cu_seqlens, longest, longest)
     return cast(Tensor, out)  # a pair only where the logarithms of the sums are asked for too
 
 
-def _attend_by_length(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: Layout) -> Tensor:
+def _attend_by_length(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, length_B: Tensor) -> Tensor:
     # In bfloat16 on a CPU the flash kernel's backward pass is 2 to 6 times slower than two matmuls
     # (64 to 1024 tokens, Zen 4, torch 2.13); in float32 it is the faster one. No kernel has a forward-mode
     # derivative.
     plain = use_formulas() or (q_THK.device.type == "cpu" and q_THK.dtype == torch.bfloat16)
     attend = attend_formula if plain else scaled_dot_product_attention
-    tokens = [images * length for images, length in layout.length_groups]
+    runs = equal_neighbours(length_B.tolist())
+    tokens = [images * length for images, length in runs]
     outputs = []
-    for run, *qkv in zip(
-        layout.length_groups, *(x.split(tokens) for x in (q_THK, k_THK, v_THK)), strict=True
-    ):
+    for run, *qkv in zip(runs, *(x.split(tokens) for x in (q_THK, k_THK, v_THK)), strict=True):
         q, k, v = (x.unflatten(0, run).transpose(1, 2) for x in qkv)  # (images, H, length, K)
         outputs.append(attend(q, k, v).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)

@@ -8,10 +8,12 @@ gives tokens that stand in front of those of its image.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.export import register_dataclass
 from torch.nn.functional import gelu
 
 from fitv2.config import Architecture
@@ -23,7 +25,7 @@ class Text:
     """The texts of B images as an encoder gives them: packed, as many tokens each as it has."""
 
     states_ME: Tensor  # of the tokens of all texts
-    lengths: tuple[int, ...]  # of each text, on the host; 0 for none
+    length_B: Tensor  # tokens of each text, int64, on the host; 0 for none
     pooled_BE: Tensor  # of each text as a whole
     held_B: Tensor  # bool: whether there is one
 
@@ -31,43 +33,42 @@ class Text:
     def of(cls, texts: Sequence[tuple[Tensor, Tensor]]) -> Text:
         """Texts, each as its states (tokens, E) and what it is as a whole (E,)."""
         states, pooled = zip(*texts, strict=True)
-        lengths = tuple(map(len, states))
-        return cls(torch.cat(states), lengths, torch.stack(pooled), torch.tensor(lengths) > 0)
+        length_B = torch.tensor([len(one) for one in states])
+        return cls(torch.cat(states), length_B, torch.stack(pooled), length_B > 0)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.length_B)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each text."""
+        return tuple(self.length_B.tolist())
 
     def __getitem__(self, chosen_B: Tensor) -> Text:
         """Some of the texts by their numbers, in the given order."""
         numbers = chosen_B.tolist()
         pieces = self.states_ME.split(self.lengths)
         states = torch.cat([self.states_ME[:0], *(pieces[i] for i in numbers)])
-        lengths = tuple(self.lengths[i] for i in numbers)
-        return Text(states, lengths, self.pooled_BE[chosen_B], self.held_B[chosen_B])
+        return Text(states, self.length_B[numbers], self.pooled_BE[chosen_B], self.held_B[chosen_B])
 
     def drop(self, dropped: Sequence[bool]) -> Text:
         """Without the tokens of some texts."""
         pieces = zip(self.states_ME.split(self.lengths), dropped, strict=True)
         states = torch.cat([self.states_ME[:0], *(piece for piece, gone in pieces if not gone)])
-        lengths = tuple(0 if gone else n for n, gone in zip(self.lengths, dropped, strict=True))
-        gone_B = torch.tensor(dropped, device=self.held_B.device)
-        return Text(states, lengths, self.pooled_BE, self.held_B & ~gone_B)
+        gone_B = torch.tensor(dropped)
+        held_B = self.held_B & ~gone_B.to(self.held_B.device)
+        return Text(states, self.length_B.masked_fill(gone_B, 0), self.pooled_BE, held_B)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Text:
         """The texts on another device."""
         tensors = (self.states_ME, self.pooled_BE, self.held_B)
         states, pooled, held = (tensor.to(device, non_blocking=non_blocking) for tensor in tensors)
-        return Text(states, self.lengths, pooled, held)
+        return Text(states, self.length_B, pooled, held)
 
     @classmethod
     def concatenate(cls, texts: Sequence[Text]) -> Text:
         """Several texts' texts, in order."""
-        states = torch.cat([text.states_ME for text in texts])
-        lengths = tuple(length for text in texts for length in text.lengths)
-        pooled, held = (
-            torch.cat([getattr(text, name) for text in texts]) for name in ("pooled_BE", "held_B")
-        )
-        return cls(states, lengths, pooled, held)
+        return cls(*(torch.cat([getattr(text, field.name) for text in texts]) for field in fields(cls)))
 
 
 Value = Tensor | Text
@@ -136,6 +137,10 @@ class Condition:
         return Condition(values, self.present_B.to(device, non_blocking=non_blocking))
 
 
+for _kind in (Text, Condition):  # as arguments of what is exported
+    register_dataclass(_kind, serialized_type_name=f"fitv2.{_kind.__name__}")
+
+
 def _concatenate(values: Sequence[Value]) -> Value:
     if isinstance(values[0], Text):
         return Text.concatenate([value for value in values if isinstance(value, Text)])
@@ -187,7 +192,7 @@ class TextEmbedding(nn.Module):
 
     def forward(self, text: Text | None, present_B: Tensor) -> Tensor:
         """What texts are as a whole → (B, D)."""
-        none_BD = self.none.expand(len(present_B), -1)
+        none_BD = self.none.expand(present_B.shape[0], -1)
         if text is None:
             return none_BD
         pooled_BD = self.pooled(text.pooled_BE.to(self.none.dtype))

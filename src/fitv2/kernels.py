@@ -40,7 +40,8 @@ def scaled_sum(base: Tensor, x_TD: Tensor, scale_BD: Tensor, layout: Layout) -> 
 
 def scaled_sum_formula(base: Tensor, x_TD: Tensor, scale_BD: Tensor, layout: Layout) -> Tensor:
     """`scaled_sum` in plain operations."""
-    base_TD = base if len(base) == len(x_TD) else layout.spread(base)
+    # Not len(): it would fix the number in what is exported.
+    base_TD = base if base.shape[0] == x_TD.shape[0] else layout.spread(base)
     return torch.addcmul(base_TD, x_TD, layout.spread(scale_BD))
 
 

@@ -272,7 +272,7 @@ class FiT(ModelMixin, ConfigMixin):
         image_layout, joint = layout, None
         text = condition.values.get("text") if "text" in self.architecture.conditions else None
         if isinstance(text, Text):
-            joint = layout.behind(text.lengths)
+            joint = layout.behind(text.length_B, text.states_ME.shape[0])
             x_TD, layout = joint.join(self.embedders["text"].tokens(text), x_TD), joint.layout
         rotation_T1P = rotation(layout, head_dim, self.architecture.rope)
         for block in self.blocks:

@@ -142,7 +142,7 @@ def mscale(rope: Rope, size_B2: Tensor) -> Tensor:
 def scaled_frequencies(rope: Rope, size_B2: Tensor, dims: int) -> Tensor:
     """Angles per row and per column of each image, (B, 2, F) radians; `dims` numbers turn an axis."""
     if rope.extrapolation == "none":
-        return frequencies(dims, rope.base, size_B2.device).expand(len(size_B2), 2, -1)
+        return frequencies(dims, rope.base, size_B2.device).expand(size_B2.shape[0], 2, -1)
     if rope.extrapolation not in METHODS:
         raise nearest("extrapolation", rope.extrapolation, ["none", *METHODS])
     assert rope.train_side is not None  # Rope sees to that

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.export import register_dataclass
 
 Size = tuple[int, int]  # (rows, columns) of tokens
 
@@ -27,14 +28,13 @@ class Layout:
     length are computed together on the CPU, so a sequence sorted by length is fastest; any order is right.
     """
 
-    sizes: tuple[
-        Size, ...
-    ]  # (rows, columns) of each image, on the host: no length is read back from a device
-    size_B2: Tensor  # the same, int64
+    size_B2: Tensor  # (rows, columns) of each image, int64
     pos_T2: Tensor  # (row, column) within the image, int64
     image_T: Tensor  # the image a token belongs to, int64
     cu_seqlens: Tensor  # (B+1,) int32: the first token of each image, then T
-    before: tuple[int, ...] = ()  # tokens of text in front of each image; left out where there is no text
+    # Always on the host: nothing is read back from a device.
+    host_size_B2: Tensor  # as size_B2
+    length_B: Tensor  # tokens of each image and the text in front of it, int64
 
     @classmethod
     def of(cls, sizes: Sequence[Size] | np.ndarray) -> Layout:
@@ -48,11 +48,12 @@ class Layout:
         number_T = np.arange(cu_seqlens[-1]) - cu_seqlens[image_T]  # r·columns + c
         position_T2 = np.stack(np.divmod(number_T, size_B2[image_T, 1]), axis=1)
         return cls(
-            sizes=tuple((rows, columns) for rows, columns in size_B2.tolist()),
             size_B2=torch.from_numpy(size_B2.copy()),
             pos_T2=torch.from_numpy(position_T2),
             image_T=torch.from_numpy(image_T),
             cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+            host_size_B2=torch.from_numpy(size_B2.copy()),
+            length_B=torch.from_numpy(lengths),
         )
 
     @classmethod
@@ -62,22 +63,27 @@ class Layout:
         first_token = np.cumsum([0, *(one.tokens for one in layouts[:-1])]).tolist()
         starts = [one.cu_seqlens[:-1] + first for one, first in zip(layouts, first_token, strict=True)]
         return cls(
-            sizes=tuple(size for one in layouts for size in one.sizes),
             size_B2=torch.cat([one.size_B2 for one in layouts]),
             pos_T2=torch.cat([one.pos_T2 for one in layouts]),
             image_T=torch.cat([one.image_T + n for one, n in zip(layouts, first_image, strict=True)]),
             cu_seqlens=torch.cat([*starts, layouts[-1].cu_seqlens[-1:] + first_token[-1]]),
+            host_size_B2=torch.cat([one.host_size_B2 for one in layouts]),
+            length_B=torch.cat([one.length_B for one in layouts]),
         )
 
     def __len__(self) -> int:
         """Images."""
-        return len(self.sizes)
+        return len(self.length_B)
+
+    @cached_property
+    def sizes(self) -> tuple[Size, ...]:
+        """(rows, columns) of each image."""
+        return tuple((rows, columns) for rows, columns in self.host_size_B2.tolist())
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each image and its text, on the host."""
-        before = self.before or (0,) * len(self)
-        return tuple(m + rows * columns for m, (rows, columns) in zip(before, self.sizes, strict=True))
+        """Tokens of each image and its text."""
+        return tuple(self.length_B.tolist())
 
     @cached_property
     def tokens(self) -> int:
@@ -87,7 +93,7 @@ class Layout:
     @cached_property
     def length_groups(self) -> tuple[tuple[int, int], ...]:
         """Neighbouring images of equal length, as (images, tokens of each)."""
-        return tuple((len(list(same)), length) for length, same in groupby(self.lengths))
+        return equal_neighbours(self.lengths)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
         """The layout on another device."""
@@ -99,43 +105,41 @@ class Layout:
         """The layout of some of the images, in the given order. Raises ValueError when there are none."""
         return Layout.of([self.sizes[i] for i in images]).to(self.size_B2.device)
 
-    def behind(self, text_lengths: tuple[int, ...]) -> Joint:
-        """The same images, each behind so many tokens of text of its own, in one sequence.
+    def behind(self, text_length_B: Tensor, texts: int) -> Joint:
+        """The same images, each behind text of its own, (B,) and `texts` tokens in all, in one sequence.
 
         Text token m is at (m, m), and an image behind M of them begins at (M, M) (FiTv2's text-to-image).
         """
-        if text_lengths not in self._joints:
+        if torch.compiler.is_compiling():
+            return self._joined(text_length_B, texts)
+        lengths = tuple(text_length_B.tolist())
+        if lengths not in self._joints:
             self._joints.clear()
-            self._joints[text_lengths] = self._joined(text_lengths)
-        return self._joints[text_lengths]
+            self._joints[lengths] = self._joined(text_length_B, texts)
+        return self._joints[lengths]
 
     @cached_property
     def _joints(self) -> dict[tuple[int, ...], Joint]:
         """The last one that was asked for: a sampling asks at every step."""
         return {}
 
-    def _joined(self, text_lengths: tuple[int, ...]) -> Joint:
-        texts, images = np.asarray(text_lengths), np.asarray(self.lengths)
-        starts = np.concatenate([[0], np.cumsum(texts + images)])
-        image_T = np.repeat(np.arange(len(self)), texts + images)
-        number_T = np.arange(starts[-1]) - starts[image_T]  # within a text and its image
-        is_text_T = number_T < texts[image_T]
-        # Of each token, its place among all texts followed by all images.
-        order_T = np.empty(starts[-1], np.int64)
-        order_T[is_text_T] = np.arange(texts.sum())
-        order_T[~is_text_T] = texts.sum() + np.arange(images.sum())
-        number_in_image = (number_T - texts[image_T])[~is_text_T]
-        columns = np.asarray(self.sizes)[image_T[~is_text_T], 1]
-        position_T2 = np.stack([number_T, number_T], axis=1)
-        position_T2[~is_text_T] = np.stack(np.divmod(number_in_image, columns), axis=1)
-        position_T2[~is_text_T] += texts[image_T[~is_text_T]][:, None]
-        layout = Layout(
-            self.sizes, self.size_B2, torch.from_numpy(position_T2), torch.from_numpy(image_T),
-            torch.from_numpy(starts.astype(np.int32)), text_lengths,
+    def _joined(self, text_length_B: Tensor, texts: int) -> Joint:
+        text_B = text_length_B.to(self.image_T.device)
+        ends_B = text_B.cumsum(0)
+        images_B = torch.arange(text_B.shape[0], device=text_B.device)
+        image_M = torch.repeat_interleave(images_B, text_B, output_size=texts)
+        number_M = torch.arange(texts, device=text_B.device) - (ends_B - text_B).index_select(0, image_M)
+        # A text comes before its image; within both the order stays.
+        order_T = torch.cat([2 * image_M, 2 * self.image_T + 1]).argsort(stable=True)
+        moved_T2 = self.pos_T2 + text_B.index_select(0, self.image_T)[:, None]
+        position_T2 = torch.cat([number_M[:, None].expand(-1, 2), moved_T2])
+        layout = replace(
+            self, pos_T2=position_T2.index_select(0, order_T),
+            image_T=torch.cat([image_M, self.image_T]).index_select(0, order_T),
+            cu_seqlens=self.cu_seqlens + torch.cat([ends_B.new_zeros(1), ends_B]).int(),
+            length_B=self.length_B + text_length_B,
         )  # fmt: skip
-        device = self.size_B2.device
-        images_N = torch.from_numpy(np.flatnonzero(~is_text_T)).to(device)
-        return Joint(layout.to(device), torch.from_numpy(order_T).to(device), images_N)
+        return Joint(layout, order_T, order_T.argsort()[texts:])
 
     def spread(self, value_B: Tensor) -> Tensor:
         """Repeat each image's value for all of its tokens: (B, …) → (T, …)."""
@@ -160,6 +164,14 @@ class Layout:
                 piece[i].unflatten(0, (count, length if len(value) == self.tokens else 1))
                 for piece, value in zip(pieces, values, strict=True)
             )
+
+
+register_dataclass(Layout, serialized_type_name="fitv2.Layout")  # as an argument of what is exported
+
+
+def equal_neighbours(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Runs of equal lengths, as (how many, length)."""
+    return tuple((len(list(same)), length) for length, same in groupby(lengths))
 
 
 class Joint(NamedTuple):

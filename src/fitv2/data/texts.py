@@ -57,7 +57,8 @@ class TextCache:
         held = torch.from_numpy(held_B)
         pooled_BE = self.pooled_BE[torch.from_numpy(number_B)].float() * held[:, None]
         states_ME = self.states_ME[torch.from_numpy(state_M)].float()
-        return Text(states_ME, tuple(length_B.tolist()), pooled_BE, held & (torch.from_numpy(length_B) > 0))
+        lengths = torch.from_numpy(length_B).long()
+        return Text(states_ME, lengths, pooled_BE, held & (lengths > 0))
 
 
 def _encode(encoder: TextEncoder, captions: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -65,7 +66,7 @@ def _encode(encoder: TextEncoder, captions: Sequence[str]) -> dict[str, torch.Te
     if not parts:
         raise UserError("no image of the dataset has a caption: a model of texts has nothing to learn")
     text = Text.concatenate(parts)
-    lengths = torch.tensor(text.lengths, dtype=torch.int32)
+    lengths = text.length_B.int()
     return {"states": text.states_ME.half(), "pooled": text.pooled_BE.half(), "lengths": lengths}
 
 

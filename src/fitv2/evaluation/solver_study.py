@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fitv2.config import Guidance, Sampling
 from fitv2.diffusion.solvers import ADAPTIVE, FIXED
+from fitv2.diffusion.transport import SOLVERS
 from fitv2.encoding.images import parse_size
-from fitv2.errors import UserError
+from fitv2.errors import UserError, nearest
 from fitv2.evaluation.extract import PIECE, pieces
 from fitv2.evaluation.features import Extractor, load_extractor
 from fitv2.evaluation.identity import settle
@@ -59,9 +60,14 @@ class Cell:
 def plan(
     solvers: Sequence[str], shifts: Sequence[float], evaluations: Sequence[int]
 ) -> list[tuple[str, Sampling]]:
-    """What is tried, by names of files. A solver that chooses its steps is tried once."""
+    """What is tried, by names of files. A solver that chooses its steps is tried once.
+
+    Raises UserError for one that does not exist.
+    """
     found = []
     for solver in solvers:
+        if solver not in SOLVERS:
+            raise nearest("solver", solver, SOLVERS)
         if solver in ADAPTIVE:
             found.append((solver, Sampling(solver)))
             continue
