@@ -43,6 +43,7 @@ else:  # the one list of each is the registry itself
     )  # fmt: skip
 NOISY_SOLVERS = (*keys_of("fitv2.diffusion.solvers:STOCHASTIC"), *keys_of("fitv2.diffusion.ddpm:SCHEDULERS"))
 
+SOLVER = "ab2"  # a flow is followed by, if nothing is said: docs/results/solvers.md
 OUTPUTS = {"ddpm": 2}  # by objective: how many a model has for each channel, where that is not one
 
 
@@ -455,7 +456,7 @@ class Sampling:
     solver: Solver | None = None
     """ab2 takes one evaluation a step, heun two; dopri5 to adaptive-heun choose their steps; euler-maruyama
     and stochastic-heun add noise along the way; unipc and dpm++ are those of diffusers; ddpm and ddim are for
-    FiT v1 [default: heun; ddpm for FiT v1]."""
+    FiT v1 [default: ab2; ddpm for FiT v1]."""
     steps: int | None = None
     """Steps of the solver [default: 25; 250 for a stochastic one, ddpm and ddim]."""
     shift: float = 1.0
@@ -479,7 +480,7 @@ class Sampling:
         """UserError for a number outside its range."""
         check_limits(self)
 
-    def resolve(self, solver: str) -> tuple[str, int]:
-        """Solver and steps, where they were not chosen: `solver` is what the objective uses by itself."""
-        chosen = self.solver or solver
+    def resolve(self, objective: str = "flow") -> tuple[str, int]:
+        """Solver and steps; where they were not chosen, those that models with this objective use."""
+        chosen = self.solver or ("ddpm" if objective in OUTPUTS else SOLVER)
         return chosen, self.steps or (250 if chosen in NOISY_SOLVERS else 25)

@@ -66,7 +66,7 @@ def transport(
     one at a sample of it. Each image's noise along the way is drawn from its own generator. Raises
     UserError for an unknown solver.
     """
-    name, steps = sampling.resolve("heun")
+    name, steps = sampling.resolve()
     if name in SCHEDULERS or not isinstance(name, str):
         if to_noise:
             raise UserError("towards noise only solvers of our own lead: `solver` heun, for one")
@@ -145,7 +145,7 @@ def _stochastic(
     progress: Progress,
 ) -> Tensor:
     """dx = (v ± w·score)·dt + √(2w)·dW: plus towards data, minus towards noise (SiT, eq. 5)."""
-    name, steps = sampling.resolve("heun")
+    name, steps = sampling.resolve()
     if steps < 2:
         raise UserError("`steps` must be at least 2 with a stochastic solver")
     start, stop = stochastic_interval(flow, sampling)

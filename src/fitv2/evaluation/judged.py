@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fitv2.checkpoint import CARD, SHIPPED, weights_digest
-from fitv2.config import OUTPUTS, Guidance, Positions, Sampling
+from fitv2.config import Guidance, Positions, Sampling
 from fitv2.errors import UserError
 from fitv2.evaluation.pictures import Batch, Made, Pictures, Subject, draw_labels
 from fitv2.evaluation.reference import About, Collection, size_name
@@ -40,9 +40,7 @@ class JudgedModel:
     def identity(self) -> dict[str, Any]:
         """What makes it the same, told without the path."""
         pipe, model, how = self.pipeline, self.pipeline.transformer, self.how
-        solver, steps = how.sampling.resolve(
-            "ddpm" if model.architecture.objective_name in OUTPUTS else "heun"
-        )
+        solver, steps = how.sampling.resolve(model.architecture.objective_name)
         rope = how.positions.apply(model.architecture.rope, pipe.card.square[0], pipe.unit)
         strength = how.guidance.guidance_scale
         guidance = {"guidance_scale": pipe.card.guidance if strength is None else strength}

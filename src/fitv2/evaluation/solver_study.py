@@ -125,7 +125,7 @@ class SolverStudy:
             return Cell(**read_json(path))
         made, judged = self.make(sampling), self.judged(sampling)
         evaluations = judged.evaluations(judged.pictures(self.size, self.about)[0])
-        solver, steps = sampling.resolve("heun")
+        solver, steps = sampling.resolve()
         difference = float((made.float() - self.exact.float()).abs().mean())
         cell = Cell(solver, sampling.shift, steps, evaluations, difference, self.distance(made))
         write_json(path, asdict(cell))

@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fitv2 import __version__
-from fitv2.config import OUTPUTS, Guidance, Positions, Precision, Sampling
+from fitv2.config import Guidance, Positions, Precision, Sampling
 from fitv2.errors import UserError, in_one_line
 from fitv2.limits import check_limits
 from fitv2.pipeline import FiTPipeline
@@ -52,11 +52,10 @@ class Recipe:
     @classmethod
     def of(cls, pipeline: FiTPipeline, **values: Any) -> "Recipe":
         """A recipe with what a model uses by itself filled in."""
-        own = "ddpm" if pipeline.transformer.architecture.objective_name in OUTPUTS else "heun"
         guidance, sampling = values["guidance"], values["sampling"]
         if guidance.guidance_scale is None:
             guidance = replace(guidance, guidance_scale=pipeline.card.guidance)
-        solver, steps = sampling.resolve(own)
+        solver, steps = sampling.resolve(pipeline.transformer.architecture.objective_name)
         sampling = replace(sampling, solver=solver, steps=steps)
         return cls(**values | {"guidance": guidance, "sampling": sampling})
 
