@@ -1,6 +1,7 @@
 """The documentation: pages made from the code are up to date, and what the checker is to find it finds."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -18,6 +19,24 @@ def tool(name):
 
 
 check_docs, build_reference = tool("check_docs"), tool("build_reference")
+build_notebook = tool("build_notebook")
+
+
+def notebook():
+    return json.loads(build_notebook.SCRIPT.with_suffix(".ipynb").read_text())
+
+
+def test_the_notebook_is_its_script():
+    found = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook()["cells"]]
+    assert found == build_notebook.cells(build_notebook.SCRIPT.read_text()), "run tools/build_notebook.py"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_shows_pictures():
+    again = build_notebook.build(build_notebook.SCRIPT.read_text())
+    shown = [[len(cell.get("outputs", ())) for cell in one["cells"]] for one in (again, notebook())]
+    assert shown[0] == shown[1]
+    assert sum(shown[0]) == 4
 
 
 def test_reference_pages_are_up_to_date():
