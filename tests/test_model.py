@@ -230,7 +230,10 @@ def test_texts_padded_and_masked_are_as_packed(text_model):
     packed = text_model(x, layout, t, condition)
     text = condition.values["text"]
     padded = Text(
-        torch.cat([text.states_ME, torch.randn(77 - length, 7)]), (77,), text.pooled_BE, text.held_B
+        torch.cat([text.states_ME, torch.randn(77 - length, 7)]),
+        torch.tensor([77]),
+        text.pooled_BE,
+        text.held_B,
     )
     layout77 = layout.behind(torch.tensor([77]), 77)
     # Where the image would stand behind 5 tokens, and with keys that nobody sees.

@@ -33,10 +33,12 @@ def cells(script: str) -> list[tuple[str, str]]:
 def run(code: str, names: dict[str, Any]) -> Any:
     """Run a cell; the value of its last line, if that is an expression."""
     tree = ast.parse(code)
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, SCRIPT.name, "exec"), names)
-    if last is None:
+    last = tree.body[-1]
+    if not isinstance(last, ast.Expr):
+        exec(compile(tree, SCRIPT.name, "exec"), names)
         return None
+    tree.body.pop()
+    exec(compile(tree, SCRIPT.name, "exec"), names)
     return eval(compile(ast.Expression(last.value), SCRIPT.name, "eval"), names)
 
 
@@ -55,13 +57,18 @@ def build(script: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
     made: list[dict[str, Any]] = []
     for place, (kind, text) in enumerate(cells(script)):
-        cell = {"id": f"cell-{place}", "cell_type": kind, "metadata": {}, "source": text.splitlines(True)}
+        cell: dict[str, Any] = {
+            "id": f"cell-{place}",
+            "cell_type": kind,
+            "metadata": {},
+            "source": text.splitlines(True),
+        }
         if kind == "code":
             number = sum(one["cell_type"] == "code" for one in made) + 1
             cell |= {"execution_count": number, "outputs": outputs(run(text, names), number)}
         made.append(cell)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    about = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    about: dict[str, Any] = {"kernelspec": kernel, "language_info": {"name": "python"}}
     return {"cells": made, "metadata": about, "nbformat": 4, "nbformat_minor": 5}
 
 

@@ -16,8 +16,8 @@ pipe.set_progress_bar_config(disable=True)
 
 # %% [markdown]
 # ## Prompts and shapes
-# Lists of prompts, heights and widths go together. All pictures are computed as one sequence of tokens, without
-# padding.
+# Lists of prompts, heights and widths go together. All pictures are computed as one sequence of tokens,
+# without padding.
 
 # %%
 prompts = ["fox", "red apple", "two owls side by side", "three roses in a row"]

@@ -9,6 +9,8 @@ from conftest import gaussian, noise_of
 from fitv2.config import Sampling
 from fitv2.diffusion.flow import Flow
 from fitv2.diffusion.paths import PATHS
+from fitv2.diffusion.scheduled import SCHEDULERS
+from fitv2.diffusion.solvers import STOCHASTIC
 from fitv2.diffusion.transport import SOLVERS, stochastic_interval, transport
 from fitv2.errors import UserError
 from fitv2.runtime.rng import generator
@@ -23,7 +25,7 @@ def moved(flow, layout, x, sampling, to_noise=False, first=0):
 
 
 @pytest.mark.parametrize("path", ["linear", "gvp"])
-@pytest.mark.parametrize("solver", [name for name in SOLVERS if "stoch" not in name and "maru" not in name])
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name not in (*STOCHASTIC, *SCHEDULERS)])
 def test_odes_map_noise_to_the_data_and_back(path, solver):
     """The exact flow of a Gaussian is x0 → MEAN + STD·x0."""
     flow, layout = Flow(path), Layout.of([(3, 4), (1, 2)])
@@ -50,7 +52,6 @@ PICTURES, TOKENS, CHANNELS = (
 EIGHTH = TOKENS * CHANNELS
 
 
-STOCHASTIC = ["euler-maruyama", "stochastic-heun"]
 SDES = [(path, form, solver, "mean") for path in PATHS for form in FORMS for solver in STOCHASTIC]
 SDES += [("linear", form, "euler-maruyama", last) for form in FORMS for last in ("tweedie", "euler", "none")]
 
