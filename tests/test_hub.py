@@ -5,6 +5,8 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoModel
 from PIL import Image
 
 from conftest import randomized
@@ -35,6 +37,14 @@ def test_a_readme_says_how_to_open_it(pipe, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     pipe.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_diffusers_auto_model_opens_the_transformer(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    opened = AutoModel.from_pretrained(tmp_path, subfolder="transformer")
+    assert isinstance(opened, FiT)
+    weights = pipe.transformer.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in opened.state_dict().items())
 
 
 def test_a_model_of_texts_says_so():
