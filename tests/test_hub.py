@@ -41,7 +41,7 @@ def test_a_readme_says_how_to_open_it(pipe, tmp_path):
 
 def test_diffusers_auto_model_opens_the_transformer(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    opened = AutoModel.from_pretrained(tmp_path, subfolder="transformer")
+    opened = AutoModel.from_pretrained(str(tmp_path), subfolder="transformer")
     assert isinstance(opened, FiT)
     weights = pipe.transformer.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in opened.state_dict().items())

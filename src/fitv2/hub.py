@@ -38,8 +38,9 @@ Nothing in this folder is executed. diffusers by itself opens it with
 DiffusionPipeline.from_pretrained(NAME, custom_pipeline=NAME, trust_remote_code=True)
 ```
 
-which runs the one line of `pipeline.py`; the package `fitv2` has to be installed all the same. The transformer alone is
-`fitv2.FiT.from_pretrained(NAME, subfolder="transformer")`; after `from fitv2 import FiT` diffusers' `AutoModel` opens it too.
+which runs the one line of `pipeline.py`; the package `fitv2` has to be installed all the same. The
+transformer alone is `fitv2.FiT.from_pretrained(NAME, subfolder="transformer")`; after
+`from fitv2 import FiT` diffusers' `AutoModel` opens it too.
 
 {shows} Guidance that looks best: {guidance:g}.
 
