@@ -22,7 +22,7 @@ from fitv2.tokens import Size
 from fitv2.training.trainer import train
 
 MODEL = "emoji"
-STEPS = 14  # so that the first image is there within 20 seconds on two cores
+STEPS = 20  # so that the first image is there within 20 seconds on two cores
 PACK = 512  # tokens: some eight images are shown while the next are made
 EVERY = 14  # of so many drawings one is trained on, so that encoding takes seconds
 
