@@ -26,6 +26,7 @@ from conftest import FORK, picture
 from fitv2.__main__ import main
 from fitv2.checkpoint import checkpoints, newest_checkpoint
 from fitv2.runtime.files import remove_leftovers
+from fitv2.training import run_folder
 from fitv2.training.run_folder import read_log
 from fitv2.training.trackers import build_trackers
 
@@ -48,14 +49,16 @@ class Forked:
             os.dup2(file, 1)
             os.dup2(file, 2)
             sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             remove_leftovers.cache_clear()  # a new process has none
             tqdm.set_lock(threading.RLock())  # tqdm's own is shared by forks, and a killed one may hold it
             sys.argv = ["fitv2", *map(str, arguments)]
             change()
             main()
 
+        # Before it is forked: importing `fitv2.__main__` above set a command's handlers in this process, by
+        # which a child ends without a word until it has its own.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.process, self.path = FORK.Process(target=run), said
         self.process.start()
         self.pid = self.process.pid
@@ -100,15 +103,12 @@ def has_handlers(process):
     return False
 
 
-def readers(pid):
-    """Its processes that read: those that are Python too, not the git that is asked for the commit."""
-    found = []
+def children(pid):
+    """Its processes that read, and theirs."""
     with contextlib.suppress(OSError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            with contextlib.suppress(OSError):
-                if Path(f"/proc/{child}/exe").samefile("/proc/self/exe"):
-                    found.append(int(child))
-    return found
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in found]
+    return []
 
 
 def send(process, number, group):
@@ -370,12 +370,14 @@ def test_signals_from_the_first_moment_on(command, tmp_path):
 
 def stop_while_readers_start(command, number, group, delay, tmp_path, tally):
     before = own_scratch(command.out.parent)
-    process = Forked([*command.arguments, "--workers", "2"], tmp_path / "said")
+    # In no repository: git, which is asked for the commit, would be taken for a reader.
+    no_git = lambda: setattr(run_folder, "PACKAGE", tmp_path)  # noqa: E731
+    process = Forked([*command.arguments, "--workers", "2"], tmp_path / "said", no_git)
     deadline = time.monotonic() + 20
-    while not readers(process.pid) and process.process.is_alive() and time.monotonic() < deadline:
+    while not children(process.pid) and process.process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(delay)
-    tally["with readers"] += bool(readers(process.pid))
+    tally["with readers"] += bool(children(process.pid))
     go_on(command, number, end(process, number, group, tally), before)
 
 

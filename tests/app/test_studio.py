@@ -45,7 +45,7 @@ def test_pictures_are_those_of_the_pipeline_and_hold_their_recipes(studio):
 
 def test_previews_come_between(studio, monkeypatch):
     monkeypatch.setattr("fitv2.app.studio.PREVIEW_EVERY", 0.0)
-    shown = list(studio.make(ORDER))
+    shown = list(studio.make(replace(ORDER, steps=2 * ORDER.steps)))
     previews = [each for each in shown if each.done == 0]
     assert len(previews) >= 3
     assert all(image.size == (12, 8) for each in previews for image in each.pictures)

@@ -202,10 +202,10 @@ def test_pictures_are_written_for_adms_evaluator(pixel_model, real, tmp_path, co
 def test_evaluations_of_a_picture_are_counted(pixel_model, real, tmp_path, colours):
     settings = Evaluation(num=10)
     result = evaluate(str(pixel_model), str(real), tmp_path / "1", settings, QUICK, [(16, 16)])
-    assert result.about["references"]["16x16"]["evaluations"] == 4  # Heun's two steps
-    how = How(Guidance(1.0), Sampling("euler", 3))
+    assert result.about["references"]["16x16"]["evaluations"] == 2  # two steps of ab2
+    how = How(Guidance(1.0), Sampling("heun", 3))
     result = evaluate(str(pixel_model), str(real), tmp_path / "2", settings, how, [(16, 16)])
-    assert result.about["references"]["16x16"]["evaluations"] == 3
+    assert result.about["references"]["16x16"]["evaluations"] == 6
 
 
 def test_another_evaluation_in_the_folder_is_an_error(pixel_model, real, tmp_path, colours):

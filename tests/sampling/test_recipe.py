@@ -42,7 +42,7 @@ def test_what_a_model_uses_by_itself_is_filled_in():
         )
 
     flow, ddpm = recipe(), recipe(path="ddpm", prediction="noise")
-    assert (flow.guidance.guidance_scale, flow.sampling.solver, flow.sampling.steps) == (3.5, "heun", 25)
+    assert (flow.guidance.guidance_scale, flow.sampling.solver, flow.sampling.steps) == (3.5, "ab2", 25)
     assert (ddpm.sampling.solver, ddpm.sampling.steps) == ("ddpm", 250)
 
 
