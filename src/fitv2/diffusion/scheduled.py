@@ -87,6 +87,7 @@ def follow_scheduler(
     first = int((times < begin).sum())
     if first == len(times):
         raise UserError(f"the start is at time {begin:g}, behind the scheduler's last, {times[-1]:g}")
+    first = int((times <= times[first]).sum()) - 1  # Heun's has the end of a step and the start of the next
     if first:
         x_TC = x_TC + (times[first] - begin) * velocity(x_TC, times.new_tensor(begin))
     scheduler.set_begin_index(first)
