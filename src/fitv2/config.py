@@ -38,12 +38,14 @@ else:  # the one list of each is the registry itself
     Objective = one_of("fitv2.diffusion.objective:OBJECTIVES")
     Optimizer = one_of("fitv2.training.optim:OPTIMIZERS")
     Solver = one_of(
-        *(f"fitv2.diffusion.solvers:{table}" for table in ("FIXED", "MULTISTEP", "ADAPTIVE", "STOCHASTIC")),
+        *(f"fitv2.diffusion.solvers:{t}" for t in ("FIXED", "MULTISTEP", "ADAPTIVE", "STOCHASTIC", "JUMPS")),
         "fitv2.diffusion.scheduled:SCHEDULERS", "fitv2.diffusion.ddpm:SCHEDULERS",
     )  # fmt: skip
 NOISY_SOLVERS = (*keys_of("fitv2.diffusion.solvers:STOCHASTIC"), *keys_of("fitv2.diffusion.ddpm:SCHEDULERS"))
 
-SOLVER = "ab2"  # a flow is followed by, if nothing is said: docs/results/solvers.md
+ANY_STEP = "any-step"  # objective and solver
+# By objective, solver and steps if nothing is said: docs/results/solvers.md and any-step.md.
+SOLVERS = {"flow": ("ab2", 25), "ddpm": ("ddpm", 250), ANY_STEP: (ANY_STEP, 4)}
 OUTPUTS = {"ddpm": 2}  # by objective: how many a model has for each channel, where that is not one
 
 
@@ -106,7 +108,8 @@ class Network:
     path: PathName = "linear"
     """From noise to data; see `fitv2.diffusion.paths`. ddpm is FiT v1: noise and a variance are predicted."""
     objective: Objective | None = None
-    """What is trained [default: flow, or ddpm with --path ddpm]; see `fitv2.diffusion.objective`."""
+    """What is trained [default: flow, or ddpm with --path ddpm]; any-step makes a trained flow (--init) one
+    of few steps; see `fitv2.diffusion.objective`."""
     conditions: tuple[str, ...] = ("label",)
     """What an image may be conditioned on; see `fitv2.conditioning`."""
     mlp_width: int | None = None
@@ -295,6 +298,17 @@ class Noising:
     """Weight by time of the error of a predicted noise or score; see `fitv2.diffusion.flow`."""
     direction_weight: float = 0.0
     """Weight of 1 - cosine of the predicted and the true velocity beside the squared error."""
+    jump_share: float = 0.5
+    """Share of images from which an any-step model learns finite steps; from the others, the flow."""
+    curriculum_steps: int = 0
+    """First training steps, over which the steps that an any-step model learns grow from none to their full
+    length."""
+    learned_guidance: float = 2.5
+    """Guidance scale that an any-step model learns, so that sampling needs none; 1 is no guidance."""
+    learned_guidance_interval: tuple[float, float] = (0.3, 1.0)
+    """It is learned between these times; 0 is noise, 1 is data."""
+    difference: float = 0.005
+    """Of times, on either side, from which an any-step model takes the derivative along the flow."""
     seed: int = 0
     """All randomness of a run follows from it."""
 
@@ -455,10 +469,10 @@ class Sampling:
 
     solver: Solver | None = None
     """ab2 takes one evaluation a step, heun two; dopri5 to adaptive-heun choose their steps; euler-maruyama
-    and stochastic-heun add noise along the way; unipc and dpm++ are those of diffusers; ddpm and ddim are for
-    FiT v1 [default: ab2; ddpm for FiT v1]."""
+    and stochastic-heun add noise along the way; unipc and dpm++ are those of diffusers; any-step is for
+    any-step models, ddpm and ddim are for FiT v1 [default: ab2; any-step or ddpm for such models]."""
     steps: int | None = None
-    """Steps of the solver [default: 25; 250 for a stochastic one, ddpm and ddim]."""
+    """Steps of the solver [default: 25; 4 of any-step; 250 of a stochastic one, ddpm and ddim]."""
     shift: float = 1.0
     """Above 1 steps are shorter near the noise and longer near the data, below 1 the other way round."""
     rtol: float = 1e-3
@@ -482,5 +496,7 @@ class Sampling:
 
     def resolve(self, objective: str = "flow") -> tuple[str, int]:
         """Solver and steps; where they were not chosen, those that models with this objective use."""
-        chosen = self.solver or ("ddpm" if objective in OUTPUTS else SOLVER)
-        return chosen, self.steps or (250 if chosen in NOISY_SOLVERS else 25)
+        solver, steps = SOLVERS.get(objective, SOLVERS["flow"])
+        if self.solver not in (None, solver):
+            solver, steps = self.solver, 250 if self.solver in NOISY_SOLVERS else 25
+        return solver, self.steps or steps

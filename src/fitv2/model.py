@@ -207,10 +207,17 @@ class FiT(ModelMixin, ConfigMixin):
 
     def with_rope(self, rope: Rope) -> "FiT":
         """A model that shares these weights and has other positions: for sizes that were not trained on."""
+        return self._like(replace(self.architecture, rope=rope), rope=asdict(rope))
+
+    def with_objective(self, objective: str) -> "FiT":
+        """A model that shares these weights and is trained for something else."""
+        return self._like(replace(self.architecture, objective=objective), objective=objective)
+
+    def _like(self, architecture: Architecture, **config: Any) -> "FiT":
         other = copy(self)
-        other.architecture = replace(self.architecture, rope=rope)
-        defaults = [name for name in self.config.get("_use_default_values", []) if name != "rope"]
-        other.register_to_config(rope=asdict(rope), _use_default_values=defaults)
+        other.architecture = architecture
+        defaults = [name for name in self.config.get("_use_default_values", []) if name not in config]
+        other.register_to_config(**config, _use_default_values=defaults)
         return other
 
     def reset_parameters(self) -> None:
@@ -236,7 +243,8 @@ class FiT(ModelMixin, ConfigMixin):
 
     def embed(self, t_B: Tensor, condition: Condition) -> Tensor:
         """c: times (B,) and what the images are to show → (B, D)."""
-        c_BD = self.time_embed(t_B, self.dtype)
+        shift = self.architecture.time_shift
+        c_BD = self.time_embed(shift * t_B / (1 + (shift - 1) * t_B), self.dtype)
         for name, embedder in self.embedders.items():
             c_BD = c_BD + embedder(condition.values.get(name), condition.present_B)
         return c_BD
@@ -248,23 +256,27 @@ class FiT(ModelMixin, ConfigMixin):
         t_B: Tensor,
         condition: Condition,
         return_dict: bool | None = None,
+        target_B: Tensor | None = None,
     ) -> Any:
         """Noisy tokens of the images of `layout` at times `t_B` → prediction.
 
         `t_B` (B,) is float32 in [0, 1], or a DDPM step. (T, C) in; (T, C) out, or (T, 2C) where a
         variance is predicted too. As diffusers has it, `return_dict` wraps it: True in a
         `Transformer2DModelOutput`, False in a tuple; by itself it is the tensor.
+
+        `target_B` (B,) are the times to which any-step models are asked to lead [default: `t_B` itself]. The
+        first two thirds of the blocks see `t_B`, the others and the head see `target_B` (Decoupled MeanFlow,
+        arXiv 2510.24474, section 3).
         """
-        output_TC = self._predict(x_TC, layout, t_B, condition)
+        output_TC = self._predict(x_TC, layout, t_B, condition, target_B)
         if return_dict is None:
             return output_TC
         return Transformer2DModelOutput(sample=output_TC) if return_dict else (output_TC,)
 
-    def _predict(self, x_TC: Tensor, layout: Layout, t_B: Tensor, condition: Condition) -> Tensor:
-        shift = self.architecture.time_shift
-        t_B = shift * t_B / (1 + (shift - 1) * t_B)
+    def _predict(
+        self, x_TC: Tensor, layout: Layout, t_B: Tensor, condition: Condition, target_B: Tensor | None
+    ) -> Tensor:
         silu_c_BD = silu(self.embed(t_B, condition))
-        shared_B6D = 0.0 if self.modulation is None else self.modulation(silu_c_BD)
         head_dim = self.architecture.width // self.architecture.heads
         x_TD = self.patch_embed(x_TC.to(self.dtype))
         if self.architecture.rope.kind == "absolute":
@@ -275,10 +287,19 @@ class FiT(ModelMixin, ConfigMixin):
             joint = layout.behind(text.length_B, text.states_ME.shape[0])
             x_TD, layout = joint.join(self.embedders["text"].tokens(text), x_TD), joint.layout
         rotation_T1P = rotation(layout, head_dim, self.architecture.rope)
-        for block in self.blocks:
+        switch = None if target_B is None else round(2 * len(self.blocks) / 3)
+        shared_B6D = self._shared(silu_c_BD)
+        for number, block in enumerate(self.blocks):
+            if number == switch and target_B is not None:
+                silu_c_BD = silu(self.embed(target_B, condition))
+                shared_B6D = self._shared(silu_c_BD)
             inputs = x_TD, layout, shared_B6D, silu_c_BD, rotation_T1P
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x_TD = self._gradient_checkpointing_func(block, *inputs)
             else:
                 x_TD = block(*inputs)
         return self.head(x_TD if joint is None else joint.images(x_TD), image_layout, silu_c_BD)
+
+    def _shared(self, silu_c_BD: Tensor) -> Tensor | float:
+        """What all blocks have in common of their modulation, (B, 6D)."""
+        return 0.0 if self.modulation is None else self.modulation(silu_c_BD)

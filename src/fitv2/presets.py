@@ -135,6 +135,14 @@ PRESETS = {
             direction_weight=0.5, weight_decay=0.0,
         ),
     ),
+    "any-step": Preset(
+        "A trained flow (--init), whose shape it takes, made an any-step model: pictures in 1 to 8 steps.",
+        Architecture(depth=8, width=256, heads=4, objective="any-step"),
+        replace(
+            _SMALL, steps=10_000, optimizer="muon", learning_rate=1e-3, warmup_steps=100, decay_steps=5_000,
+            curriculum_steps=2_000, weight_decay=0.0,
+        ),
+    ),
     "clipart": Preset(
         "On pixels, of labels: 5.6M parameters, an hour on two CPU cores (docs/results/models/clipart).",
         _on_pixels(depth=5, width=256, heads=4),

@@ -115,10 +115,10 @@ def test_training_chooses_the_times():
     model = Architecture(depth=1, width=32, heads=2)
     even = Flow.of(model, Training(times="uniform"))
     rng = torch.Generator().manual_seed(0)
-    times = torch.stack([even.draw_time(rng) for _ in range(20_000)])
+    times = torch.stack([even.draw_times(rng)[0] for _ in range(20_000)])
     assert torch.histc(times, 4, 0, 1).min() > 4_800
     shifted = Flow.of(model, Training(time_mean=-3.0))
-    assert torch.stack([shifted.draw_time(rng) for _ in range(100)]).mean() < 0.15
+    assert torch.stack([shifted.draw_times(rng)[0] for _ in range(100)]).mean() < 0.15
     assert Flow.of(model).draw is logit_normal
     assert even.draw is uniform
     with pytest.raises(UserError, match="did you mean uniform"):

@@ -72,9 +72,9 @@ def counted(model, monkeypatch):
     """The list to which every forward pass adds its number of images."""
     seen, forward = [], type(model).forward
 
-    def spy(self, x, layout, *rest):
+    def spy(self, x, layout, *rest, **named):
         seen.append(len(layout))
-        return forward(self, x, layout, *rest)
+        return forward(self, x, layout, *rest, **named)
 
     monkeypatch.setattr(type(model), "forward", spy)
     return seen

@@ -10,7 +10,7 @@ from fitv2.config import Sampling
 from fitv2.diffusion.flow import Flow
 from fitv2.diffusion.paths import PATHS
 from fitv2.diffusion.scheduled import SCHEDULERS
-from fitv2.diffusion.solvers import STOCHASTIC
+from fitv2.diffusion.solvers import JUMPS, STOCHASTIC
 from fitv2.diffusion.transport import SOLVERS, stochastic_interval, transport
 from fitv2.errors import UserError
 from fitv2.runtime.rng import generator
@@ -25,7 +25,9 @@ def moved(flow, layout, x, sampling, to_noise=False, first=0):
 
 
 @pytest.mark.parametrize("path", ["linear", "gvp"])
-@pytest.mark.parametrize("solver", [name for name in SOLVERS if name not in (*STOCHASTIC, *SCHEDULERS)])
+@pytest.mark.parametrize(
+    "solver", [name for name in SOLVERS if name not in (*STOCHASTIC, *JUMPS, *SCHEDULERS)]
+)
 def test_odes_map_noise_to_the_data_and_back(path, solver):
     """The exact flow of a Gaussian is x0 → MEAN + STD·x0."""
     flow, layout = Flow(path), Layout.of([(3, 4), (1, 2)])

@@ -32,7 +32,7 @@ def test_config_takes_its_names_from_the_tables():
     names = {table.partition(":")[2] for table in TABLES}
     assert names - {"EXTRACTORS"} == {
         "METHODS", "PATHS", "PREDICTIONS", "WEIGHTS", "TIMES", "FORMS", "OBJECTIVES", "OPTIMIZERS", "FIXED",
-        "MULTISTEP", "ADAPTIVE", "STOCHASTIC", "SCHEDULERS", "SCALES",
+        "MULTISTEP", "ADAPTIVE", "STOCHASTIC", "JUMPS", "SCHEDULERS", "SCALES",
     }  # fmt: skip
 
 

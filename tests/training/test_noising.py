@@ -50,7 +50,7 @@ def test_draws_of_some_images_are_those_that_they_had():
     data = blank([(2, 3), (1, 4), (5, 1)], 6)
     keys = [(0, 7), (0, 8), (0, 9)]
     chosen, direct = draws(data, keys, Flow()).select([2, 0]), draws(data.select([2, 0]), keys[2::-2], Flow())
-    for name in ("time_B", "chance_B", "label_chance_B", "noise_TC", "lengths"):
+    for name in ("times_BN", "chance_B", "label_chance_B", "noise_TC", "lengths"):
         assert np.array_equal(getattr(chosen, name), getattr(direct, name))
 
 
@@ -68,7 +68,7 @@ def test_batches_and_draws_are_the_same_from_any_number_of_processes(tokens, obj
     for (batch, drawn), (other, others) in zip(*made, strict=True):
         assert torch.equal(batch.packed.x_TC, other.packed.x_TC)
         assert np.array_equal(drawn.noise_TC, others.noise_TC)
-        assert np.array_equal(drawn.time_B, others.time_B)
+        assert np.array_equal(drawn.times_BN, others.times_BN)
 
 
 DEBUG = preset("debug")

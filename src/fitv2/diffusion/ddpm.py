@@ -37,9 +37,9 @@ class DDPM:
         if training and training.direction_weight:
             raise UserError("`direction_weight` is for velocities, which `path` ddpm has none of")
 
-    def draw_time(self, rng: Generator) -> Tensor:
-        """A random step, ()."""
-        return torch.randint(STEPS, (), generator=rng)
+    def draw_times(self, rng: Generator, step: int = 0) -> tuple[Tensor]:
+        """A random step of the process, ()."""
+        return (torch.randint(STEPS, (), generator=rng),)
 
     def quantiles(self, share: Tensor) -> Tensor:
         """Shares in (0, 1), from noise to data, as steps: all are equally likely."""

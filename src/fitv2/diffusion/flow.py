@@ -24,8 +24,8 @@ from fitv2.errors import UserError, nearest
 from fitv2.tokens import Layout
 
 Draw = Callable[[Generator], Tensor]  # a time in (0, 1), ()
-Model = Callable[[Tensor, Layout, Tensor, Condition], Tensor]  # (x, layout, t, condition) → output
-Output = Callable[[Tensor, Tensor], Tensor]  # (x (T, C) float32, t () or (B,)) → per token
+Model = Callable[..., Tensor]  # (x, layout, t, condition) → output; any-step models take `target_B` too
+Output = Callable[..., Tensor]  # (x (T, C) float32, t () or (B,), for any-step the target too) → per token
 
 # The loss of predicted data divides by (1−t)², which blows up near the data; below this, by its square
 # instead. The value is that of "Back to Basics" (arXiv 2511.13720), for the same parametrisation.
@@ -183,6 +183,8 @@ class Flow:
         """Whether the velocity is undefined at the end of the interval, so that solvers may not ask there."""
         return self.prediction == "data"
 
+    takes_jumps = False  # whether the model says where a finite step leads
+
     # Training
 
     def _scale_time(self, share: Tensor) -> Tensor:
@@ -190,9 +192,9 @@ class Flow:
         start, stop = self.interval(1e-5 if self.path_name == "vp" else 1e-3)
         return start + (stop - start) * share
 
-    def draw_time(self, rng: Generator) -> Tensor:
-        """A random time of training, ()."""
-        return self._scale_time(self.draw(rng))
+    def draw_times(self, rng: Generator, step: int = 0) -> tuple[Tensor, ...]:
+        """A random time of training, (); the same at every step."""
+        return (self._scale_time(self.draw(rng)),)
 
     def quantiles(self, share: Tensor) -> Tensor:
         """Shares in (0, 1) as times of the paper's distribution, logit-normal (0, 1), whatever `draw` is."""
@@ -250,11 +252,14 @@ class Flow:
         return score(self.path, velocity_TC, x_TC, t_T1)
 
     def follow(self, output: Output, layout: Layout) -> Output:
-        """The velocity v(x, t) of a model's output, for solvers; t is () or (B,)."""
+        """The velocity v(x, t) of a model's output, for solvers; t is () or (B,).
 
-        def velocity(x_TC: Tensor, t: Tensor) -> Tensor:
-            t_B = t.float().expand(len(layout))
-            return self.velocity(output(x_TC, t_B), x_TC, layout.spread(t_B)[:, None])
+        Any-step models are asked for the mean velocity from there to a target time too, of the same shape.
+        """
+
+        def velocity(x_TC: Tensor, *times: Tensor) -> Tensor:
+            t_B, *target_B = (time.float().expand(len(layout)) for time in times)
+            return self.velocity(output(x_TC, t_B, *target_B), x_TC, layout.spread(t_B)[:, None])
 
         return velocity
 
@@ -266,14 +271,16 @@ class Flow:
         """
         free = self.follow(output, layout)
 
-        def velocity(x_TC: Tensor, t: Tensor) -> Tensor:
+        def velocity(x_TC: Tensor, t: Tensor, *target: Tensor) -> Tensor:
             t_T1 = layout.spread(t.float().expand(len(layout)))[:, None]
             (alpha, sigma), (alpha_rate, sigma_rate) = (
                 self.path.coefficients(t_T1),
                 self.path.derivatives(t_T1),
             )
             x_TC = known.hold(x_TC, alpha * known.data_TC + sigma * known.noise_TC)
-            return known.hold(free(x_TC, t), alpha_rate * known.data_TC + sigma_rate * known.noise_TC)
+            return known.hold(
+                free(x_TC, t, *target), alpha_rate * known.data_TC + sigma_rate * known.noise_TC
+            )
 
         return velocity
 

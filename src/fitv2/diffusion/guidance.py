@@ -43,13 +43,14 @@ def guide(
     scale = DEFAULT_SCALE if guidance.guidance_scale is None else guidance.guidance_scale
     both = _Both(model, layout, condition, condition.null() if negative is None else negative)
 
-    def output(x_TC: Tensor, t: Tensor) -> Tensor:
+    def output(x_TC: Tensor, t: Tensor, target: Tensor | None = None) -> Tensor:
         t_B = t.expand(images)
+        led = {} if target is None else {"target_B": target.expand(images)}  # other models know no targets
         progress_B = progress(t_B)
         inside = _find_inside(guidance, progress_B)
         if not inside or scale == 1.0:
-            return model(x_TC, layout, t_B, condition).float()
-        conditional, unconditional = both(x_TC, t_B, inside)
+            return model(x_TC, layout, t_B, condition, **led).float()
+        conditional, unconditional = both(x_TC, t_B, inside, **led)
         strength_T1 = layout.spread(_strength(scale, guidance.guidance_power, progress_B))[:, None]
         first, rest = conditional.split([guided, conditional.shape[1] - guided], dim=1)
         return torch.cat([torch.lerp(unconditional[:, :guided], first, strength_T1), rest], dim=1)
@@ -64,15 +65,18 @@ class _Both:
         self.model, self.layout, self.condition, self.negative = model, layout, condition, negative
         self.prepared: tuple[Sequence[int], Layout, Condition] | None = None
 
-    def __call__(self, x_TC: Tensor, t_B: Tensor, inside: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, x_TC: Tensor, t_B: Tensor, inside: Sequence[int], **led: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(conditional, unconditional); of the images that are not `inside` they are the same twice."""
         images, tokens = len(self.layout), len(x_TC)
         layout, condition = self._prepare(inside)
-        some_TC, some_B = x_TC, t_B
+        some_TC, some = x_TC, list(range(images))
         if len(inside) < images:
-            pieces = x_TC.split(self.layout.lengths)
-            some_TC, some_B = torch.cat([pieces[i] for i in inside]), t_B[list(inside)]
-        output = self.model(torch.cat([x_TC, some_TC]), layout, torch.cat([t_B, some_B]), condition)
+            pieces, some = x_TC.split(self.layout.lengths), list(inside)
+            some_TC = torch.cat([pieces[i] for i in inside])
+        t_B, led = torch.cat([t_B, t_B[some]]), {name: torch.cat([r, r[some]]) for name, r in led.items()}
+        output = self.model(torch.cat([x_TC, some_TC]), layout, t_B, condition, **led)
         conditional, of_some = output.float().tensor_split([tokens])
         if len(inside) == images:
             return conditional, of_some

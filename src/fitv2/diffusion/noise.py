@@ -21,13 +21,15 @@ class NoisySample:
     t_B: Tensor  # the time of each image
     data_TC: Tensor
     noise_TC: Tensor
+    target_B: Tensor | None = None  # the time to which each is to be led, for any-step models
 
     def to(self, device: torch.device) -> NoisySample:
         """The sample on another device."""
         x_TC, t_B, data_TC, noise_TC = (
             value.to(device) for value in (self.x_TC, self.t_B, self.data_TC, self.noise_TC)
         )
-        return NoisySample(x_TC, self.layout.to(device), t_B, data_TC, noise_TC)
+        target_B = None if self.target_B is None else self.target_B.to(device)
+        return NoisySample(x_TC, self.layout.to(device), t_B, data_TC, noise_TC, target_B)
 
 
 class Known(NamedTuple):

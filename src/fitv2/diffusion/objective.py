@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from fitv2.conditioning import Condition
 from fitv2.config import OBJECTIVE_OF_PATH, Architecture, Sampling, Training
+from fitv2.diffusion.any_step import AnyStep
 from fitv2.diffusion.ddpm import DDPM
 from fitv2.diffusion.flow import Flow, Model, Output
 from fitv2.diffusion.noise import Loss, NoisySample
@@ -22,8 +23,8 @@ from fitv2.tokens import Layout
 class Objective(Protocol):
     """Times run from `progress` 0, noise, to 1, data; what a time is, is the objective's own business."""
 
-    def draw_time(self, rng: Generator) -> Tensor:
-        """A random time of training, ()."""
+    def draw_times(self, rng: Generator, step: int) -> tuple[Tensor, ...]:
+        """The random time () of an image at a step of training; any-step: and where it is to be led."""
 
     def quantiles(self, share: Tensor) -> Tensor:
         """Shares in (0, 1) as times whose distribution no setting changes: those of validation."""
@@ -54,6 +55,7 @@ class Objective(Protocol):
 
 OBJECTIVES: dict[str, Callable[[Architecture, Training | None], Objective]] = {
     "flow": Flow.of,
+    "any-step": AnyStep.of,
     "ddpm": DDPM,
 }
 

@@ -6,11 +6,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (x, t) → dx/dt, of the shape of x
+Velocity = Callable[..., Tensor]  # (x, t) → dx/dt, of the shape of x
 Progress = Callable[[float], None]  # called with the share of the way that is done, 0 to 1
 
 
@@ -197,6 +198,20 @@ def _first_step(
 
 
 MULTISTEP = {"ab2": adams_bashforth}
+
+
+def jump(velocity: Velocity, x: Tensor, times: Tensor, progress: Progress = _quiet) -> Tensor:
+    """x + (r − t)·u(x, t, r) between neighbouring `times` (steps+1,): exact, if u is the mean velocity.
+
+    `velocity` gets both times of a step.
+    """
+    for i, (t, target) in enumerate(pairwise(times), 1):
+        x = x + (target - t) * velocity(x, t, target)
+        progress(i / (len(times) - 1))
+    return x
+
+
+JUMPS = {"any-step": jump}
 
 
 # Stochastic -------------------------------------------------------------------------------------

@@ -19,7 +19,9 @@ from fitv2.diffusion.solvers import Progress, Velocity
 from fitv2.errors import UserError, nearest
 from fitv2.tokens import Layout
 
-SOLVERS = (*solvers.FIXED, *solvers.MULTISTEP, *solvers.ADAPTIVE, *solvers.STOCHASTIC, *SCHEDULERS)
+SOLVERS = (
+    *solvers.FIXED, *solvers.MULTISTEP, *solvers.ADAPTIVE, *solvers.STOCHASTIC, *solvers.JUMPS, *SCHEDULERS,
+)  # fmt: skip
 Solve = Callable[..., Tensor]  # (velocity, x, times, progress) → x
 
 
@@ -37,6 +39,10 @@ class Field(Protocol):
     @property
     def ends_early(self) -> bool:
         """Whether the velocity is undefined at data."""
+
+    @property
+    def takes_jumps(self) -> bool:
+        """Whether the velocity may be asked with a target, for the mean on the way there."""
 
     def interval(self) -> tuple[float, float]:
         """The times between which the velocity is finite."""
@@ -74,6 +80,8 @@ def transport(
         return follow_scheduler(scheduler, flow, velocity, x_TC, steps, begin, progress)
     if name in solvers.STOCHASTIC:
         return _stochastic(flow, velocity, layout, x_TC, generators, sampling, to_noise, begin, progress)
+    if name in solvers.JUMPS and (to_noise or not flow.takes_jumps):
+        raise UserError(f"`solver` {name} leads any-step models towards data alone: take ab2, or train one")
     solve = solver_named(name, layout, sampling.rtol, sampling.atol)
     start, stop = flow.interval()
     if to_noise:
@@ -119,8 +127,8 @@ def solver_named(name: str, layout: Layout, rtol: float = 1e-3, atol: float = 1e
     """The ODE solver of that name; a step size is chosen for each image of `layout` by itself."""
     if name in solvers.FIXED:
         return partial(solvers.fixed, solvers.FIXED[name])
-    if name in solvers.MULTISTEP:
-        return solvers.MULTISTEP[name]
+    if name in solvers.MULTISTEP | solvers.JUMPS:
+        return (solvers.MULTISTEP | solvers.JUMPS)[name]
     if name not in solvers.ADAPTIVE:
         raise nearest("solver", name, SOLVERS)
     return partial(

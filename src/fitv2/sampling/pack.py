@@ -205,8 +205,8 @@ def start_noise(
 def watched(flow: Flow, output: Output, layout: Layout, watch: Callable[[Tensor], None]) -> Output:
     """`output`, of which `watch` gets the data that it leads to."""
 
-    def seen(x_TC: Tensor, t: Tensor) -> Tensor:
-        found = output(x_TC, t)
+    def seen(x_TC: Tensor, t: Tensor, *target: Tensor) -> Tensor:
+        found = output(x_TC, t, *target)
         t_T1 = layout.spread(t.float().expand(len(layout)))[:, None]
         watch(flow.expected_data(flow.velocity(found, x_TC, t_T1), x_TC, t_T1))
         return found

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fitv2.checkpoint import load_model
-from fitv2.config import Architecture, Rope
+from fitv2.config import ANY_STEP, Architecture, Rope
 from fitv2.data.dataset import TokenDataset
 from fitv2.data.texts import TextCache
 from fitv2.errors import UserError
@@ -45,6 +45,19 @@ def initialize(preset: Preset, dataset: TokenDataset, labels: tuple[str, ...], i
     return model.train()
 
 
+def shape_of_initial(preset: Preset, init: str | None) -> Preset:
+    """The preset; where it makes a flow an any-step model, with the shape of that flow.
+
+    Raises UserError if there is none.
+    """
+    if preset.model.objective != ANY_STEP:
+        return preset
+    if init is None:
+        raise UserError("`objective` any-step makes a trained flow one of few steps: give `init`")
+    architecture = load_model(init)[0].architecture
+    return replace(preset, model=replace(architecture, objective=ANY_STEP))
+
+
 CONDITIONS = {"conditions", "num_classes", "text_channels", "pooled_channels", "labels"}
 
 
@@ -59,6 +72,8 @@ def load_initial(name: str, architecture: Architecture, labels: tuple[str, ...])
     if architecture.rope == Rope():
         architecture = replace(architecture, rope=model.architecture.rope)
     model = model.with_rope(architecture.rope)
+    if architecture.objective == ANY_STEP and model.architecture.objective_name == "flow":
+        model = model.with_objective(ANY_STEP)
     theirs = asdict(model.architecture)
     differing = [key for key, value in asdict(architecture).items() if theirs[key] != value]
     if card.labels != labels:

@@ -22,7 +22,7 @@ LABEL = 1  # behind the key of an image, of the draw for its label alone
 class Draws:
     """What chance decides of B images with T tokens. Arrays: a process hands them on at little cost."""
 
-    time_B: np.ndarray
+    times_BN: np.ndarray  # those of each image, as the objective draws them
     chance_B: np.ndarray  # below the dropout: without its condition
     label_chance_B: np.ndarray  # below the dropout: without its label
     noise_TC: np.ndarray
@@ -30,32 +30,39 @@ class Draws:
 
     @classmethod
     def of(
-        cls, keys: Sequence[tuple[int, ...]], lengths: Sequence[int], channels: int, objective: Objective
+        cls,
+        keys: Sequence[tuple[int, ...]],
+        lengths: Sequence[int],
+        channels: int,
+        objective: Objective,
+        step: int = 0,
     ) -> "Draws":
-        """Those of images of so many tokens: each image draws from its own key."""
+        """Those of images of so many tokens in a step: each image draws from its own key."""
         times, chances, label_chances, noises = [], [], [], []
         for key, length in zip(keys, lengths, strict=True):
             rng = generator(*key)
-            times.append(objective.draw_time(rng))
+            times.append(torch.stack(objective.draw_times(rng, step)))
             chances.append(torch.rand((), generator=rng))
             noises.append(torch.randn(length, channels, generator=rng))
             label_chances.append(torch.rand((), generator=generator(*key, LABEL)))
-        time_B, chance_B, label_B = (torch.stack(one).numpy() for one in (times, chances, label_chances))
-        return cls(time_B, chance_B, label_B, torch.cat(noises).numpy(), tuple(lengths))
+        times_BN, chance_B, label_B = (torch.stack(one).numpy() for one in (times, chances, label_chances))
+        return cls(times_BN, chance_B, label_B, torch.cat(noises).numpy(), tuple(lengths))
 
     def select(self, images: Sequence[int]) -> "Draws":
         """Those of some of the images, in the given order."""
         chosen = np.asarray(images)
         pieces = np.split(self.noise_TC, np.cumsum(self.lengths)[:-1])
         noise_TC = np.concatenate([pieces[i] for i in images])
-        time_B, chance_B, label_B = (x[chosen] for x in (self.time_B, self.chance_B, self.label_chance_B))
-        return Draws(time_B, chance_B, label_B, noise_TC, tuple(self.lengths[i] for i in images))
+        times_BN, chance_B, label_B = (x[chosen] for x in (self.times_BN, self.chance_B, self.label_chance_B))
+        return Draws(times_BN, chance_B, label_B, noise_TC, tuple(self.lengths[i] for i in images))
 
     def add_noise(self, data: PackedTokens, objective: Objective) -> NoisySample:
         """These images with their noise, where `data` is."""
         device = data.x_TC.device
-        noise_TC, time_B = (torch.from_numpy(x).to(device) for x in (self.noise_TC, self.time_B))
-        return objective.add_noise(data.x_TC, data.layout, noise_TC, time_B)
+        noise_TC, times_BN = (torch.from_numpy(x).to(device) for x in (self.noise_TC, self.times_BN))
+        t_B, *target_B = times_BN.unbind(1)
+        sample = objective.add_noise(data.x_TC, data.layout, noise_TC, t_B)
+        return replace(sample, target_B=target_B[0]) if target_B else sample
 
     def drop(self, condition: Condition, dropout: float, labels: bool) -> Condition:
         """The condition without that of some images; with `labels` without some of the other labels too."""
@@ -89,7 +96,7 @@ class Reading:
         dataset, step = self.steps.dataset, read[0]
         keys = [(self.seed, NOISING, int(key)) for key in step.keys]
         lengths = dataset.lengths[step.rows].tolist()
-        return read, Draws.of(keys, lengths, dataset.token_channels, self.objective)
+        return read, Draws.of(keys, lengths, dataset.token_channels, self.objective, number)
 
 
 def drawn_batches(reading: Reading, first: int, workers: int) -> Generator[tuple[Batch, Draws], None, None]:

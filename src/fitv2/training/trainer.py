@@ -6,7 +6,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint, step_of
 from fitv2.conditioning import Condition
-from fitv2.config import Training
+from fitv2.config import ANY_STEP, Training
 from fitv2.data.dataset import Batch, Steps, TokenDataset, verify_files
 from fitv2.data.packing import FixedCount, Sampler, TokenBudget
 from fitv2.diffusion.noise import NoisySample
@@ -41,7 +41,7 @@ from fitv2.training.checkpointing import (
     state_of,
     verify_state,
 )
-from fitv2.training.initialize import give_texts, initialize
+from fitv2.training.initialize import give_texts, initialize, shape_of_initial
 from fitv2.training.noising import Draws, Reading, drawn_batches, places
 from fitv2.training.optim import build_optimizers, learning_rate
 from fitv2.training.run_folder import cut_log, note_start, read_log, settle
@@ -95,6 +95,7 @@ def train(
     EMA model that it finds best is kept in run/best.
     """
     dataset = TokenDataset(data)
+    preset = shape_of_initial(preset, init)
     minutes = preset.training.minutes
     deadline = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
     if preset.training.check_data and dataset.store.is_local:
@@ -147,8 +148,10 @@ class Trainer:
             encoder = load_text_encoder(self.config.text_encoder, self.device, allow_download=allow_download)
             give_texts(dataset, encoder)
         named = encoder.name if encoder else ""
+        model = initialize(preset, dataset, about.labels, init)
         self.card = Card(about.labels, about.autoencoder, about.max_tokens, text_encoder=named)
-        model = initialize(preset, dataset, self.card.labels, init)
+        if model.architecture.objective_name == ANY_STEP:  # it has learned its guidance
+            self.card = replace(self.card, guidance=1.0)
         self.weights = Weights(model, self.device, self.dtype, world, self.config.fsdp_size)
         self.objective = objective_of(model.architecture, self.config)
         # Which draw: the processes that hold the first copy of the model between them.
