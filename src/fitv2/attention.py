@@ -1,5 +1,6 @@
 """Attention of every token to all tokens of its own image, without padding and without a mask."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -8,6 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fitv2.kernels import use_formulas
 from fitv2.tokens import Layout, equal_neighbours
+
+Runs = Sequence[tuple[int, int]]  # neighbouring images of equal length, as (images, length)
 
 
 def attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: Layout) -> Tensor:
@@ -20,20 +23,22 @@ def attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: Layout) -> Te
     compiled graph; without it is one operator in it, which reads the lengths when it runs.
     """
     if not torch.compiler.is_compiling():
-        return _attend(q_THK, k_THK, v_THK, layout.cu_seqlens, layout.length_B)
-    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
-        return _attend_outside(q_THK, k_THK, v_THK, layout.cu_seqlens, layout.length_B)
+        return _attend(q_THK, k_THK, v_THK, layout.cu_seqlens, layout.length_groups)
+    if torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling():  # torch.export goes another way
+        return _attend_outside(q_THK, k_THK, v_THK, layout)
     return attend_packed(q_THK, k_THK, v_THK, layout.cu_seqlens, layout.length_B)
 
 
-def _attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cu_seqlens: Tensor, length_B: Tensor) -> Tensor:
+def _attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cu_seqlens: Tensor, runs: Runs) -> Tensor:
     half = q_THK.dtype in (torch.bfloat16, torch.float16)
     if q_THK.is_cuda and half and q_THK.shape[-1] % 8 == 0 and not use_formulas():  # the kernel's alignment
-        return _attend_varlen(q_THK, k_THK, v_THK, cu_seqlens, int(length_B.max()))
-    return _attend_by_length(q_THK, k_THK, v_THK, length_B)
+        return _attend_varlen(q_THK, k_THK, v_THK, cu_seqlens, max(length for _, length in runs))
+    return _attend_by_length(q_THK, k_THK, v_THK, runs)
 
 
-_attend_outside = torch.compiler.disable(_attend)
+@torch.compiler.disable
+def _attend_outside(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: Layout) -> Tensor:
+    return _attend(q_THK, k_THK, v_THK, layout.cu_seqlens, layout.length_groups)
 
 
 @torch.library.custom_op("fitv2::attention", mutates_args=())
@@ -41,7 +46,8 @@ def attend_packed(
     q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cu_seqlens: Tensor, length_B: Tensor
 ) -> Tensor:
     """`attention` as an operator for graphs; it has no derivative."""
-    return _attend(q_THK, k_THK, v_THK, cu_seqlens, length_B).contiguous()
+    runs = equal_neighbours(length_B.tolist())
+    return _attend(q_THK, k_THK, v_THK, cu_seqlens, runs).contiguous()
 
 
 @attend_packed.register_fake
@@ -57,13 +63,12 @@ def _attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cu_seqlens: Tens
     return cast(Tensor, out)  # a pair only where the logarithms of the sums are asked for too
 
 
-def _attend_by_length(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, length_B: Tensor) -> Tensor:
+def _attend_by_length(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, runs: Runs) -> Tensor:
     # In bfloat16 on a CPU the flash kernel's backward pass is 2 to 6 times slower than two matmuls
     # (64 to 1024 tokens, Zen 4, torch 2.13); in float32 it is the faster one. No kernel has a forward-mode
     # derivative.
     plain = use_formulas() or (q_THK.device.type == "cpu" and q_THK.dtype == torch.bfloat16)
     attend = attend_formula if plain else scaled_dot_product_attention
-    runs = equal_neighbours(length_B.tolist())
     tokens = [images * length for images, length in runs]
     outputs = []
     for run, *qkv in zip(runs, *(x.split(tokens) for x in (q_THK, k_THK, v_THK)), strict=True):
