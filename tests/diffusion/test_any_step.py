@@ -192,6 +192,22 @@ def test_guidance_is_learned_between_its_times_of_images_that_have_a_condition()
     assert torch.equal(none, sample.data_TC - sample.noise_TC)
 
 
+@pytest.mark.parametrize(("target_B", "present"), [(T, True), (R, False), (T, False)])
+def test_the_model_is_called_equally_often_whatever_the_images_are(target_B, present):
+    """Else processes that share a model would wait for each other without end."""
+    calls, condition = [], CONDITION.drop(torch.full((3,), not present))
+
+    def model(x_TC, layout, t_B, condition, target_B=None):
+        calls.append(len(layout))
+        return curved(x_TC, layout, t_B, condition, target_B)
+
+    sample = sample_of(target_B=target_B)
+    found = AnyStep(training=Training()).mean_velocity(model, sample, condition)
+    assert len(calls) == 2
+    if not present and target_B is T:
+        assert torch.equal(found, sample.data_TC - sample.noise_TC)
+
+
 def test_the_loss_weighs_easy_and_hard_times_alike_and_reports_the_error():
     sample = sample_of(target_B=T)
     loss = AnyStep(training=PLAIN).loss(curved, sample, CONDITION)

@@ -1,14 +1,19 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from conftest import together
 from fitv2.checkpoint import load_model
 from fitv2.config import Rope
 from fitv2.data.dataset import TokenDataset
 from fitv2.errors import UserError
+from fitv2.pipeline import FiTPipeline
 from fitv2.presets import preset
+from fitv2.training.initialize import shape_of_initial
+from fitv2.training.run_folder import read_log
 from fitv2.training.trainer import Trainer, train
 
 DEBUG = preset("debug")
@@ -47,3 +52,79 @@ def test_a_run_started_from_a_post_trained_model_keeps_its_positions(tokens, tmp
     assert (
         json.loads((tmp_path / "second" / "run.json").read_text())["model"]["rope"]["extrapolation"] == "ntk"
     )
+
+
+def any_step(**changes):
+    chosen = preset("any-step")
+    small = {"steps": 6, "batch_size": 4, "precision": "float32", "decay_steps": 0, "warmup_steps": 2}
+    often = {"log_every": 1, "validate_every": 3, "sample_every": 3, "save_every": 3, "curriculum_steps": 4}
+    return replace(chosen, training=replace(chosen.training, **small | often | changes))
+
+
+@pytest.fixture(scope="module")
+def flow(tokens, tmp_path_factory):
+    """A run of a flow that predicts velocity, of a shape of its own."""
+    run = tmp_path_factory.mktemp("flow") / "run"
+    train(replace(settings(steps=2), model=replace(DEBUG.model, depth=3, prediction="velocity")), tokens, run)
+    return run
+
+
+def test_a_flow_becomes_an_any_step_model_of_its_shape_and_few_steps(tokens, flow, tmp_path):
+    train(any_step(), tokens, tmp_path / "run", init=str(flow))
+    model, card = load_model(tmp_path / "run")
+    assert (model.architecture.depth, model.architecture.objective) == (3, "any-step")
+    assert card.guidance == 1.0
+    pipe = FiTPipeline.from_pretrained(str(tmp_path / "run"))
+    evaluations = []
+    pipe.transformer.register_forward_hook(lambda *_: evaluations.append(1))
+    pipe(0, height=16, width=24)
+    assert len(evaluations) == 4
+    assert len(list((tmp_path / "run" / "samples").iterdir())) == 2
+
+
+def test_an_any_step_model_starts_as_its_flow(tokens, flow, tmp_path):
+    preset_of_flow = shape_of_initial(any_step(), str(flow))
+    trainer = Trainer(preset_of_flow, TokenDataset(tokens), tokens, tmp_path / "run", str(flow))
+    expected = load_model(flow)[0]
+    for one, other in zip(trainer.weights.master.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_any_step_run_resumes_to_the_last_bit(tokens, flow, tmp_path, precision):
+    whole = train(any_step(precision=precision), tokens, tmp_path / "whole", init=str(flow))
+    train(any_step(precision=precision, steps=3), tokens, tmp_path / "parts", init=str(flow))
+    parts = train(any_step(precision=precision), tokens, tmp_path / "parts", init=str(flow))
+    for one, other in zip(*(load_model(run / "ema")[0].parameters() for run in (whole, parts)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("size", "fsdp_size"), [(2, 1), (2, 2)])
+def test_several_processes_train_the_same_any_step_model(tokens, flow, tmp_path, size, fsdp_size):
+    """With so few images some have none that jumps, or none with a label."""
+    wanted = any_step(batch_size=3, label_dropout=0.5, grad_accum_steps=2)
+    shared = replace(wanted, training=replace(wanted.training, fsdp_size=fsdp_size))
+    train(wanted, tokens, tmp_path / "alone", init=str(flow))
+    said = together(size, lambda _: train(shared, tokens, tmp_path / "run", init=str(flow)) and None)
+    assert said == [None] * size
+    logs = [read_log(tmp_path / run / "log.jsonl") for run in ("alone", "run")]
+    curves = [[line["loss"] for line in log if "loss" in line] for log in logs]
+    np.testing.assert_allclose(*curves, rtol=1e-3)
+
+
+def test_compiled_blocks_learn_any_steps(tokens, flow, tmp_path):
+    eager = train(any_step(steps=2), tokens, tmp_path / "eager", init=str(flow))
+    compiled = train(any_step(steps=2, compile=True), tokens, tmp_path / "compiled", init=str(flow))
+    for one, other in zip(
+        *(load_model(run / "ema")[0].parameters() for run in (eager, compiled)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_an_any_step_model_needs_a_flow_that_predicts_velocity(tokens, tmp_path):
+    with pytest.raises(UserError, match="makes a trained flow one of few steps: give `init`"):
+        train(any_step(), tokens, tmp_path / "run")
+    train(settings(steps=1), tokens, tmp_path / "data")  # predicts data
+    with pytest.raises(UserError, match="is for `path` linear and `prediction` velocity"):
+        train(any_step(), tokens, tmp_path / "run", init=str(tmp_path / "data"))
+    assert not (tmp_path / "run").exists()

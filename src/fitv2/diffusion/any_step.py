@@ -30,6 +30,8 @@ EARLY, LATE = -0.4, 1.2
 # Added to an image's error before its logarithm is the loss, so that easy and hard times weigh alike.
 SOFTENING = 0.01
 
+ANY = [0]  # image, where no other is to be computed: processes that share a model call it equally often
+
 
 @dataclass(frozen=True)
 class AnyStep(Flow):
@@ -85,28 +87,27 @@ class AnyStep(Flow):
         velocity_TC = self._guided(model, sample, condition, velocity_TC)
         assert sample.target_B is not None
         jumping = (sample.target_B > sample.t_B).nonzero().flatten().tolist()
-        if not jumping:
+        if not self.training.jump_share:
             return velocity_TC
         step_T1 = sample.layout.spread(sample.target_B - sample.t_B)[:, None]
-        rate_TC = self._rate(model, sample, condition, velocity_TC, jumping)
+        rate_TC = self._rate(model, sample, condition, velocity_TC, jumping or ANY)
         return velocity_TC + step_T1 * rate_TC
 
     def _guided(self, model: Model, sample: NoisySample, condition: Condition, velocity_TC: Tensor) -> Tensor:
         """v + (1 − 1/w)·(u_c − u_∅) where guidance is learned: its mean is the velocity with guidance w."""
+        if self.training.learned_guidance == 1:
+            return velocity_TC
         start, stop = self.training.learned_guidance_interval
         inside_B = condition.present_B & (start <= sample.t_B) & (sample.t_B <= stop)
-        images = inside_B.nonzero().flatten().tolist()
-        if not images or self.training.learned_guidance == 1:
-            return velocity_TC
-        some = _Some.of(sample, images)
-        own, none = condition.select(images), condition.select(images).null()
+        found = inside_B.nonzero().flatten().tolist()
+        some, own = _Some.of(sample, found or ANY), condition.select(found or ANY)
         output_TC = model(
             torch.cat([some.x_TC, some.x_TC]), Layout.concatenate([some.layout, some.layout]),
-            torch.cat([some.t_B, some.t_B]), Condition.concatenate([own, none]),
+            torch.cat([some.t_B, some.t_B]), Condition.concatenate([own, own.null()]),
         )  # fmt: skip
         conditional, unconditional = output_TC.to(sample.x_TC.dtype).chunk(2)
         more_TC = (1 - 1 / self.training.learned_guidance) * (conditional - unconditional)
-        return some.add(velocity_TC, more_TC)
+        return some.add(velocity_TC, more_TC) if found else velocity_TC
 
     def _rate(
         self,
