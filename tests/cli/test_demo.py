@@ -1,5 +1,6 @@
 import contextlib
 import io
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,9 @@ from PIL import Image
 
 from fitv2.checkpoint import SHIPPED, load_model
 from fitv2.cli.demo import EVERY, SHEETS, demo
+from fitv2.pipeline import FiTPipeline
 from fitv2.presets import preset
+from fitv2.runtime.rng import generator
 
 CARD = load_model("emoji")[1]
 UNIT = 16
@@ -30,10 +33,30 @@ def test_sheets_show_shapes_that_were_trained_and_one_that_was_not():
     assert len({one.prompt for one in shapes}) == 1
 
 
-@pytest.mark.parametrize(("name", "most"), [("clipart", 12_000_000), ("emoji", 20_000_000)])
+MOST = {"clipart": 12_000_000, "emoji": 20_000_000, "emoji-any-step": 20_000_000}
+
+
+@pytest.mark.parametrize(("name", "most"), MOST.items())
 def test_the_shipped_models_are_small_and_are_their_presets(name, most):
+    assert {path.name for path in SHIPPED.iterdir()} == set(MOST)
     assert sum(path.stat().st_size for path in (SHIPPED / name).iterdir()) <= most
-    assert load_model(name)[0].architecture == preset(name).model
+    flow = name.removesuffix("-any-step")
+    objective = None if flow == name else "any-step"
+    assert load_model(name)[0].architecture == replace(preset(flow).model, objective=objective)
+
+
+def test_the_few_steps_of_the_shipped_model_end_where_many_do():
+    """By four steps and by sixteen, without guidance: much nearer than two pictures of other noise."""
+    pipe = FiTPipeline.from_pretrained("emoji-any-step")
+
+    def made(steps, seed):
+        return pipe(
+            prompt=["red apple", "penguin", "house", "green heart"], height=128, width=128, output_type="np",
+            num_inference_steps=steps, generator=[generator(seed + i) for i in range(4)],
+        ).images  # fmt: skip
+
+    few, many, other = made(4, 0), made(16, 0), made(16, 50)
+    assert np.abs(few - many).mean() < 0.4 * np.abs(other - many).mean()
 
 
 @pytest.mark.slow

@@ -178,7 +178,7 @@ def how_fields(studio: Studio) -> list[Any]:
         seed = gr.Number(-1, label="Seed, -1 for any", precision=0, min_width=120)
     with gr.Accordion("More", open=False):
         guidance = gr.Slider(1, 10, studio.pipeline.card.guidance, step=0.1, label="Guidance")
-        steps = gr.Slider(1, bounds.max_steps, min(25, bounds.max_steps), step=1, label="Steps")
+        steps = gr.Slider(1, bounds.max_steps, min(studio.steps, bounds.max_steps), step=1, label="Steps")
         extrapolation = gr.Dropdown(
             list(EXTRAPOLATIONS), value=EXTRAPOLATIONS[0], label="Positions beyond the trained sizes"
         )

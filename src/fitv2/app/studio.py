@@ -112,6 +112,11 @@ class Studio:
         """Of the largest square it was trained on, in pixels."""
         return self.pipeline.card.square[0] * self.pipeline.unit
 
+    @property
+    def steps(self) -> int:
+        """Those that the model takes if nothing is said."""
+        return Sampling().resolve(self.pipeline.transformer.architecture.objective_name)[1]
+
     def recipes(self, order: Order) -> list[Recipe]:
         """What is to be made. Raises UserError for what is out of bounds."""
         bounds, unit = self.bounds, self.pipeline.unit

@@ -1,4 +1,4 @@
-"""The main job from end to end: sheets of images of captions by the shipped model, then more training."""
+"""The main job from end to end: sheets of images of captions by the shipped models, then more training."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image
 
-from fitv2.config import Encoding, Positions, Sampling, Training
+from fitv2.config import Encoding, Positions, Training
 from fitv2.encoding.encode import encode
 from fitv2.errors import UserError
 from fitv2.figures import contact_sheet
@@ -21,8 +21,7 @@ from fitv2.sampling.saving import distinct_names, file_name, save_image
 from fitv2.tokens import Size
 from fitv2.training.trainer import train
 
-MODEL = "emoji"
-STEPS = 20  # so that the first image is there within 20 seconds on two cores
+MODEL, FLOW = "emoji-any-step", "emoji"  # of few steps; and what is trained on
 PACK = 512  # tokens: some eight images are shown while the next are made
 EVERY = 14  # of so many drawings one is trained on, so that encoding takes seconds
 
@@ -81,15 +80,15 @@ def demo(out: Path, data: Path, minutes: float, share_bar: Bar, training_bar: Ba
     pipeline = FiTPipeline.from_pretrained(MODEL).to(default_device())
     for name, (title, rows) in SHEETS.items():
         make_sheet(pipeline, name, title, rows, out, share_bar)
-    tokens, chosen, run = out / "tokens", preset(MODEL), out / "run"
+    tokens, chosen, run = out / "tokens", preset(FLOW), out / "run"
     few = some_drawings(data / "train.parquet", out / "drawings" / "train.parquet")
     encoding = Encoding(
-        max_tokens=(64,), mirror=False, autoencoder=MODEL, label_column="artist", caption_column="caption"
+        max_tokens=(64,), mirror=False, autoencoder=FLOW, label_column="artist", caption_column="caption"
     )
     encode(few.parent, tokens, encoding)
     training = continue_training(chosen.training, minutes)
     with training_bar(training) as report:
-        train(replace(chosen, training=training), tokens, run, init=MODEL, report=report)
+        train(replace(chosen, training=training), tokens, run, init=FLOW, report=report)
     sheets = " ".join(f"{out}/{name}.png" for name in SHEETS)
     print(
         f"\nsheets         {sheets}\nimages         {out}/images/\nloss curve     {run}/loss.png\n"
@@ -112,7 +111,7 @@ def make_sheet(pipeline: FiTPipeline, name: str, title: str, rows: Rows, out: Pa
             images = pipeline.stream(
                 prompt=[wanted[i].prompt for i in these], height=[wanted[i].pixels[0] for i in these],
                 width=[wanted[i].pixels[1] for i in these], generator=[generator(0) for _ in these],
-                positions=positions, sampling=Sampling(steps=STEPS), tokens_per_pack=PACK, progress=share,
+                positions=positions, tokens_per_pack=PACK, progress=share,
             )  # fmt: skip
             for i, image in zip(these, images, strict=True):
                 save_image(image, out / "images" / file_name(names[i], wanted[i].pixels, 0))

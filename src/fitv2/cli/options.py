@@ -68,7 +68,7 @@ class Sample:
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A model folder, a run folder, or the name of a shipped model such as emoji."""
+    """A model folder, a run folder, or the name of a shipped model: emoji, emoji-any-step, clipart."""
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Name or number of a label; repeat for several [default: all, or none with a prompt]."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -156,7 +156,7 @@ class App:
     docs/guides/app.md.
     """
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "emoji"
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "emoji-any-step"
     """A model as of `fitv2 sample`."""
     host: str = "127.0.0.1"
     """Address that is listened at; this one is reached from this machine alone."""
@@ -379,7 +379,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Demo:
-    """Make sheets of images of captions with the shipped model, then train it for another minute."""
+    """Make sheets of images of captions with the shipped models, then train for another minute."""
 
     out: Path = Path("demo")
     """Folder for all that the demo makes."""
