@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_sample.py [--preset fitv2-xl] [--images 64] [--steps 25]
 
-Latents of images of ImageNet-like sizes under 256 tokens, with guidance, in bfloat16, of random weights; decoding
-is left out. An image takes 2·STEPS passes of the model. Prints one JSON object a case, with date and device.
+Latents of images of ImageNet-like sizes under 256 tokens, with guidance, in bfloat16, of random weights;
+decoding is left out. An image takes 2·STEPS passes of the model. Prints one JSON object a case, with date and device.
 """
 
 import argparse
@@ -47,9 +47,7 @@ def sample(model: FiT, layouts: list[Layout], sampling: Sampling) -> Callable[[]
 
     def run() -> list[Tensor]:
         made = [
-            generate_tokens(
-                model, one, label, [generator(i) for i in range(len(one))], GUIDANCE, sampling
-            )
+            generate_tokens(model, one, label, [generator(i) for i in range(len(one))], GUIDANCE, sampling)
             for one, label in zip(chosen, labels, strict=True)
         ]
         made[-1].sum().item()  # waits for the device
@@ -69,7 +67,8 @@ def main() -> None:
     options = parser.parse_args()
     changes = {key: value for key in ("depth", "width") if (value := getattr(options, key))}
     device = default_device()
-    model = FiT.from_preset(options.preset, **changes).to(device, torch.bfloat16).eval()
+    model = FiT.from_preset(options.preset, **changes).to(device).eval()
+    model.cast(torch.bfloat16)
     sizes = imagenet_sizes(options.images, np.random.default_rng(0))
     flops = sum(
         4 * options.steps * (cost.linear + cost.attention)

@@ -282,3 +282,21 @@ def test_blocks_are_what_diffusers_places_and_compiles():
     model = FiT(depth=2, width=32, heads=2)
     for names in (model._no_split_modules, model._repeated_blocks):
         assert {type(block).__name__ for block in model.blocks} == set(names)
+
+
+def test_times_stay_in_float32_when_the_rest_is_cast_or_loaded_in_half(model, tmp_path):
+    layout, t_B = Layout.of([(2, 3), (4, 1)]), torch.tensor([0.31, 0.77])
+    x, label = noise_of(layout, 6), Condition.of(label=torch.tensor([1, 3]))
+    with torch.no_grad():
+        exact = model(x, layout, t_B, label)
+        model.save_pretrained(tmp_path)
+        loaded = FiT.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+        model.cast(torch.bfloat16)
+        for half in (model, loaded):
+            kinds = {name: value.dtype for name, value in half.named_parameters()}
+            assert {kind for name, kind in kinds.items() if "time_embed" in name} == {torch.float32}
+            assert {kind for name, kind in kinds.items() if "time_embed" not in name} == {torch.bfloat16}
+            assert half.dtype == torch.bfloat16
+            made = half(x, layout, t_B, label)
+            assert made.dtype == torch.bfloat16
+            torch.testing.assert_close(made.float(), exact, rtol=0.1, atol=0.1 * exact.abs().max().item())

@@ -307,7 +307,7 @@ class Noising:
     """Guidance scale that an any-step model learns, so that sampling needs none; 1 is no guidance."""
     learned_guidance_interval: tuple[float, float] = (0.3, 1.0)
     """It is learned between these times; 0 is noise, 1 is data."""
-    difference: float = 0.005
+    difference: float = 0.01
     """Of times, on either side, from which an any-step model takes the derivative along the flow."""
     seed: int = 0
     """All randomness of a run follows from it."""

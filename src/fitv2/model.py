@@ -43,7 +43,7 @@ class TimeEmbedding(nn.Module):
         half = torch.arange(self.frequencies // 2, device=t_B.device) / (self.frequencies // 2)
         angles = t_B.float()[:, None] * 10000.0**-half
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=1)
-        return self.down(silu(self.up(sinusoid.to(dtype))))
+        return self.down(silu(self.up(sinusoid.to(self.up.weight.dtype)))).to(dtype)
 
 
 class SwiGLU(nn.Module):
@@ -150,6 +150,7 @@ class FiT(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["Block"]
     _repeated_blocks: ClassVar[list[str]] = ["Block"]
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["time_embed"]  # times differ by less than bfloat16 tells
 
     @register_to_config
     def __init__(
@@ -204,6 +205,11 @@ class FiT(ModelMixin, ConfigMixin):
     def from_preset(cls, name: str, **changes: Any) -> "FiT":
         """The architecture of a preset, with fields of `fitv2.config.Architecture` changed."""
         return cls(**asdict(replace(preset(name).model, **changes)))
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """All weights to another dtype, but those that diffusers keeps in float32 when it loads."""
+        nn.Module.to(self, dtype)
+        self.time_embed.float()
 
     def with_rope(self, rope: Rope) -> "FiT":
         """A model that shares these weights and has other positions: for sizes that were not trained on."""

@@ -309,7 +309,7 @@ def make_all(pipeline: "FiTPipeline", jobs: Sequence[Job], options: Sample | Edi
     from fitv2.runtime.distributed import ranks
     from fitv2.sampling.recipe import is_made
 
-    torch.nn.Module.to(pipeline.transformer, getattr(torch, options.precision))
+    pipeline.transformer.cast(getattr(torch, options.precision))
     rank, world = ranks()
     leave_on_signals("; run the same command again to resume")
     mine = list(blocks(jobs, pipeline))[rank::world]

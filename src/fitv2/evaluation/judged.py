@@ -117,7 +117,7 @@ def open_judged(name: str, settings: Evaluation, how: How, allow_download: bool)
         return JudgedBatch(Path(name))
     if is_model(name):
         pipeline = FiTPipeline.from_pretrained(name, allow_download=allow_download)
-        torch.nn.Module.to(pipeline.transformer, getattr(torch, settings.precision))
+        pipeline.transformer.cast(getattr(torch, settings.precision))
         return JudgedModel(pipeline.to(default_device()), settings, how)
     columns = settings.image_column, settings.label_column, settings.caption_column
     with suppress(UserError):  # samples in a folder have no columns
