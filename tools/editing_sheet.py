@@ -1,4 +1,4 @@
-"""Draw the sheet of docs/guides/editing.md with the shipped model: what a flow can do with a picture.
+"""Draw the sheet of docs/guides/editing.md with the shipped any-step model: what a flow can do with a picture.
 
 python tools/editing_sheet.py docs/guides/editing.png
 """
@@ -18,7 +18,7 @@ from fitv2.sampling.editing import between, noise_at_sizes, place
 
 def main(out: Path) -> None:
     """A row for each kind of editing."""
-    pipe = FiTPipeline.from_pretrained("emoji")
+    pipe = FiTPipeline.from_pretrained("emoji-any-step")
     channels = pipe.transformer.token_channels
 
     def make(count: int, **wanted: Any) -> list[Image.Image]:
