@@ -1,12 +1,13 @@
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from conftest import randomized
 from fitv2.autoencoder import load_autoencoder
 from fitv2.checkpoint import Card, export_model, find_model, load_model, save_model, weights_digest
 from fitv2.config import Rope
@@ -21,6 +22,25 @@ def test_saved_model_loads_the_same(model, tmp_path):
     again, card = load_model(tmp_path)
     assert card == CARD
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_an_early_head_has_a_file_of_its_own_beside_an_unchanged_model(model, tmp_path):
+    save_model(model, CARD, tmp_path / "without")
+    shape = asdict(model.architecture)
+    headed = randomized(FiT(**{**shape, "early_head": 1})).eval()
+    headed.load_state_dict(model.state_dict(), strict=False)
+    save_model(headed, CARD, tmp_path / "with")
+    weights = [tmp_path / name / "diffusion_pytorch_model.safetensors" for name in ("with", "without")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert {name.split(".")[0] for name in load_file(tmp_path / "with" / "early_head.safetensors")} == {
+        "early"
+    }
+    opened = FiT.from_pretrained(tmp_path / "with")
+    for again in (load_model(tmp_path / "with")[0], opened):
+        assert weights_digest(again) == weights_digest(headed)
+    (tmp_path / "with" / "early_head.safetensors").unlink()
+    with pytest.raises(UserError, match=r"early_head\.safetensors is damaged"):
+        load_model(tmp_path / "with")
 
 
 def test_positions_and_everything_else_of_the_model_come_back(model, tmp_path):

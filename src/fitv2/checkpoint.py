@@ -19,7 +19,7 @@ from unicodedata import normalize
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fitv2.autoencoder import is_folder
@@ -33,6 +33,7 @@ from fitv2.tokens import Size
 
 SHIPPED = Path(__file__).parent / "models"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+EARLY_HEAD = "early_head.safetensors"
 CONFIG = "config.json"
 CARD = "card.json"
 FILES = "files.json"
@@ -91,11 +92,30 @@ class Card:
 def save_model(model: FiT, card: Card, folder: Path) -> None:
     """Write a model folder."""
     model.save_pretrained(folder)
+    if model.early is not None:
+        split_early_head(folder)
     for weights in weight_files(folder):
         weights.chmod(0o644)  # safetensors makes files that only their owner can read
     write_config(model, folder)
     write_json(folder / CARD, asdict(card))
     note_files(folder)
+
+
+def split_early_head(folder: Path) -> None:
+    """Give the early head of a model a file of its own: the other is then that of the model without it."""
+    index = folder / f"{WEIGHTS}.index.json"
+    parts = read_json(index)["weight_map"] if index.exists() else {}
+    found: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        held = load_file(path)
+        early = {name: held.pop(name) for name in list(held) if name.startswith("early.")}
+        if early:
+            save_file(held, path, {"format": "pt"})
+        found |= early
+        parts |= dict.fromkeys(held, path.name) | dict.fromkeys(early, EARLY_HEAD)
+    save_file(found, folder / EARLY_HEAD, {"format": "pt"})
+    sizes = [path.stat().st_size for path in {folder / name for name in parts.values()}]
+    write_json(index, {"metadata": {"total_size": sum(sizes)}, "weight_map": parts})
 
 
 def export_model(model: FiT, card: Card, folder: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -94,7 +94,7 @@ class Network:
     """The transformer, its conditions, and what it is trained to predict."""
 
     ADDED: ClassVar[frozenset[str]] = frozenset(
-        {"objective", "conditions", "text_channels", "pooled_channels"}
+        {"objective", "conditions", "text_channels", "pooled_channels", "early_head"}
     )
 
     depth: int
@@ -124,6 +124,9 @@ class Network:
     """The model sees t' = s·t/(1 + (s−1)·t) in place of t."""
     rope: Rope = field(default_factory=Rope)
     """How positions become angles."""
+    early_head: int = 0
+    """Blocks after which a second head predicts too, for internal guidance: a third of the depth, or fewer; 0
+    is none."""
 
     def __post_init__(self) -> None:
         """UserError for a shape that no model can have."""
@@ -131,6 +134,8 @@ class Network:
         if self.parameters > MAX_PARAMETERS:
             billions = f"{self.parameters / 1e9:,.0f} billion parameters"
             raise UserError(f"`depth` {self.depth} and `width` {self.width} make a model of {billions}")
+        if self.early_head >= self.depth:
+            raise UserError(f"`early_head` is {self.early_head}; it must be below the depth, {self.depth}")
         if self.width % (4 * self.heads):
             raise UserError(
                 f"width {self.width} over {self.heads} heads is not a multiple of 4 channels each"
@@ -254,8 +259,9 @@ class Batching:
 class Optimization:
     """How weights change."""
 
-    trainable: Literal["all", "post-training"] = "all"
-    """post-training: as in the paper, the patch embedding, the biases, the modulations and the head alone."""
+    trainable: Literal["all", "post-training", "early-head"] = "all"
+    """post-training: as in the paper, the patch embedding, the biases, the modulations and the head alone.
+    early-head: that one alone."""
     lora: int = 0
     """Rank of a low-rank change of the blocks' matrices, trained in place of them (LoRA, by PEFT); 0 is none.
     What is saved is a whole model."""
@@ -298,6 +304,8 @@ class Noising:
     """Weight by time of the error of a predicted noise or score; see `fitv2.diffusion.flow`."""
     direction_weight: float = 0.0
     """Weight of 1 - cosine of the predicted and the true velocity beside the squared error."""
+    early_weight: float = 0.25
+    """Weight of the loss of an early head beside that of the model."""
     jump_share: float = 0.5
     """Share of images from which an any-step model learns finite steps; from the others, the flow."""
     curriculum_steps: int = 0
@@ -389,15 +397,20 @@ class Guidance:
     strength]."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Guide only between these times; 0 is noise, 1 is data. Outside, half the cost is saved."""
+    internal_scale: float = 1.0
+    """How far to go beyond the early head's prediction, for a model with one; 1 is no internal guidance, 1.5
+    to 2.3 are usual. It costs no evaluation."""
+    internal_interval: tuple[float, float] = (0.0, 0.7)
+    """Guide so only between these times."""
 
     def __post_init__(self) -> None:
         """UserError for an interval that is none."""
         check_limits(self)
-        start, stop = self.guidance_interval
-        if not 0 <= start < stop <= 1:
-            raise UserError(
-                f"`guidance_interval` is {start} {stop}; it must be two rising times, 0 (noise) to 1 (data)"
-            )
+        for name in ("guidance_interval", "internal_interval"):
+            start, stop = getattr(self, name)
+            if not 0 <= start < stop <= 1:
+                said = f"`{name}` is {start} {stop}"
+                raise UserError(f"{said}; it must be two rising times, 0 (noise) to 1 (data)")
 
 
 RESTART = 0.7  # distances are alike from here on: docs/results/extrapolation.md

@@ -173,13 +173,14 @@ class FiT(ModelMixin, ConfigMixin):
         conditions: Sequence[str] = ("label",),
         text_channels: int = 0,
         pooled_channels: int = 0,
+        early_head: int = 0,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
         self.architecture = Architecture(
             depth, width, heads, prediction, path, objective, tuple(conditions), mlp_width, adaln, lora_rank,
-            qk_norm, time_shift, from_dict(Rope, rope or {}), patch_size, in_channels, num_classes,
-            text_channels, pooled_channels,
+            qk_norm, time_shift, from_dict(Rope, rope or {}), early_head, patch_size, in_channels,
+            num_classes, text_channels, pooled_channels,
         )  # fmt: skip
         self.token_channels = self.architecture.token_channels
         self.patch_embed = nn.Linear(self.token_channels, width)
@@ -191,6 +192,7 @@ class FiT(ModelMixin, ConfigMixin):
         self.modulation = nn.Linear(width, 6 * width) if adaln == "lora" else None  # of all blocks
         self.blocks = nn.ModuleList([self._block() for _ in range(depth)])
         self.head = Head(width, self.architecture.output_channels)
+        self.early = Head(width, self.architecture.output_channels) if early_head else None
         self.reset_parameters()
 
     def _block(self) -> Block:
@@ -239,7 +241,9 @@ class FiT(ModelMixin, ConfigMixin):
         own = [block.modulation for block in cast(list[Block], self.blocks)]
         last = [module.up if isinstance(module, LoRAModulation) else module for module in own]
         shared = [] if self.modulation is None else [self.modulation]
-        for zero in (*last, *shared, self.head.modulation, self.head.out):
+        heads = [self.head] if self.early is None else [self.head, self.early]
+        ends = [layer for head in heads for layer in (head.modulation, head.out)]
+        for zero in (*last, *shared, *ends):
             nn.init.zeros_(cast(nn.Linear, zero).weight)
 
     @property
@@ -263,6 +267,7 @@ class FiT(ModelMixin, ConfigMixin):
         condition: Condition,
         return_dict: bool | None = None,
         target_B: Tensor | None = None,
+        early: bool = False,
     ) -> Any:
         """Noisy tokens of the images of `layout` at times `t_B` → prediction.
 
@@ -272,16 +277,18 @@ class FiT(ModelMixin, ConfigMixin):
 
         `target_B` (B,) are the times to which any-step models are asked to lead [default: `t_B` itself]. The
         first two thirds of the blocks see `t_B`, the others and the head see `target_B` (Decoupled MeanFlow,
-        arXiv 2510.24474, section 3).
+        arXiv 2510.24474, section 3). With `early` what the early head predicts comes too, as a second tensor.
         """
-        output_TC = self._predict(x_TC, layout, t_B, condition, target_B)
+        output_TC, early_TC = self._predict(x_TC, layout, t_B, condition, target_B)
+        if early:
+            return output_TC, early_TC
         if return_dict is None:
             return output_TC
         return Transformer2DModelOutput(sample=output_TC) if return_dict else (output_TC,)
 
     def _predict(
         self, x_TC: Tensor, layout: Layout, t_B: Tensor, condition: Condition, target_B: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         silu_c_BD = silu(self.embed(t_B, condition))
         head_dim = self.architecture.width // self.architecture.heads
         x_TD = self.patch_embed(x_TC.to(self.dtype))
@@ -293,6 +300,7 @@ class FiT(ModelMixin, ConfigMixin):
             joint = layout.behind(text.length_B, text.states_ME.shape[0])
             x_TD, layout = joint.join(self.embedders["text"].tokens(text), x_TD), joint.layout
         rotation_T1P = rotation(layout, head_dim, self.architecture.rope)
+        early_TC = None
         switch = None if target_B is None else round(2 * len(self.blocks) / 3)
         shared_B6D = self._shared(silu_c_BD)
         for number, block in enumerate(self.blocks):
@@ -304,7 +312,9 @@ class FiT(ModelMixin, ConfigMixin):
                 x_TD = self._gradient_checkpointing_func(block, *inputs)
             else:
                 x_TD = block(*inputs)
-        return self.head(x_TD if joint is None else joint.images(x_TD), image_layout, silu_c_BD)
+            if self.early is not None and number + 1 == self.architecture.early_head:
+                early_TC = self.early(x_TD if joint is None else joint.images(x_TD), image_layout, silu_c_BD)
+        return self.head(x_TD if joint is None else joint.images(x_TD), image_layout, silu_c_BD), early_TC
 
     def _shared(self, silu_c_BD: Tensor) -> Tensor | float:
         """What all blocks have in common of their modulation, (B, 6D)."""

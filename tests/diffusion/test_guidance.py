@@ -154,3 +154,61 @@ def test_the_objective_says_how_far_a_time_is_on_the_way(model):
     inside = layout.spread(torch.tensor([True, False]))[:, None]
     expected = torch.where(inside, unconditional + 3 * (conditional - unconditional), conditional)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+# Internal
+
+
+@pytest.fixture
+def with_early():
+    shape = {"depth": 3, "width": 32, "heads": 2, "patch_size": 1, "in_channels": 6, "num_classes": 5}
+    return randomized(FiT(**shape, early_head=1)).eval()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_internal_guidance_is_the_formula_between_its_times(with_early, scale):
+    layout, t_B = Layout.of(SIZES), torch.tensor([0.3, 0.8])
+    x = noise_of(layout, 6)
+    internal = Guidance(scale, internal_scale=1.7, internal_interval=(0.2, 0.7))
+    with torch.no_grad():
+        conditional, early = with_early(x, layout, t_B, CONDITION, early=True)
+        plain = guide(with_early, layout, CONDITION, Guidance(scale))(x, t_B)
+        made = guide(with_early, layout, CONDITION, internal)(x, t_B)
+    more = layout.spread(torch.tensor([0.7, 0.0]))[:, None]
+    torch.testing.assert_close(made, plain + more * (conditional - early), rtol=1e-4, atol=1e-4)
+    assert torch.equal(with_early(x, layout, t_B, CONDITION), conditional)
+    assert (made - plain)[:4].abs().max() > 1e-3
+
+
+def test_internal_guidance_of_one_is_none_to_the_last_bit_and_costs_nothing(with_early, monkeypatch):
+    layout, t_B = Layout.of(SIZES), torch.tensor([0.3, 0.8])
+    x = noise_of(layout, 6)
+    plain = guide(with_early, layout, CONDITION, Guidance(2.0))(x, t_B)
+    assert torch.equal(guide(with_early, layout, CONDITION, Guidance(2.0, internal_scale=1.0))(x, t_B), plain)
+    seen = counted(with_early, monkeypatch)
+    guide(with_early, layout, CONDITION, Guidance(1.0, internal_scale=1.5))(x, t_B)
+    guide(with_early, layout, CONDITION, Guidance(2.0, internal_scale=1.5))(x, t_B)
+    assert seen == [2, 4]
+
+
+def test_internal_guidance_beside_classifier_free_guidance_at_the_other_times(with_early):
+    """Each image is guided by the one or the other."""
+    layout, t_B = Layout.of(SIZES), torch.tensor([0.3, 0.8])
+    x = noise_of(layout, 6)
+    either = Guidance(3.0, guidance_interval=(0.7, 1.0), internal_scale=2.0, internal_interval=(0.0, 0.7))
+    with torch.no_grad():
+        made = guide(with_early, layout, CONDITION, either)(x, t_B)
+        conditional, early = with_early(x, layout, t_B, CONDITION, early=True)
+        unconditional = pair(with_early, layout, x, t_B)[1]
+    torch.testing.assert_close(made[:4], (2 * conditional - early)[:4], rtol=1e-4, atol=1e-4)
+    expected = unconditional + 3 * (conditional - unconditional)
+    torch.testing.assert_close(made[4:], expected[4:], rtol=1e-4, atol=1e-4)
+
+
+def test_internal_guidance_needs_an_early_head(model):
+    with pytest.raises(UserError, match="`internal_scale` is for models with an early head"):
+        guide(model, Layout.of(SIZES), CONDITION, Guidance(1.0, internal_scale=1.5))
+    with pytest.raises(UserError, match=r"`internal_interval` is 0\.5 0\.5"):
+        Guidance(internal_interval=(0.5, 0.5))
+    with pytest.raises(UserError, match="`early_head` is 2; it must be below the depth, 2"):
+        FiT(depth=2, width=32, heads=2, early_head=2)

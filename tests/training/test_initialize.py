@@ -7,11 +7,12 @@ import torch
 
 from conftest import together
 from fitv2.checkpoint import load_model
-from fitv2.config import Rope
+from fitv2.config import Guidance, Rope
 from fitv2.data.dataset import TokenDataset
 from fitv2.errors import UserError
 from fitv2.pipeline import FiTPipeline
 from fitv2.presets import preset
+from fitv2.runtime.rng import generator
 from fitv2.training.initialize import shape_of_initial
 from fitv2.training.run_folder import read_log
 from fitv2.training.trainer import Trainer, train
@@ -128,3 +129,35 @@ def test_an_any_step_model_needs_a_flow_that_predicts_velocity(tokens, tmp_path)
     with pytest.raises(UserError, match="is for `path` linear and `prediction` velocity"):
         train(any_step(), tokens, tmp_path / "run", init=str(tmp_path / "data"))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_early_head_is_trained_alone_beside_a_frozen_model(tokens, flow, tmp_path):
+    headed = replace(DEBUG.model, depth=3, prediction="velocity", early_head=1)
+    alone = replace(settings(steps=3, trainable="early-head", learning_rate=1e-2), model=headed)
+    with pytest.warns(UserWarning, match="^early start at random"):
+        train(alone, tokens, tmp_path / "run", init=str(flow))
+    trained, given = load_model(tmp_path / "run")[0].state_dict(), load_model(flow)[0].state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in given.items())
+    assert trained["early.out.weight"].abs().max() > 0
+    kept = [next(run.glob("checkpoints/*/ema/diffusion*.safetensors")) for run in (tmp_path / "run", flow)]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
+    with pytest.raises(UserError, match="`trainable` early-head trains a second head: give `early_head`"):
+        train(settings(trainable="early-head"), tokens, tmp_path / "no", init=str(flow))
+
+
+def test_an_early_head_is_trained_with_its_model_and_guides_its_samples(tokens, tmp_path):
+    quick = settings(steps=6, learning_rate=0.02, ema_decay=0.1)
+    headed = replace(quick, model=replace(DEBUG.model, depth=3, early_head=1))
+    train(headed, tokens, tmp_path / "run")
+    without = replace(headed, training=replace(headed.training, early_weight=0.0))
+    train(without, tokens, tmp_path / "without")
+    pairs = [load_model(tmp_path / name)[0].state_dict() for name in ("run", "without")]
+    assert not torch.equal(*(each["blocks.0.mlp.down.weight"] for each in pairs))
+    assert pairs[1]["early.out.weight"].abs().max() == 0
+    pipe = FiTPipeline.from_pretrained(str(tmp_path / "run"))
+    plain, guided = (
+        pipe(0, height=16, width=16, guidance=Guidance(1.0, internal_scale=w), generator=generator(0),
+             output_type="np").images
+        for w in (1.0, 3.0)
+    )  # fmt: skip
+    assert not np.array_equal(plain, guided)

@@ -140,6 +140,7 @@ class Flow:
     weight: str = "none"
     draw: Draw = field(default=logit_normal)
     direction_weight: float = 0.0
+    early_weight: float = 0.0  # of the loss of an early head; 0 where there is none
 
     def __post_init__(self) -> None:
         """UserError for what there is not."""
@@ -162,6 +163,7 @@ class Flow:
         return cls(
             architecture.path, architecture.prediction, training.loss_weight,
             TIMES[training.times](training), training.direction_weight,
+            training.early_weight if architecture.early_head else 0.0,
         )  # fmt: skip
 
     @property
@@ -210,12 +212,21 @@ class Flow:
         return NoisySample(alpha * data_TC + sigma * noise_TC, layout, t_B, data_TC, noise_TC)
 
     def loss(self, model: Model, sample: NoisySample, condition: Condition) -> Loss:
-        """The squared error of each image, and 1 − cosine beside it where that has a weight."""
-        output_TC = model(sample.x_TC, sample.layout, sample.t_B, condition)
-        error_B = self.squared_error(output_TC, sample)
-        if not self.direction_weight:
-            return Loss(error_B, error_B)
-        return Loss(error_B + self.direction_weight * self.direction_error(output_TC, sample), error_B)
+        """The squared error of each image; beside it 1 − cosine and an early head's, where they have weights.
+
+        The early head's is that of internal guidance (arXiv 2512.24176).
+        """
+        inputs = sample.x_TC, sample.layout, sample.t_B, condition
+        if self.early_weight:
+            output_TC, early_TC = model(*inputs, early=True)
+        else:
+            output_TC = model(*inputs)
+        total_B = error_B = self.squared_error(output_TC, sample)
+        if self.direction_weight:
+            total_B = total_B + self.direction_weight * self.direction_error(output_TC, sample)
+        if self.early_weight:
+            total_B = total_B + self.early_weight * self.squared_error(early_TC, sample)
+        return Loss(total_B, error_B)
 
     def squared_error(self, output_TC: Tensor, sample: NoisySample) -> Tensor:
         """Mean over each image's tokens and channels of the weighted squared error, (B,)."""

@@ -29,6 +29,10 @@ def initialize(preset: Preset, dataset: TokenDataset, labels: tuple[str, ...], i
     architecture = fit_to_data(preset.model, dataset)
     if config.trainable != "all" and not init:
         raise UserError(f"`trainable` {config.trainable} trains a part of a trained model: give `init`")
+    if config.trainable == "early-head" and not architecture.early_head:
+        raise UserError(
+            "`trainable` early-head trains a second head: give `early_head`, the blocks before it"
+        )
     if config.lora and not init:
         raise UserError("`lora` changes a trained model: give `init`")
     if config.lora and config.trainable != "all":
@@ -58,7 +62,7 @@ def shape_of_initial(preset: Preset, init: str | None) -> Preset:
     return replace(preset, model=replace(architecture, objective=ANY_STEP))
 
 
-CONDITIONS = {"conditions", "num_classes", "text_channels", "pooled_channels", "labels"}
+CONDITIONS = {"conditions", "num_classes", "text_channels", "pooled_channels", "labels", "early_head"}
 
 
 def load_initial(name: str, architecture: Architecture, labels: tuple[str, ...]) -> tuple[FiT, Sequence[str]]:
@@ -78,7 +82,7 @@ def load_initial(name: str, architecture: Architecture, labels: tuple[str, ...])
     differing = [key for key, value in asdict(architecture).items() if theirs[key] != value]
     if card.labels != labels:
         differing.append("labels")
-    if {"conditions", "num_classes"} & set(differing) and set(differing) <= CONDITIONS:
+    if {"conditions", "num_classes", "early_head"} & set(differing) and set(differing) <= CONDITIONS:
         return with_conditions(model, architecture, "labels" in differing)
     if differing:
         raise UserError(f"{name} cannot start this run: it has another {', '.join(differing)}")
@@ -97,7 +101,7 @@ def with_conditions(model: FiT, architecture: Architecture, other_labels: bool) 
     made.load_state_dict(kept, strict=False)
     if anew:
         named = ", ".join(sorted(anew))
-        warnings.warn(f"{named} start at random: the initial model has other conditions", stacklevel=2)
+        warnings.warn(f"{named} start at random: the initial model has others, or none", stacklevel=2)
     return made, sorted(empty.keys() - kept.keys())
 
 
