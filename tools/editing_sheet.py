@@ -1,4 +1,4 @@
-"""Draw the sheet of docs/guides/editing.md with the shipped any-step model: what a flow can do with a picture.
+"""Draw the sheet of docs/guides/editing.md by the shipped any-step model: what a flow does to a picture.
 
 python tools/editing_sheet.py docs/guides/editing.png
 """
