@@ -6,13 +6,13 @@ from importlib import import_module
 
 import pytest
 
-import fitv2.config
+from fitv2.config import names as config_names
 from fitv2.runtime import registry
 from fitv2.runtime.registry import keys_of, one_of
 
 
 def tables_of_config():
-    """Every table that config.py takes names from."""
+    """Every table that config takes names from."""
     tables = {}
 
     def noted(table):
@@ -21,7 +21,7 @@ def tables_of_config():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "keys_of", noted)
-        runpy.run_path(fitv2.config.__file__)
+        runpy.run_path(config_names.__file__)
     return tables
 
 

@@ -10,13 +10,13 @@ from fitv2.config import (
     Diffusion,
     Encoding,
     Guidance,
-    Objective,
     Positions,
     Rope,
     Sampling,
     Solver,
     Training,
 )
+from fitv2.config.names import Objective
 from fitv2.diffusion.flow import PREDICTIONS, TIMES, WEIGHTS
 from fitv2.diffusion.objective import OBJECTIVES, objective_of
 from fitv2.diffusion.paths import FORMS, PATHS, diffusion
