@@ -3,7 +3,8 @@
     python benchmarks/gpu_sample.py [--preset fitv2-xl] [--images 64] [--steps 25]
 
 Latents of images of ImageNet-like sizes under 256 tokens, with guidance, in bfloat16, of random weights;
-decoding is left out. An image takes 2·STEPS passes of the model. Prints one JSON object a case, with date and device.
+decoding is left out. An image takes 2·STEPS passes of the model. Prints one JSON object a case, with date
+and device.
 """
 
 import argparse
@@ -80,6 +81,8 @@ def main() -> None:
     for compiled in (False,) if options.eager_only else (False, True):
         if compiled:
             model.compile_repeated_blocks(dynamic=True)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         run = sample(model, layouts, Sampling(steps=options.steps))
         with torch.no_grad():
             run()

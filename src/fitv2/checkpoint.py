@@ -183,8 +183,7 @@ def load_model(name: str | Path) -> tuple[FiT, Card]:
     """
     folder = find_model(name)
     verify_model(folder)
-    with reading(folder / CARD):
-        card = from_dict(Card, read_json(folder / CARD), complete=True)
+    card = read_card(folder)
     if card.autoencoder == HELD:
         card = replace(card, autoencoder=str((folder / HELD).resolve()))
     architecture = read_architecture(folder)
@@ -198,6 +197,12 @@ def load_model(name: str | Path) -> tuple[FiT, Card]:
             f"{folder}/{CARD} has {len(card.labels)} labels, its model {architecture.num_classes}"
         )
     return model.eval(), card
+
+
+def read_card(folder: Path) -> Card:
+    """The card of a model folder, as it is. Raises UserError for a damaged one."""
+    with reading(folder / CARD):
+        return from_dict(Card, read_json(folder / CARD), complete=True)
 
 
 def weights_digest(*modules: nn.Module | None) -> str:

@@ -195,8 +195,8 @@ class FiTPipeline(DiffusionPipeline):
             negative_prompt: what guidance leads away from [default: nothing in particular].
             guidance_scale: of classifier-free guidance; 1 is none [default: the model's own].
             guidance_interval: guide only between these times, 0 noise to 1 data.
-            num_inference_steps: steps of the solver [default: 25]; an image of more tokens than trained on
-                is made twice, at the trained size too: see `Positions`.
+            num_inference_steps: steps of the solver [default: 25; 4 of any-step models]; an image of more
+                tokens than trained on is made twice, at the trained size too: see `Positions`.
             extrapolation: how positions of such an image are scaled, by a name of `Positions` [default: it
                 grows from the trained size, and the log says so].
             generator: one for each image, or one from which a seed for each is drawn.

@@ -1,18 +1,23 @@
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.func import jvp
 
-from conftest import noise_of, randomized
-from fitv2.conditioning import Condition
-from fitv2.config import Architecture, Sampling, Training
+from conftest import noise_of, picture, randomized
+from fitv2.checkpoint import Card
+from fitv2.conditioning import Condition, Text
+from fitv2.config import Architecture, Guidance, Sampling, Training
 from fitv2.diffusion.any_step import SOFTENING, AnyStep
 from fitv2.diffusion.flow import Flow
+from fitv2.diffusion.guidance import guide
 from fitv2.diffusion.noise import NoisySample
 from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError
 from fitv2.model import FiT
+from fitv2.pipeline import FiTPipeline
 from fitv2.runtime.rng import generator
 from fitv2.tokens import Layout
 
@@ -63,7 +68,7 @@ def test_a_target_that_is_the_time_itself_gives_the_flow_to_the_last_bit():
     assert min(of_images[0], of_images[2]) > 1e-3
 
 
-@pytest.mark.parametrize(("depth", "first"), [(1, 1), (3, 2), (8, 5), (15, 10), (36, 24)])
+@pytest.mark.parametrize(("depth", "first"), [(2, 1), (3, 2), (8, 5), (15, 10), (36, 24)])
 def test_the_first_two_thirds_of_the_blocks_see_the_time_alone(depth, first):
     model, seen = model_of(depth=depth, width=8, heads=1), []
     for block in model.blocks:
@@ -274,6 +279,11 @@ def test_settings_that_cannot_be(training, message):
         objective_of(ARCHITECTURE, training)
 
 
+def test_one_block_has_no_last_third():
+    with pytest.raises(UserError, match="any-step needs a `depth` of 2"):
+        objective_of(replace(ARCHITECTURE, depth=1))
+
+
 def test_a_flow_takes_no_jumps_and_jumps_lead_towards_data_alone():
     def output(x_TC, t, target=None):
         return x_TC
@@ -283,3 +293,72 @@ def test_a_flow_takes_no_jumps_and_jumps_lead_towards_data_alone():
     with pytest.raises(UserError, match="leads any-step models towards data alone"):
         AnyStep().invert(output, LAYOUT, noise_of(LAYOUT, 6), [], Sampling("any-step"))
     assert AnyStep().invert(output, LAYOUT, noise_of(LAYOUT, 6), [], Sampling()).isfinite().all()
+
+
+# In a pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    card = Card(labels=tuple("abcde"), autoencoder="pixels", max_tokens=16, guidance=1.0)
+    shape = {**asdict(ARCHITECTURE), "patch_size": 4, "in_channels": 3}
+    return FiTPipeline.of(randomized(FiT(**shape)).eval(), card)
+
+
+def array(image):
+    return np.asarray(image)
+
+
+def test_what_is_known_stays_to_the_last_bit_in_few_steps(pipe):
+    image = picture(16, 24)
+    mask = Image.new("L", (24, 16), 0)
+    mask.paste(255, (12, 0, 24, 16))
+    image = image.resize((24, 16))
+    made = pipe("a", image=image, mask_image=mask, generator=generator(0)).images[0]
+    assert np.array_equal(array(made)[:, :12], array(image)[:, :12])
+    assert not np.array_equal(array(made)[:, 12:], array(image)[:, 12:])
+
+
+def test_growth_variations_and_schedulers_of_diffusers_lead_to_pictures(pipe):
+    grown = pipe("a", height=32, width=40, generator=generator(0)).images[0]
+    assert grown.size == (40, 32)
+    varied = pipe("a", image=picture(16, 16), strength=0.5, generator=generator(0)).images[0]
+    assert varied.size == (16, 16)
+    for solver in ("ab2", "unipc", "dpm++", "dopri5", "euler-maruyama"):
+        sampling = Sampling(solver, steps=6)
+        assert pipe("a", height=16, width=16, sampling=sampling).images[0].size == (16, 16)
+
+
+def test_a_picture_is_as_alone_beside_others_of_other_shapes(pipe):
+    sizes = [(16, 16), (8, 24), (24, 8)]
+    rngs = [generator(i) for i in range(3)]
+    together = pipe(["a", "b", "c"], [h for h, _ in sizes], [w for _, w in sizes], generator=rngs).images
+    for i, (label, (height, width)) in enumerate(zip("abc", sizes, strict=True)):
+        alone = pipe(label, height, width, generator=[generator(i)]).images[0]
+        apart = np.abs(array(alone).astype(int) - array(together[i]).astype(int))
+        assert apart.max() <= 1
+
+
+def test_guidance_on_top_is_the_formula_at_the_target_too():
+    model, x_TC, layout = model_of(), noise_of(LAYOUT, 6), LAYOUT
+    partly = Guidance(2.0, guidance_interval=(0.2, 0.4))
+    with torch.no_grad():
+        own = model(x_TC, layout, T, CONDITION, target_B=R)
+        none = model(x_TC, layout, T, CONDITION.null(), target_B=R)
+        made = guide(model, layout, CONDITION, partly)(x_TC, T, R)
+    inside = layout.spread(torch.tensor([0.0, 0.0, 1.0]))[:, None]
+    torch.testing.assert_close(made, own + inside * (own - none), rtol=1e-4, atol=1e-4)
+
+
+def test_texts_go_with_their_images():
+    text = Text.of([(torch.randn(n, 8), torch.randn(8)) for n in (2, 0, 3)])
+    condition = Condition.of(label=torch.tensor([3, 1, 4]), text=text)
+    shape = asdict(ARCHITECTURE) | {"conditions": ("label", "text"), "text_channels": 8, "pooled_channels": 8}
+    model, sample = randomized(FiT(**shape)).eval(), sample_of()
+    objective = AnyStep(training=Training(learned_guidance_interval=(0.0, 1.0)))
+    together = objective.mean_velocity(model, sample, condition).split(LAYOUT.lengths)
+    for i in range(3):
+        pieces = [each.split(LAYOUT.lengths)[i] for each in (sample.x_TC, sample.data_TC, sample.noise_TC)]
+        one = NoisySample(pieces[0], LAYOUT.select([i]), T[i : i + 1], *pieces[1:], R[i : i + 1])
+        alone = objective.mean_velocity(model, one, condition.select([i]))
+        torch.testing.assert_close(alone, together[i], rtol=1e-3, atol=1e-3)

@@ -1,6 +1,7 @@
 """How a picture was made, told in the picture."""
 
-from dataclasses import fields, replace
+import json
+from dataclasses import asdict, fields, replace
 
 import pytest
 from PIL import Image
@@ -30,6 +31,16 @@ def test_a_picture_tells_how_it_was_made(tmp_path):
     assert is_made(path, RECIPE)
     assert not is_made(path, replace(RECIPE, seed=4))
     assert not is_made(tmp_path / "y.png", RECIPE)
+
+
+def test_a_picture_of_before_there_was_internal_guidance_is_still_read(tmp_path):
+    said = asdict(RECIPE)
+    for name in ("internal_scale", "internal_interval"):
+        del said["guidance"][name]
+    text = PngInfo()
+    text.add_itxt(KEY, json.dumps(said))
+    Image.new("RGB", (12, 8), "red").save(tmp_path / "x.png", pnginfo=text)
+    assert read_recipe(tmp_path / "x.png") == RECIPE
 
 
 def test_what_a_model_uses_by_itself_is_filled_in():

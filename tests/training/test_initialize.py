@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -6,9 +7,10 @@ import pytest
 import torch
 
 from conftest import together
-from fitv2.checkpoint import load_model
-from fitv2.config import Guidance, Rope
+from fitv2.checkpoint import load_model, save_model
+from fitv2.config import Encoding, Guidance, Rope
 from fitv2.data.dataset import TokenDataset
+from fitv2.encoding.encode import encode
 from fitv2.errors import UserError
 from fitv2.pipeline import FiTPipeline
 from fitv2.presets import preset
@@ -149,11 +151,10 @@ def test_an_early_head_is_trained_with_its_model_and_guides_its_samples(tokens, 
     quick = settings(steps=6, learning_rate=0.02, ema_decay=0.1)
     headed = replace(quick, model=replace(DEBUG.model, depth=3, early_head=1))
     train(headed, tokens, tmp_path / "run")
-    without = replace(headed, training=replace(headed.training, early_weight=0.0))
-    train(without, tokens, tmp_path / "without")
+    train(replace(quick, model=replace(DEBUG.model, depth=3)), tokens, tmp_path / "without")
     pairs = [load_model(tmp_path / name)[0].state_dict() for name in ("run", "without")]
     assert not torch.equal(*(each["blocks.0.mlp.down.weight"] for each in pairs))
-    assert pairs[1]["early.out.weight"].abs().max() == 0
+    assert pairs[0]["early.out.weight"].abs().max() > 0
     pipe = FiTPipeline.from_pretrained(str(tmp_path / "run"))
     plain, guided = (
         pipe(0, height=16, width=16, guidance=Guidance(1.0, internal_scale=w), generator=generator(0),
@@ -161,3 +162,70 @@ def test_an_early_head_is_trained_with_its_model_and_guides_its_samples(tokens, 
         for w in (1.0, 3.0)
     )  # fmt: skip
     assert not np.array_equal(plain, guided)
+
+
+def test_an_early_head_alone_changes_nothing_else_whatever_the_data_are(tokens, folder, flow, tmp_path):
+    """Other labels would make an embedding anew, and leave it there."""
+    shutil.copytree(folder, tmp_path / "images")
+    for path in sorted((tmp_path / "images").iterdir()):
+        path.rename(path.with_name(f"other {path.name}"))
+    encode(tmp_path / "images", tmp_path / "others", Encoding(max_tokens=(16,)), workers=0)
+    headed = replace(DEBUG.model, depth=3, prediction="velocity", early_head=1)
+    alone = replace(settings(steps=1, trainable="early-head"), model=headed)
+    with pytest.raises(UserError, match="it has another early_head, labels"):
+        train(alone, tmp_path / "others", tmp_path / "run", init=str(flow))
+    with pytest.raises(UserError, match="an early head learns nothing with `early_weight` 0"):
+        zero = replace(alone, training=replace(alone.training, early_weight=0.0))
+        train(zero, tokens, tmp_path / "run", init=str(flow))
+
+
+def test_an_early_head_is_kept_where_it_was_and_made_anew_elsewhere(tokens, flow, tmp_path):
+    headed = replace(DEBUG.model, depth=3, prediction="velocity", early_head=1)
+    with pytest.warns(UserWarning, match="^early start at random"):
+        train(replace(settings(steps=2), model=headed), tokens, tmp_path / "first", init=str(flow))
+    first = str(tmp_path / "first")
+    with pytest.warns(UserWarning, match="^early start at random"):
+        train(
+            replace(settings(steps=1), model=replace(headed, early_head=2)),
+            tokens,
+            tmp_path / "b",
+            init=first,
+        )
+    with pytest.warns(UserWarning, match="early head of the initial model is left out"):
+        train(
+            replace(settings(steps=1), model=replace(headed, early_head=0)),
+            tokens,
+            tmp_path / "c",
+            init=first,
+        )
+    with pytest.warns(UserWarning, match="early head of the initial model is left out"):
+        train(any_step(steps=4), tokens, tmp_path / "few", init=first)
+    assert load_model(tmp_path / "few")[0].architecture.early_head == 0
+
+
+def test_an_any_step_model_has_the_shape_of_its_flow_and_positions_of_ones_choice(tokens, flow, tmp_path):
+    chosen, rope = any_step(), Rope("ntk", train_side=4)
+    with pytest.raises(UserError, match="`depth` cannot be chosen"):
+        train(replace(chosen, model=replace(chosen.model, depth=5)), tokens, tmp_path / "a", init=str(flow))
+    scaled = replace(chosen, model=replace(chosen.model, rope=rope))
+    assert shape_of_initial(scaled, str(flow)).model.rope == rope
+    with pytest.warns(UserWarning, match="reach 40% of their length"):
+        shape_of_initial(any_step(steps=2, curriculum_steps=5), str(flow))
+
+
+def test_a_run_keeps_the_guidance_of_the_model_that_it_starts_from(tokens, flow, tmp_path):
+    model, card = load_model(flow)
+    save_model(model, replace(card, guidance=3.5), tmp_path / "model")
+    same = replace(DEBUG.model, depth=3, prediction="velocity")
+    train(replace(settings(steps=1), model=same), tokens, tmp_path / "run", init=str(tmp_path / "model"))
+    assert load_model(tmp_path / "run")[1].guidance == 3.5
+    train(any_step(learned_guidance=1.0, steps=4), tokens, tmp_path / "few", init=str(tmp_path / "model"))
+    assert load_model(tmp_path / "few")[1].guidance == 3.5
+
+
+@pytest.mark.parametrize("how", [{"gradient_checkpointing": True}, {"lora": 2}])
+def test_any_steps_are_learned_in_other_ways_too(tokens, flow, tmp_path, how):
+    train(any_step(steps=4, **how), tokens, tmp_path / "run", init=str(flow))
+    trained, given = load_model(tmp_path / "run")[0], load_model(flow)[0]
+    pairs = zip(trained.parameters(), given.parameters(), strict=True)
+    assert any(not torch.equal(one, other) for one, other in pairs)

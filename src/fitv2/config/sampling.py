@@ -4,7 +4,7 @@ Nothing heavy is imported here: the command line builds its help from these.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fitv2.config.architecture import Rope
 from fitv2.config.names import (
@@ -22,6 +22,8 @@ from fitv2.limits import check_limits
 @dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance; see `fitv2.diffusion.guidance`."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"internal_scale", "internal_interval"})
 
     guidance_scale: float | None = None
     """How far to go beyond the conditional prediction; 1 is no guidance [default: the model's own]."""

@@ -121,6 +121,8 @@ def _released_weights(folder: Path) -> dict[str, Tensor]:
             f"{folder} has the objective {architecture.objective_name}: the released code knows"
             f" {' and '.join(OBJECTIVES)}"
         )
+    if architecture.early_head:
+        raise UserError(f"{folder} has an early head, which the released code does not know")
     weights = read_weights(folder, architecture)
     with naming(folder):
         refuse_unfit(weights)

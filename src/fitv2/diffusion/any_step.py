@@ -56,6 +56,8 @@ class AnyStep(Flow):
         flow = Flow.of(architecture, training)
         if flow.direction_weight:
             raise UserError("`direction_weight` is not for `objective` any-step: 0 leaves it out")
+        if architecture.depth < 2:
+            raise UserError("`objective` any-step needs a `depth` of 2: the last blocks see the target")
         if architecture.early_head:
             raise UserError("`early_head` is not for `objective` any-step")
         return cls(flow.path_name, flow.prediction, flow.weight, flow.draw, training=training or Training())

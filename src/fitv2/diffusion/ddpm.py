@@ -34,6 +34,8 @@ class DDPM:
     def __init__(self, architecture: Architecture | None = None, training: Training | None = None) -> None:
         if architecture and (architecture.prediction, architecture.time_shift) != ("noise", 1):
             raise UserError("with `path` ddpm a model predicts noise, and its times are not shifted")
+        if architecture and architecture.early_head:
+            raise UserError("`early_head` is for flows, not for `path` ddpm")
         if training and training.direction_weight:
             raise UserError("`direction_weight` is for velocities, which `path` ddpm has none of")
 

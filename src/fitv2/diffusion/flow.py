@@ -160,6 +160,8 @@ class Flow:
             return cls(architecture.path, architecture.prediction)
         if training.times not in TIMES:
             raise nearest("distribution of times", training.times, TIMES)
+        if architecture.early_head and not training.early_weight:
+            raise UserError("an early head learns nothing with `early_weight` 0")
         return cls(
             architecture.path, architecture.prediction, training.loss_weight,
             TIMES[training.times](training), training.direction_weight,

@@ -81,7 +81,7 @@ def transport(
     if name in solvers.STOCHASTIC:
         return _stochastic(flow, velocity, layout, x_TC, generators, sampling, to_noise, begin, progress)
     if name in solvers.JUMPS and (to_noise or not flow.takes_jumps):
-        raise UserError(f"`solver` {name} leads any-step models towards data alone: take ab2, or train one")
+        raise UserError(f"`solver` {name} leads any-step models towards data alone: take ab2 here")
     solve = solver_named(name, layout, sampling.rtol, sampling.atol)
     start, stop = flow.interval()
     if to_noise:

@@ -26,9 +26,10 @@ def preview(pipeline: FiTPipeline, title: str, prompts: Sequence[str] = ()) -> I
     wanted = [(label, *size) for size in sizes for label in chosen]
     numbers, heights, widths = (list(column) for column in zip(*wanted, strict=True))
     what: dict[str, Any] = {"prompt": [labels[i] for i in numbers]} if prompts else {"class_labels": numbers}
+    usual = Sampling().resolve(pipeline.transformer.architecture.objective_name)[1]
     made = pipeline.stream(
         height=heights, width=widths, generator=[generator(0) for _ in wanted], **what,
-        sampling=Sampling(steps=20), progress=lambda _: None,
+        sampling=Sampling(steps=min(20, usual)), progress=lambda _: None,
     )  # fmt: skip
     captioned = [(labels[number], image) for number, image in zip(numbers, made, strict=True)]
     rows = [captioned[i : i + len(chosen)] for i in range(0, len(captioned), len(chosen))]

@@ -2,18 +2,18 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 
-from fitv2.checkpoint import load_model
-from fitv2.config import ANY_STEP, Architecture, Rope
+from fitv2.checkpoint import find_model, load_model, read_architecture
+from fitv2.config import ANY_STEP, Architecture, Network, Rope
 from fitv2.data.dataset import TokenDataset
 from fitv2.data.texts import TextCache
 from fitv2.errors import UserError
 from fitv2.model import FiT
-from fitv2.presets import Preset
+from fitv2.presets import PRESETS, Preset
 from fitv2.runtime.rng import WEIGHTS, derive_seed
 from fitv2.text_encoder import TextEncoder
 from fitv2.training.lora import add_lora
@@ -39,6 +39,8 @@ def initialize(preset: Preset, dataset: TokenDataset, labels: tuple[str, ...], i
         raise UserError("give `lora` or `trainable`")
     torch.manual_seed(derive_seed(config.seed, WEIGHTS))
     model, new = load_initial(init, architecture, labels) if init else (FiT(**asdict(architecture)), ())
+    if config.trainable == "early-head" and any(not name.startswith("early.") for name in new):
+        raise UserError("`trainable` early-head leaves all else as it is: data need the model's own labels")
     freeze(model, config.trainable)
     if config.lora:
         for name, parameter in model.named_parameters():
@@ -58,11 +60,22 @@ def shape_of_initial(preset: Preset, init: str | None) -> Preset:
         return preset
     if init is None:
         raise UserError("`objective` any-step makes a trained flow one of few steps: give `init`")
-    architecture = load_model(init)[0].architecture
-    return replace(preset, model=replace(architecture, objective=ANY_STEP))
+    theirs, chosen = read_architecture(find_model(init)), preset.model
+    usual = PRESETS["any-step"].model
+    for name in {field.name for field in fields(Network)} - {"objective", "rope", "early_head"}:
+        if getattr(chosen, name) not in (getattr(usual, name), getattr(theirs, name)):
+            raise UserError(f"`{name}` cannot be chosen: an any-step model has the shape of its flow, {init}")
+    rope = theirs.rope if chosen.rope == Rope() else chosen.rope
+    steps, growing = preset.training.steps, preset.training.curriculum_steps
+    if growing > steps:
+        warnings.warn(
+            f"the learned steps reach {steps / growing:.0%} of their length: give fewer `curriculum_steps`",
+            stacklevel=2,
+        )
+    return replace(preset, model=replace(theirs, objective=ANY_STEP, rope=rope, early_head=0))
 
 
-CONDITIONS = {"conditions", "num_classes", "text_channels", "pooled_channels", "labels", "early_head"}
+CONDITIONS = {"conditions", "num_classes", "text_channels", "pooled_channels", "labels"}
 
 
 def load_initial(name: str, architecture: Architecture, labels: tuple[str, ...]) -> tuple[FiT, Sequence[str]]:
@@ -82,11 +95,12 @@ def load_initial(name: str, architecture: Architecture, labels: tuple[str, ...])
     differing = [key for key, value in asdict(architecture).items() if theirs[key] != value]
     if card.labels != labels:
         differing.append("labels")
-    if {"conditions", "num_classes", "early_head"} & set(differing) and set(differing) <= CONDITIONS:
-        return with_conditions(model, architecture, "labels" in differing)
-    if differing:
+    others = set(differing) - {"early_head"}
+    if others and not ({"conditions", "num_classes"} & others and others <= CONDITIONS):
         raise UserError(f"{name} cannot start this run: it has another {', '.join(differing)}")
-    return model, ()
+    if not differing:
+        return model, ()
+    return with_conditions(model, architecture, "labels" in differing)
 
 
 def with_conditions(model: FiT, architecture: Architecture, other_labels: bool) -> tuple[FiT, Sequence[str]]:
@@ -95,6 +109,10 @@ def with_conditions(model: FiT, architecture: Architecture, other_labels: bool) 
     empty, given = made.state_dict(), model.state_dict()
     misfits = {key for key in empty if key not in given or given[key].shape != empty[key].shape}
     anew = {key.split(".")[0] for key in misfits}  # an embedding is kept whole or not at all
+    if architecture.early_head not in (0, model.architecture.early_head):
+        anew.add("early")
+    if model.architecture.early_head and not architecture.early_head:
+        warnings.warn("the early head of the initial model is left out", stacklevel=2)
     if other_labels and "label" in architecture.conditions:  # perhaps as many, but of other things
         anew.add("label_embed")
     kept = {key: given[key] for key in empty if key.split(".")[0] not in anew}

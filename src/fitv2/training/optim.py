@@ -18,7 +18,8 @@ def freeze(model: FiT, trainable: str) -> None:
     final_layer; LN is in the name of every adaLN modulation too. 14.15 % of FiTv2-XL.
     """
     for name, parameter in model.named_parameters():
-        post = name.startswith(("patch_embed.", "head.")) or name.endswith(".bias") or "modulation." in name
+        whole = name.startswith(("patch_embed.", "head.", "early."))
+        post = whole or name.endswith(".bias") or "modulation." in name
         early = name.startswith("early.")
         chosen = {"all": True, "post-training": post, "early-head": early}[trainable]
         parameter.requires_grad_(chosen)

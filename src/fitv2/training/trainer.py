@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint, step_of
+from fitv2.checkpoint import Card, checkpoints, find_model, load_model, newest_checkpoint, read_card, step_of
 from fitv2.conditioning import Condition
 from fitv2.config import ANY_STEP, Training
 from fitv2.data.dataset import Batch, Steps, TokenDataset, verify_files
@@ -150,8 +150,10 @@ class Trainer:
         named = encoder.name if encoder else ""
         model = initialize(preset, dataset, about.labels, init)
         self.card = Card(about.labels, about.autoencoder, about.max_tokens, text_encoder=named)
-        if model.architecture.objective_name == ANY_STEP:  # it has learned its guidance
-            self.card = replace(self.card, guidance=1.0)
+        if init:
+            self.card = replace(self.card, guidance=read_card(find_model(init)).guidance)
+        if model.architecture.objective_name == ANY_STEP and self.config.learned_guidance > 1:
+            self.card = replace(self.card, guidance=1.0)  # no more of it
         self.weights = Weights(model, self.device, self.dtype, world, self.config.fsdp_size)
         self.objective = objective_of(model.architecture, self.config)
         # Which draw: the processes that hold the first copy of the model between them.
