@@ -74,7 +74,8 @@ def test_weights_stored_in_eight_bits_are_computed_in_sixteen():
     model.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
     stored = {parameter.dtype for parameter in model.blocks.parameters()}
     assert stored == {torch.float8_e4m3fn}
-    assert model.time_embed.up.weight.dtype == torch.float8_e4m3fn
+    assert model.head.out.weight.dtype == torch.float8_e4m3fn
+    assert model.time_embed.up.weight.dtype == torch.bfloat16  # diffusers leaves out what it keeps in float32
     difference = (output_of(model) - expected).norm() / expected.norm()
     assert 1e-4 < difference < 0.2
 
