@@ -120,12 +120,10 @@ def test_several_processes_train_the_same_any_step_model(tokens, flow, tmp_path,
 def test_compiled_blocks_learn_any_steps(tokens, flow, tmp_path):
     """In a process of its own: other tests fork, which what a compiler loads does not like."""
     eager = train(any_step(steps=2), tokens, tmp_path / "eager", init=str(flow))
-    chosen = (
-        "--steps 2 --batch-size 4 --precision float32 --decay-steps 0 --warmup-steps 2 --curriculum-steps 4"
-    )
     command = [sys.executable, "-m", "fitv2", "train", "any-step", "--init", flow, "--data", tokens]
-    subprocess.run([*command, "--out", tmp_path / "compiled", *chosen.split(), "--compile", "--curriculum-steps", "4"],
-                   check=True)  # fmt: skip
+    command += ["--out", tmp_path / "compiled", "--compile", "--steps", "2", "--batch-size", "4"]
+    command += ["--precision", "float32", "--decay-steps", "0", "--warmup-steps", "2"]
+    subprocess.run([*command, "--curriculum-steps", "4"], check=True)
     models = [load_model(run)[0] for run in (eager / "ema", tmp_path / "compiled")]
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
