@@ -4,8 +4,8 @@ from fitv2.config.architecture import Architecture, Network, Rope
 from fitv2.config.encoding import Encoding
 from fitv2.config.names import (
     ANY_STEP,
+    DEFAULT_SOLVERS,
     OBJECTIVE_OF_PATH,
-    SOLVERS,
     Diffusion,
     PathName,
     Precision,
@@ -17,10 +17,10 @@ from fitv2.config.training import FREE, Training
 
 __all__ = [
     "ANY_STEP",
+    "DEFAULT_SOLVERS",
     "FREE",
     "OBJECTIVE_OF_PATH",
     "RESTART",
-    "SOLVERS",
     "Architecture",
     "Diffusion",
     "Encoding",

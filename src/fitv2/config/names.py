@@ -42,7 +42,7 @@ NOISY_SOLVERS = (*keys_of("fitv2.diffusion.solvers:STOCHASTIC"), *keys_of("fitv2
 
 ANY_STEP = "any-step"  # objective and solver
 # By objective, solver and steps if nothing is said: docs/results/solvers.md and any-step.md.
-SOLVERS = {"flow": ("ab2", 25), "ddpm": ("ddpm", 250), ANY_STEP: (ANY_STEP, 4)}
+DEFAULT_SOLVERS = {"flow": ("ab2", 25), "ddpm": ("ddpm", 250), ANY_STEP: (ANY_STEP, 4)}
 OUTPUTS = {"ddpm": 2}  # by objective: how many a model has for each channel, where that is not one
 
 Precision = Literal["float32", "bfloat16"]

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 from fitv2.config.architecture import Rope
 from fitv2.config.names import (
+    DEFAULT_SOLVERS,
     NOISY_SOLVERS,
-    SOLVERS,
     Diffusion,
     OwnAttentionScale,
     OwnExtrapolation,
@@ -146,7 +146,7 @@ class Sampling:
 
     def resolve(self, objective: str = "flow") -> tuple[str, int]:
         """Solver and steps; where they were not chosen, those that models with this objective use."""
-        solver, steps = SOLVERS.get(objective, SOLVERS["flow"])
+        solver, steps = DEFAULT_SOLVERS.get(objective, DEFAULT_SOLVERS["flow"])
         if self.solver not in (None, solver):
             solver, steps = self.solver, 250 if self.solver in NOISY_SOLVERS else 25
         return solver, self.steps or steps

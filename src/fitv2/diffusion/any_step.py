@@ -18,10 +18,9 @@ import torch
 from torch import Generator, Tensor
 
 from fitv2.conditioning import Condition
-from fitv2.config import ANY_STEP, Architecture, Sampling, Training
-from fitv2.diffusion.flow import Flow, Model, Output, logit_normal
-from fitv2.diffusion.noise import Known, Loss, NoisySample
-from fitv2.diffusion.solvers import Progress
+from fitv2.config import ANY_STEP, Architecture, Training
+from fitv2.diffusion.flow import Flow, Model, logit_normal
+from fitv2.diffusion.noise import Loss, NoisySample
 from fitv2.errors import UserError
 from fitv2.tokens import Layout
 
@@ -38,6 +37,7 @@ class AnyStep(Flow):
     """The objective. Raises UserError where the model does not predict the velocity of a linear path."""
 
     training: Training = Training()  # noqa: RUF009  frozen
+    name = ANY_STEP
     takes_jumps = True
 
     def __post_init__(self) -> None:
@@ -90,9 +90,9 @@ class AnyStep(Flow):
         velocity_TC = alpha_rate * sample.data_TC + sigma_rate * sample.noise_TC
         velocity_TC = self._guided(model, sample, condition, velocity_TC)
         assert sample.target_B is not None
-        jumping = (sample.target_B > sample.t_B).nonzero().flatten().tolist()
         if not self.training.jump_share:
             return velocity_TC
+        jumping = (sample.target_B > sample.t_B).nonzero().flatten().tolist()
         step_T1 = sample.layout.spread(sample.target_B - sample.t_B)[:, None]
         rate_TC = self._rate(model, sample, condition, velocity_TC, jumping or ANY)
         return velocity_TC + step_T1 * rate_TC
@@ -136,24 +136,6 @@ class AnyStep(Flow):
         later, sooner = output_TC.to(sample.x_TC.dtype).chunk(2)
         span_T1 = some.layout.spread(later_B - sooner_B)[:, None]
         return some.add(torch.zeros_like(velocity_TC), (later - sooner) / span_T1)
-
-    # Sampling
-
-    def generate(
-        self,
-        output: Output,
-        layout: Layout,
-        x_TC: Tensor,
-        generators: Sequence[Generator],
-        sampling: Sampling,
-        progress: Progress = lambda _: None,
-        start: float = 0.0,
-        known: Known | None = None,
-    ) -> Tensor:
-        """As of `Flow`, by default in few finite steps."""
-        solver, steps = sampling.resolve(ANY_STEP)
-        chosen = replace(sampling, solver=solver, steps=steps)
-        return super().generate(output, layout, x_TC, generators, chosen, progress, start, known)
 
 
 @dataclass(frozen=True, eq=False)

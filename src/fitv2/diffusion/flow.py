@@ -6,7 +6,7 @@ noise, path, target and loss.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -187,6 +187,7 @@ class Flow:
         """Whether the velocity is undefined at the end of the interval, so that solvers may not ask there."""
         return self.prediction == "data"
 
+    name = "flow"  # of the objective: how images are made if nothing is said
     takes_jumps = False  # whether the model says where a finite step leads
 
     # Training
@@ -309,6 +310,8 @@ class Flow:
         known: Known | None = None,
     ) -> Tensor:
         """From `x_TC`, noise or what is at time `start`, to data; `output` is the guided model."""
+        solver, steps = sampling.resolve(self.name)
+        sampling = replace(sampling, solver=solver, steps=steps)
         follow = self.follow if known is None else partial(self.follow_around, known=known)
         made = transport(
             self, follow(output, layout), layout, x_TC, generators, sampling, begin=start, progress=progress

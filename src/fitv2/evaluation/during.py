@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fitv2.config import RESTART, SOLVERS, Sampling
+from fitv2.config import DEFAULT_SOLVERS, RESTART, Sampling
 from fitv2.encoding.images import parse_size
 from fitv2.errors import UserError
 from fitv2.evaluation.extract import features_of, pieces
@@ -46,7 +46,7 @@ class TrainingJudge:
         """What has to be the same for distances to be comparable."""
         of_sizes = [(size, kept.about.sha256) for size, kept in self.references.items()]
         # RESTART and the solver: how images are made where nothing is said.
-        how = self.evaluations or SOLVERS["flow"][0]
+        how = self.evaluations or DEFAULT_SOLVERS["flow"][0]
         said = repr((self.settings.num, how, self.extractor.digest, of_sizes, RESTART))
         return hashlib.sha256(said.encode()).hexdigest()
 
