@@ -233,11 +233,37 @@ def test_each_step_is_told_and_can_end_the_making(pipe):
     told = []
 
     def on_step_end(which, step, share, tensors):
-        told.append((which is pipe, step, round(share, 3), tensors))
+        told.append((which is pipe, step, round(share, 3), [one.shape for one in tensors["latents"]]))
         if len(told) == 3:
             raise InterruptedError
 
     steps = {"num_inference_steps": 4, "progress": lambda _: None, "callback_on_step_end": on_step_end}
     with pytest.raises(InterruptedError):
-        pipe(1, 8, 8, generator=[generator(0)], **steps)
-    assert told == [(True, 0, 0.25, {}), (True, 1, 0.5, {}), (True, 2, 0.75, {})]
+        pipe([1, 0], [8, 16], [24, 8], generator=seeds(2), **steps)
+    shapes = [(2, 6, 48), (4, 2, 48)]  # in the order that was asked for, not in that of the pack
+    assert told == [(True, 0, 0.25, shapes), (True, 1, 0.5, shapes), (True, 2, 0.75, shapes)]
+
+
+def test_what_a_callback_changes_goes_on(pipe):
+    """Two images whose tokens are exchanged three times become each other."""
+
+    def swap(_pipe, _step, _share, tensors):
+        return {"latents": tensors["latents"][::-1]}
+
+    given = {"generator": seeds(2), "sampling": Sampling("euler", steps=3), "progress": lambda _: None}
+    plain = pipe([1, 1], 8, 8, **given).images
+    swapped = pipe([1, 1], 8, 8, callback_on_step_end=swap, **given | {"generator": seeds(2)}).images
+    assert [image.tobytes() for image in swapped] == [image.tobytes() for image in plain[::-1]]
+
+    with pytest.raises(UserError, match="there are 1 `latents` for 2 images"):
+        pipe([1, 1], 8, 8, callback_on_step_end=lambda *a: {"latents": a[3]["latents"][:1]}, **given)
+    with pytest.raises(UserError, match=r"`latents` are \(2, 1, 48\); this image takes"):
+        pipe(
+            1,
+            8,
+            8,
+            callback_on_step_end=lambda *a: {"latents": [a[3]["latents"][0][:, :1]]},
+            **given | {"generator": seeds(1)},
+        )
+    with pytest.raises(UserError, match="unknown callback_on_step_end_tensor_inputs 'prompt_embeds'"):
+        pipe(1, 8, 8, callback_on_step_end_tensor_inputs=["prompt_embeds"])

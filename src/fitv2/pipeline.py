@@ -60,6 +60,7 @@ class FiTPipeline(DiffusionPipeline):
 
     _optional_components: ClassVar[list[str]] = ["vae", "scheduler"]
     model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(
         self,
@@ -253,6 +254,7 @@ class FiTPipeline(DiffusionPipeline):
         tokens_per_pack: int | None = None,
         progress: Callable[[float], None] | None = None,
         callback_on_step_end: Callable[[FiTPipeline, int, float, dict[str, Any]], Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         watch: Callable[[int, Callable[[], list[Image.Image]]], None] | None = None,
     ) -> Iterator[Image.Image]:
         """Make images as `__call__` does, and give them one after another, as soon as each pack is done.
@@ -270,10 +272,15 @@ class FiTPipeline(DiffusionPipeline):
             tokens_per_pack: how many tokens are computed together.
             progress: called with the share done [default: a bar].
             callback_on_step_end: called as diffusers does, with the pipeline, the number of the step, the
-                share done, and no tensors. What it raises ends the making.
+                share done, and {"latents": tokens (rows, columns, channels per token) of each image that is
+                being made}. It may give such a dictionary with others, and what it raises ends the making.
+            callback_on_step_end_tensor_inputs: "latents", all that there is.
             watch: called at every evaluation with the number of the first image of those that are being made,
                 and a function that gives what they look like so far. What it raises ends the making.
         """
+        for name in callback_on_step_end_tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                raise nearest("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
         wanted = Wanted(
             class_labels=class_labels, height=height, width=width, prompt=prompt,
             negative_prompt=negative_prompt, image=image, mask_image=mask_image, strength=strength,
@@ -296,8 +303,10 @@ class FiTPipeline(DiffusionPipeline):
             pixels = generate(
                 self._scaled(positions), self.autoencoder, requests, guidance, sampling,
                 tokens_per_pack=tokens_per_pack,
-                growth=Growth(self.card.max_tokens, positions.restart_time(self.is_flow)), progress=report,
+                growth=Growth(self.card.max_tokens, positions.restart_time(self.is_flow)),
+                progress=report.move,
                 watch=watch and see,
+                change=report.end_step if callback_on_step_end else None,
             )  # fmt: skip
             for made in pixels:
                 yield to_image(made)
@@ -437,29 +446,33 @@ def check_index(folder: Path) -> None:
 
 
 class _Progress:
-    """The function that is told the share done: that of the caller, or one that moves the pipeline's bar."""
+    """Tells the share done, by the caller's function or the pipeline's bar; and the caller of each step."""
 
     def __init__(
         self, pipeline: FiTPipeline, progress: Callable[[float], None] | None, on_step_end: Any = None
     ) -> None:
         self.pipeline, self.progress, self.on_step_end = pipeline, progress, on_step_end
         self.bar: Any = None
-        self.step = 0
+        self.step, self.share = 0, 0.0
 
-    def __enter__(self) -> Callable[[float], None]:
+    def __enter__(self) -> _Progress:
         if not self.progress:
             self.bar = self.pipeline.progress_bar(total=100)
-        return self.report
+        return self
 
-    def report(self, share: float) -> None:
-        """Tell of a step."""
+    def move(self, share: float) -> None:
+        """Tell how much is done."""
+        self.share = share
         if self.progress:
             self.progress(share)
         else:
             self.bar.update(round(100 * share) - self.bar.n)
-        if self.on_step_end:
-            self.on_step_end(self.pipeline, self.step, share, {})
+
+    def end_step(self, latents: list[Tensor]) -> Sequence[Tensor] | None:
+        """Call the caller after a step; the tokens that go on, where it gives some."""
+        changed = self.on_step_end(self.pipeline, self.step, self.share, {"latents": latents})
         self.step += 1
+        return None if changed is None else changed.get("latents")
 
     def __exit__(self, *_: Any) -> None:
         if self.bar is not None:

@@ -190,7 +190,7 @@ def test_the_loss_of_a_model_is_the_error_of_what_it_says():
 def test_images_are_made_as_the_settings_say(sampling, settings):
     start, seen = noise_of(LAYOUT, 3), []
     rngs = [generator(7), generator(8)]
-    made = DDPM().generate(output, LAYOUT, start, rngs, sampling, seen.append)
+    made = DDPM().generate(output, LAYOUT, start, rngs, sampling, lambda done, x: seen.append(done) or x)
     expected = denoise(output, LAYOUT, start, [generator(7), generator(8)], **settings)
     assert torch.equal(made, expected)
     assert len(seen) == settings["steps"]

@@ -137,9 +137,11 @@ def generated(name, images, seen=None, scale=2.0):
     x = torch.cat([NOISE.split(LAYOUT.lengths)[i] for i in images])
     output = guide(model, layout, CONDITION.select(images), Guidance(scale), objective)
     rngs = [generator(9, i) for i in images]
-    report = (lambda _: None) if seen is None else seen.append
+    seen = [] if seen is None else seen
     with torch.no_grad():
-        return objective.generate(output, layout, x, rngs, Sampling(steps=4), report)
+        return objective.generate(
+            output, layout, x, rngs, Sampling(steps=4), lambda done, x: seen.append(done) or x
+        )
 
 
 @every_objective

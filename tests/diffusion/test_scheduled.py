@@ -92,7 +92,9 @@ def test_a_shift_makes_steps_shorter_near_the_noise():
 def test_diffusers_schedulers_lead_from_noise_to_data(scheduler, within):
     noise = noise_of(LAYOUT, 4)
     shares = []
-    made = follow_scheduler(scheduler, Flow(), to_gaussian, noise, 50, progress=shares.append)
+    made = follow_scheduler(
+        scheduler, Flow(), to_gaussian, noise, 50, on_step=lambda done, x: shares.append(done) or x
+    )
     assert distance(made, noise) < within
     assert shares[-1] == 1
     assert shares == sorted(shares)

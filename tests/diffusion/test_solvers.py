@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from fitv2.diffusion.solvers import (
     DOPRI5,
     EULER,
     FIXED,
+    adams_bashforth,
     adaptive,
     euler_maruyama,
     fixed,
+    jump,
     stochastic_heun,
 )
 
@@ -54,8 +57,50 @@ def test_fixed_steps_equal_torchdiffeq(name):
 @pytest.mark.parametrize("name", ["euler", "heun", "rk4"])
 def test_progress_ends_at_one(name):
     seen = []
-    fixed(FIXED[name], field, torch.ones(1), torch.linspace(0, 1, 6), seen.append)
+    fixed(FIXED[name], field, torch.ones(1), torch.linspace(0, 1, 6), lambda done, x: seen.append(done) or x)
     assert seen == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+SOLVERS = {
+    **{name: partial(fixed, method) for name, method in FIXED.items()},
+    "ab2": adams_bashforth,
+    "dopri5": partial(adaptive, DOPRI5, spread=lambda b: b, mean=lambda x: x),
+    "euler-maruyama": lambda *given: euler_maruyama(still, still, *given[1:3], lambda: 0.0, given[3]),
+    "stochastic-heun": lambda *given: stochastic_heun(still, still, *given[1:3], lambda: 0.0, given[3]),
+    "any-step": lambda *given: jump(lambda x, t, r: still(x), *given[1:]),
+}
+
+
+def still(x, *_):
+    return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_what_a_step_is_changed_to_goes_on(name):
+    """Where nothing moves, the end is the sum of what was added after each step."""
+    added = []
+
+    def add(done, x):
+        added.append(done)
+        return x + done
+
+    end = SOLVERS[name](still, torch.ones(1), torch.linspace(0, 1, 6), add)
+    assert end.item() == pytest.approx(1 + sum(added))
+    assert added[-1] == 1
+
+
+def test_an_adaptive_solver_goes_on_from_where_it_was_put():
+    """dx/dt = −x, put back to 1 after its first step: that step's time is lost."""
+    lost = []
+
+    def put_back(done, x):
+        if lost:
+            return x
+        lost.append(done)
+        return torch.ones_like(x)
+
+    end = SOLVERS["dopri5"](lambda x, _: -x, torch.ones(1), torch.linspace(0, 1, 2), put_back)
+    assert end.item() == pytest.approx(math.exp(-(1 - lost[0])), abs=1e-3)
 
 
 def test_euler_asks_once_a_step():

@@ -15,7 +15,7 @@ from fitv2.conditioning import Condition
 from fitv2.config import Architecture, Sampling, Training
 from fitv2.diffusion.flow import Model, Output
 from fitv2.diffusion.noise import Loss, NoisySample
-from fitv2.diffusion.solvers import Progress
+from fitv2.diffusion.solvers import OnStep, no_change
 from fitv2.errors import UserError
 from fitv2.tokens import Layout
 
@@ -78,7 +78,7 @@ class DDPM:
         x_TC: Tensor,
         generators: Sequence[Generator],
         sampling: Sampling,
-        progress: Progress = lambda _: None,
+        on_step: OnStep = no_change,
     ) -> Tensor:
         """From noise `x_TC` to data; `output` is the guided model, noise and variance (T, 2C).
 
@@ -89,7 +89,7 @@ class DDPM:
             kinds = " or ".join(SCHEDULERS)
             raise UserError(f"{solver} follows a flow; this model is a DDPM: choose {kinds}")
         return denoise(
-            output, layout, x_TC, generators, solver=solver, steps=steps, eta=sampling.eta, progress=progress,
+            output, layout, x_TC, generators, solver=solver, steps=steps, eta=sampling.eta, on_step=on_step,
         )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def denoise(
     solver: str = "ddpm",
     steps: int = 250,
     eta: float = 0.0,
-    progress: Callable[[float], None] = lambda _: None,
+    on_step: OnStep = no_change,
 ) -> Tensor:
     """From noise `x_TC` to data, images of `layout`.
 
@@ -202,5 +202,5 @@ def denoise(
         x_TC = torch.cat(
             [chosen.step(o, int(step), x, generator=rng, **options).prev_sample for o, x, rng in pieces]
         )
-        progress(i / steps)
+        x_TC = on_step(i / steps, x_TC)
     return x_TC

@@ -18,7 +18,7 @@ from fitv2.conditioning import Condition
 from fitv2.config import Architecture, Sampling, Training
 from fitv2.diffusion.noise import Known, Loss, NoisySample
 from fitv2.diffusion.paths import PATHS, Path, score
-from fitv2.diffusion.solvers import Progress
+from fitv2.diffusion.solvers import OnStep, no_change
 from fitv2.diffusion.transport import transport
 from fitv2.errors import UserError, nearest
 from fitv2.tokens import Layout
@@ -305,7 +305,7 @@ class Flow:
         x_TC: Tensor,
         generators: Sequence[Generator],
         sampling: Sampling,
-        progress: Progress = lambda _: None,
+        on_step: OnStep = no_change,
         start: float = 0.0,
         known: Known | None = None,
     ) -> Tensor:
@@ -314,7 +314,7 @@ class Flow:
         sampling = replace(sampling, solver=solver, steps=steps)
         follow = self.follow if known is None else partial(self.follow_around, known=known)
         made = transport(
-            self, follow(output, layout), layout, x_TC, generators, sampling, begin=start, progress=progress
+            self, follow(output, layout), layout, x_TC, generators, sampling, begin=start, on_step=on_step
         )
         return made if known is None else known.hold(made, known.data_TC)
 
@@ -325,10 +325,7 @@ class Flow:
         data_TC: Tensor,
         generators: Sequence[Generator],
         sampling: Sampling,
-        progress: Progress = lambda _: None,
     ) -> Tensor:
         """The noise from which `generate` makes data; with a stochastic solver a sample of it."""
         velocity = self.follow(output, layout)
-        return transport(
-            self, velocity, layout, data_TC, generators, sampling, to_noise=True, progress=progress
-        )
+        return transport(self, velocity, layout, data_TC, generators, sampling, to_noise=True)

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from fitv2.config import Sampling
 from fitv2.diffusion import solvers
-from fitv2.diffusion.solvers import Progress, Velocity
+from fitv2.diffusion.solvers import Velocity
 from fitv2.diffusion.transport import Field, transport
 from fitv2.errors import UserError
 from fitv2.tokens import Layout
@@ -23,7 +23,6 @@ def log_likelihood(
     sampling: Sampling = Sampling(solver="dopri5", rtol=1e-5, atol=1e-5),  # noqa: B008  frozen
     *,
     probes: int = 1,
-    progress: Progress = lambda _: None,
 ) -> Tensor:
     """log p(data) of each image of tokens `x_TC`, (B,), natural, by the instantaneous change of variables.
 
@@ -55,8 +54,6 @@ def log_likelihood(
         return torch.cat([v.detach(), divergence], dim=1)
 
     start = torch.cat([x_TC, torch.zeros_like(x_TC[:, :1])], dim=1)
-    end = transport(
-        flow, augmented, layout, start, generators, sampling, to_noise=True, progress=progress
-    )  # fmt: skip
+    end = transport(flow, augmented, layout, start, generators, sampling, to_noise=True)
     per_token = -0.5 * (end[:, :channels].square() + math.log(2 * math.pi)).sum(1) + end[:, channels]
     return layout.sum_per_image(per_token)

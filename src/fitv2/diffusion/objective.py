@@ -15,7 +15,7 @@ from fitv2.diffusion.any_step import AnyStep
 from fitv2.diffusion.ddpm import DDPM
 from fitv2.diffusion.flow import Flow, Model, Output
 from fitv2.diffusion.noise import Loss, NoisySample
-from fitv2.diffusion.solvers import Progress
+from fitv2.diffusion.solvers import OnStep
 from fitv2.errors import UserError, nearest
 from fitv2.tokens import Layout
 
@@ -45,7 +45,7 @@ class Objective(Protocol):
         x_TC: Tensor,
         generators: Sequence[Generator],
         sampling: Sampling,
-        progress: Progress = ...,
+        on_step: OnStep = ...,
     ) -> Tensor:
         """From noise to data; each image draws from its own generator.
 

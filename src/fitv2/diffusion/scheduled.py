@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fitv2.diffusion.solvers import Progress, Velocity
+from fitv2.diffusion.solvers import OnStep, Velocity, no_change
 from fitv2.errors import UserError
 
 
@@ -68,7 +68,7 @@ def follow_scheduler(
     x_TC: Tensor,
     steps: int,
     begin: float = 0.0,
-    progress: Progress = lambda _: None,
+    on_step: OnStep = no_change,
 ) -> Tensor:
     """From `x_TC`, noise or what is at time `begin`, to data, by a scheduler's steps.
 
@@ -94,5 +94,5 @@ def follow_scheduler(
     for i in range(first, len(times)):
         slope = -velocity(x_TC, times[i])
         x_TC = scheduler.step(slope, scheduler.timesteps[i], x_TC, return_dict=False)[0]
-        progress((i + 1 - first) / (len(times) - first))
+        x_TC = on_step((i + 1 - first) / (len(times) - first), x_TC)
     return x_TC

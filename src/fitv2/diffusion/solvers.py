@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 Velocity = Callable[..., Tensor]  # (x, t) → dx/dt, of the shape of x
-Progress = Callable[[float], None]  # called with the share of the way that is done, 0 to 1
+# Called after a step with the share of the way that is done, 0 to 1, and x; what it returns goes on.
+OnStep = Callable[[float, Tensor], Tensor]
 
 
-def _quiet(_: float) -> None:
-    pass
+def no_change(_: float, x: Tensor) -> Tensor:
+    """What is called after a step where nobody asks."""
+    return x
 
 
 @dataclass(frozen=True)
@@ -82,16 +84,16 @@ ADAPTIVE = {"dopri5": DOPRI5, "bosh3": BOSH3, "fehlberg2": FEHLBERG2, "adaptive-
 
 
 def fixed(
-    method: Tableau, velocity: Velocity, x: Tensor, times: Tensor, progress: Progress = _quiet
+    method: Tableau, velocity: Velocity, x: Tensor, times: Tensor, on_step: OnStep = no_change
 ) -> Tensor:
     """The method's steps between neighbouring `times` (steps+1,)."""
     for i, (t, dt) in enumerate(zip(times[:-1], times.diff(), strict=True), 1):
         x, _ = _step(method, velocity, x, t, dt, dt, velocity(x, t))
-        progress(i / (len(times) - 1))
+        x = on_step(i / (len(times) - 1), x)
     return x
 
 
-def adams_bashforth(velocity: Velocity, x: Tensor, times: Tensor, progress: Progress = _quiet) -> Tensor:
+def adams_bashforth(velocity: Velocity, x: Tensor, times: Tensor, on_step: OnStep = no_change) -> Tensor:
     """Steps between neighbouring `times` (steps+1,), each led by the slope before it too: order 2.
 
     One evaluation a step, where Heun takes two. The first step is Euler's. Hairer, Nørsett & Wanner,
@@ -102,7 +104,7 @@ def adams_bashforth(velocity: Velocity, x: Tensor, times: Tensor, progress: Prog
         slope = velocity(x, t)
         x = x + dt * (slope if before is None else slope + dt / (2 * length) * (slope - before))
         before, length = slope, dt
-        progress(i / (len(times) - 1))
+        x = on_step(i / (len(times) - 1), x)
     return x
 
 
@@ -126,7 +128,7 @@ def adaptive(
     velocity: Velocity,
     x: Tensor,
     times: Tensor,
-    progress: Progress = _quiet,
+    on_step: OnStep = no_change,
     *,
     spread: Callable[[Tensor], Tensor],
     mean: Callable[[Tensor], Tensor],
@@ -167,9 +169,11 @@ def adaptive(
         x, slope = torch.where(keep, x_next, x), torch.where(keep, next_slope, slope)
         step = step * (0.9 * error.clamp_min(1e-10) ** (-1 / method.order)).clamp(0.2, 10.0)
         done = (t - start) / (stop - start)
-        progress(float(done.min()))
+        seen = on_step(float(done.min()), x)
         if bool((done == 1).all()):
-            return x
+            return seen
+        if seen is not x:
+            x, slope = seen, velocity(seen, t)
     raise FloatingPointError(f"the solver did not reach t={stop} in {max_steps} steps")
 
 
@@ -200,14 +204,14 @@ def _first_step(
 MULTISTEP = {"ab2": adams_bashforth}
 
 
-def jump(velocity: Velocity, x: Tensor, times: Tensor, progress: Progress = _quiet) -> Tensor:
+def jump(velocity: Velocity, x: Tensor, times: Tensor, on_step: OnStep = no_change) -> Tensor:
     """x + (r − t)·u(x, t, r) between neighbouring `times` (steps+1,): exact, if u is the mean velocity.
 
     `velocity` gets both times of a step.
     """
     for i, (t, target) in enumerate(pairwise(times), 1):
         x = x + (target - t) * velocity(x, t, target)
-        progress(i / (len(times) - 1))
+        x = on_step(i / (len(times) - 1), x)
     return x
 
 
@@ -223,7 +227,7 @@ def euler_maruyama(
     x: Tensor,
     times: Tensor,
     draw: Callable[[], Tensor],
-    progress: Progress = _quiet,
+    on_step: OnStep = no_change,
 ) -> Tensor:
     """dx = drift·dt + √(2·strength(t))·dW, half an order; `draw` gives standard normal tensors like `x`.
 
@@ -232,7 +236,7 @@ def euler_maruyama(
     for i, (t, dt) in enumerate(zip(times[:-1], times.diff(), strict=True), 1):
         kick = (2 * strength(t) * dt.abs()).sqrt() * draw()
         x = x + dt * drift(x, t) + kick
-        progress(i / (len(times) - 1))
+        x = on_step(i / (len(times) - 1), x)
     return x
 
 
@@ -242,14 +246,14 @@ def stochastic_heun(
     x: Tensor,
     times: Tensor,
     draw: Callable[[], Tensor],
-    progress: Progress = _quiet,
+    on_step: OnStep = no_change,
 ) -> Tensor:
     """Euler-Maruyama with Heun's step for the drift, after the noise of the step is in (SiT's)."""
     for i, (t, dt) in enumerate(zip(times[:-1], times.diff(), strict=True), 1):
         x = x + (2 * strength(t) * dt.abs()).sqrt() * draw()
         slope = drift(x, t)
         x = x + dt / 2 * (slope + drift(x + dt * slope, t + dt))
-        progress(i / (len(times) - 1))
+        x = on_step(i / (len(times) - 1), x)
     return x
 
 

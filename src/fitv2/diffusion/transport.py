@@ -15,14 +15,14 @@ from fitv2.diffusion import solvers
 from fitv2.diffusion.noise import draw_noise
 from fitv2.diffusion.paths import Path, diffusion
 from fitv2.diffusion.scheduled import SCHEDULERS, follow_scheduler, scheduler_named
-from fitv2.diffusion.solvers import Progress, Velocity
+from fitv2.diffusion.solvers import OnStep, Velocity, no_change
 from fitv2.errors import UserError, nearest
 from fitv2.tokens import Layout
 
 SOLVERS = (
     *solvers.FIXED, *solvers.MULTISTEP, *solvers.ADAPTIVE, *solvers.STOCHASTIC, *solvers.JUMPS, *SCHEDULERS,
 )  # fmt: skip
-Solve = Callable[..., Tensor]  # (velocity, x, times, progress) → x
+Solve = Callable[..., Tensor]  # (velocity, x, times, on_step) → x
 
 
 class Field(Protocol):
@@ -62,24 +62,24 @@ def transport(
     *,
     to_noise: bool = False,
     begin: float = 0.0,
-    progress: Progress = lambda _: None,
+    on_step: OnStep = no_change,
 ) -> Tensor:
     """Take images laid out like `layout` from noise `x_TC` to data, or back with `to_noise`.
 
     `x_TC` may also be what it is at time `begin`; then the steps that lie behind that are left out.
 
     With a deterministic solver the way back ends at the noise that gives the data; with a stochastic
-    one at a sample of it. Each image's noise along the way is drawn from its own generator. Raises
-    UserError for an unknown solver.
+    one at a sample of it. Each image's noise along the way is drawn from its own generator. `on_step`
+    is called after each step. Raises UserError for an unknown solver.
     """
     name, steps = sampling.resolve()
     if name in SCHEDULERS or not isinstance(name, str):
         if to_noise:
             raise UserError("towards noise only solvers of our own lead: `solver` heun, for one")
         scheduler = scheduler_named(name, sampling.shift) if isinstance(name, str) else name
-        return follow_scheduler(scheduler, flow, velocity, x_TC, steps, begin, progress)
+        return follow_scheduler(scheduler, flow, velocity, x_TC, steps, begin, on_step)
     if name in solvers.STOCHASTIC:
-        return _stochastic(flow, velocity, layout, x_TC, generators, sampling, to_noise, begin, progress)
+        return _stochastic(flow, velocity, layout, x_TC, generators, sampling, to_noise, begin, on_step)
     if name in solvers.JUMPS and (to_noise or not flow.takes_jumps):
         raise UserError(f"`solver` {name} leads any-step models towards data alone: take ab2 here")
     solve = solver_named(name, layout, sampling.rtol, sampling.atol)
@@ -88,13 +88,13 @@ def transport(
         # Where the velocity is undefined at data, so near to it that the difference is not seen. A model
         # whose predicted data are off by e has a velocity off by e/(1−t) there.
         times = torch.linspace(stop - 1e-3 if flow.ends_early else stop, start, steps + 1)
-        return solve(velocity, x_TC, times.to(x_TC.device), progress)
+        return solve(velocity, x_TC, times.to(x_TC.device), on_step)
     start, steps = _begun(start, stop, steps, begin)
     times = times_between(start, stop, steps, sampling.shift).to(x_TC.device)
     if not flow.ends_early:
-        return solve(velocity, x_TC, times, progress)
-    x_TC = solve(velocity, x_TC, times[:-1], progress) if steps > 1 else x_TC
-    return solvers.fixed(solvers.EULER, velocity, x_TC, times[-2:], progress)
+        return solve(velocity, x_TC, times, on_step)
+    x_TC = solve(velocity, x_TC, times[:-1], on_step) if steps > 1 else x_TC
+    return solvers.fixed(solvers.EULER, velocity, x_TC, times[-2:], on_step)
 
 
 def times_between(start: float, stop: float, steps: int, shift: float = 1.0) -> Tensor:
@@ -150,7 +150,7 @@ def _stochastic(
     sampling: Sampling,
     to_noise: bool,
     begin: float,
-    progress: Progress,
+    on_step: OnStep,
 ) -> Tensor:
     """dx = (v ± w·score)·dt + √(2w)·dW: plus towards data, minus towards noise (SiT, eq. 5)."""
     name, steps = sampling.resolve()
@@ -178,9 +178,9 @@ def _stochastic(
         if start + size >= stop:
             raise UserError(f"`last_step_size` is {size}; towards noise it must leave room between both ends")
         times = torch.linspace(stop, start + size, steps, device=x_TC.device)
-        x_TC = solve(drift, strength, alpha * x_TC + sigma * draw(), times, draw, progress)
+        x_TC = solve(drift, strength, alpha * x_TC + sigma * draw(), times, draw, on_step)
         return x_TC - size * velocity(x_TC, times[-1])
-    x_TC = solve(drift, strength, x_TC, times, draw, progress)
+    x_TC = solve(drift, strength, x_TC, times, draw, on_step)
     return _last_step(flow, velocity, drift, layout, x_TC, times[-1], sampling)
 
 

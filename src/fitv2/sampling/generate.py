@@ -16,7 +16,7 @@ from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.sampling.growth import Growth
-from fitv2.sampling.pack import Pack
+from fitv2.sampling.pack import Change, Pack
 from fitv2.sampling.requests import Request
 from fitv2.tokens import PackedTokens, unpack
 
@@ -35,6 +35,7 @@ def generate(
     growth: Growth | None = None,
     progress: Callable[[float], None] = lambda _: None,
     watch: Watch | None = None,
+    change: Change | None = None,
 ) -> Iterator[Tensor]:
     """Make images pack by pack, in order: pixels (3, height, width) in [−1, 1], not clipped.
 
@@ -42,7 +43,8 @@ def generate(
     side by side.
 
     `progress` gets the share done, 0 to 1. `watch` gets, at every evaluation of a flow, the number of a
-    pack's first image, and a function that shows the pack as the model expects it to become.
+    pack's first image, and a function that shows the pack as the model expects it to become. `change` gets,
+    after every step and `progress`, the tokens (rows, columns, C) of a pack's images; it may give others.
 
     Where the model predicts the data, the last of the steps is Euler's with every ODE solver: it ends
     exactly at the prediction. Raises UserError for a solver that does not exist or does not fit, and
@@ -66,7 +68,7 @@ def generate(
                 watch(first, images)
 
         pack = Pack(model, autoencoder, batch)
-        images = pack.make(guidance, sampling, its_growth, report, watch and see)
+        images = pack.make(guidance, sampling, its_growth, report, watch and see, change)
         for image in images:
             if not image.isfinite().all():
                 raise FloatingPointError("an image came out with numbers that are not finite")
@@ -95,8 +97,7 @@ def invert(
         output = guide(model, pack.layout, pack.condition, Guidance(1.0), objective)
         generators = [request.generator for request in pack.requests]
         noise_TC = objective.invert(output, pack.layout, given.data_TC, generators, sampling)
-        made = [noise.cpu() for noise in unpack(PackedTokens(noise_TC, pack.layout))]
-        noises += [made[pack.order.index(i)] for i in range(len(made))]
+        noises += pack.as_requested([noise.cpu() for noise in unpack(PackedTokens(noise_TC, pack.layout))])
     return noises
 
 

@@ -16,6 +16,7 @@ from fitv2.diffusion.flow import Flow, Output
 from fitv2.diffusion.guidance import guide
 from fitv2.diffusion.noise import Known, draw_noise
 from fitv2.diffusion.objective import objective_of
+from fitv2.diffusion.solvers import OnStep, no_change
 from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.sampling.decoding import crop_evenly, decode, encode
@@ -26,6 +27,7 @@ from fitv2.tokens import Layout, PackedTokens, unpack
 
 Progress = Callable[[float], None]
 Watch = Callable[[Callable[[], list[Tensor]]], None]  # gets what shows the images as far as they are
+Change = Callable[[list[Tensor]], Sequence[Tensor] | None]  # tokens (rows, columns, C) to those that go on
 
 
 class Pack:
@@ -65,6 +67,7 @@ class Pack:
         growth: Growth | None,
         progress: Progress,
         watch: Watch | None = None,
+        change: Change | None = None,
     ) -> list[Tensor]:
         """The images in the order of the requests; see `generate`."""
         make = partial(
@@ -74,14 +77,17 @@ class Pack:
         )  # fmt: skip
         if growth is None:
             see = watch and self.seer(watch, self.layout)
-            x_TC = make(self.layout, progress=progress, given=self.given(self.layout), watch=see)
+            on_step = self.on_step(self.layout, progress, change)
+            x_TC = make(self.layout, on_step=on_step, given=self.given(self.layout), watch=see)
             return self.finish(x_TC)
         small = growth.small(self.layout)
         see = watch and self.seer(watch, small)
-        x_TC = make(small, progress=lambda part: progress(part / 2), given=self.given(small), watch=see)
+        on_step = self.on_step(small, lambda part: progress(part / 2), change)
+        x_TC = make(small, on_step=on_step, given=self.given(small), watch=see)
         given = Given(growth.time, self.tokens(self.grown(x_TC, small)), self.known(self.layout))
         see = watch and self.seer(watch, self.layout)
-        x_TC = make(self.layout, progress=lambda part: progress((1 + part) / 2), given=given, watch=see)
+        on_step = self.on_step(self.layout, lambda part: progress((1 + part) / 2), change)
+        x_TC = make(self.layout, on_step=on_step, given=given, watch=see)
         return self.finish(x_TC)
 
     def finish(self, x_TC: Tensor) -> list[Tensor]:
@@ -91,7 +97,25 @@ class Pack:
         for image, request in zip(images, self.requests, strict=True):
             image = crop_evenly(image, request.pixels)
             done.append(request.edit.around(image) if request.edit else image)
-        return [done[self.order.index(i)] for i in range(len(done))]
+        return self.as_requested(done)
+
+    def as_requested(self, images: list[Tensor]) -> list[Tensor]:
+        """The pack's images in the order of the requests."""
+        return [images[self.order.index(i)] for i in range(len(images))]
+
+    def on_step(self, layout: Layout, progress: Progress, change: Change | None) -> OnStep:
+        """What a solver calls after a step with tokens of `layout`."""
+
+        def told(share: float, x_TC: Tensor) -> Tensor:
+            progress(share)
+            images = change and change(self.as_requested(unpack(PackedTokens(x_TC, layout))))
+            if images is None:
+                return x_TC
+            if len(images) != len(self.order):
+                raise UserError(f"there are {len(images)} `latents` for {len(self.order)} images")
+            return pack_latents([images[i] for i in self.order], layout, x_TC.shape[1])
+
+        return told
 
     def seer(self, watch: Watch, layout: Layout) -> Callable[[Tensor], None]:
         """What is shown tokens of `layout` on the way, and tells `watch`."""
@@ -156,7 +180,7 @@ def generate_tokens(
     generators: Sequence[Generator],
     guidance: Guidance,
     sampling: Sampling,
-    progress: Callable[[float], None] = lambda _: None,
+    on_step: OnStep = no_change,
     *,
     negative: Condition | None = None,
     noises: Sequence[Tensor | None] | None = None,
@@ -176,7 +200,7 @@ def generate_tokens(
     if watch and isinstance(objective, Flow):
         output = watched(objective, output, layout, watch)
     if given is None:
-        return objective.generate(output, layout, x_TC, generators, sampling, progress)
+        return objective.generate(output, layout, x_TC, generators, sampling, on_step)
     if not isinstance(objective, Flow):
         raise UserError("only models with a flow make images from pictures, or let them grow: no DDPM")
     time, data_TC, known_TC = given
@@ -185,21 +209,28 @@ def generate_tokens(
     if time > 0:
         t_B = torch.full((len(layout),), time, device=x_TC.device)
         x_TC = objective.add_noise(data_TC, layout, x_TC, t_B).x_TC
-    return objective.generate(output, layout, x_TC, generators, sampling, progress, start=time, known=known)
+    return objective.generate(output, layout, x_TC, generators, sampling, on_step, start=time, known=known)
 
 
 def start_noise(
     layout: Layout, channels: int, generators: Sequence[Generator], noises: Sequence[Tensor | None]
 ) -> Tensor:
     """The noise (T, C) of images: their own, or drawn. Raises UserError for one of another shape."""
-    found = []
-    for grid, generator, own in zip(layout.sizes, generators, noises, strict=True):
-        if own is None:
-            own = draw_noise([grid[0] * grid[1]], channels, [generator])
-        elif own.shape != (*grid, channels):
+    drawn = [
+        draw_noise([rows * columns], channels, [generator]).reshape(rows, columns, channels)
+        if own is None else own
+        for (rows, columns), generator, own in zip(layout.sizes, generators, noises, strict=True)
+    ]  # fmt: skip
+    return pack_latents(drawn, layout, channels)
+
+
+def pack_latents(latents: Sequence[Tensor], layout: Layout, channels: int) -> Tensor:
+    """Tokens (rows, columns, C) of each image of `layout` as (T, C). Raises UserError for other shapes."""
+    for own, grid in zip(latents, layout.sizes, strict=True):
+        if own.shape != (*grid, channels):
             raise UserError(f"`latents` are {tuple(own.shape)}; this image takes {(*grid, channels)}")
-        found.append(own.reshape(-1, channels).to(layout.image_T.device, torch.float32))
-    return torch.cat(found)
+    flat = [own.reshape(-1, channels) for own in latents]
+    return torch.cat([own.to(layout.image_T.device, torch.float32) for own in flat])
 
 
 def watched(flow: Flow, output: Output, layout: Layout, watch: Callable[[Tensor], None]) -> Output:
