@@ -328,13 +328,14 @@ def test_captions_come_with_the_images(tmp_path):
     assert dataset.captions(dataset.first_rows[::-1]) == ["caf\u00e9", "", "a cat"]
 
 
-def test_a_dataset_from_before_there_were_captions_is_read(tokens, tmp_path):
-    def without_captions(copy):
-        card = json.loads((copy / "dataset.json").read_text()) | {"format": 2}
+@pytest.mark.parametrize(("form", "lacks"), [(2, ["caption", "mask"]), (3, ["mask"])])
+def test_a_dataset_from_before_there_were_captions_or_masks_is_read(form, lacks, tokens, tmp_path):
+    def older(copy):
+        card = json.loads((copy / "dataset.json").read_text()) | {"format": form}
         for part in ("shards", "indexes"):
             for name, entry in card[part].items():
                 batch = pa.ipc.open_stream((copy / name).read_bytes()).read_next_batch()
-                batch = batch.drop_columns(["caption"])
+                batch = batch.drop_columns(lacks)
                 with (
                     pa.OSFile(str(copy / name), "wb") as file,
                     pa.ipc.new_stream(file, batch.schema) as stream,
@@ -348,8 +349,9 @@ def test_a_dataset_from_before_there_were_captions_is_read(tokens, tmp_path):
                     entry["tokens_at"] = content.index(numbers.to_pybytes()[:64])
         (copy / "dataset.json").write_text(json.dumps(card))
 
-    before, now = TokenDataset(damaged(tokens, tmp_path, without_captions)), TokenDataset(tokens)
+    before, now = TokenDataset(damaged(tokens, tmp_path, older)), TokenDataset(tokens)
     assert before.captions([0, 1]) == ["", ""]
     rows = np.arange(len(now.sizes))
+    assert before.learned(rows) is None
     assert torch.equal(before.batch(rows)[0].x_TC, now.batch(rows)[0].x_TC)
     assert before.sources(rows) == now.sources(rows)

@@ -9,7 +9,7 @@ from fitv2.config import Encoding
 from fitv2.data.format import About
 from fitv2.encoding.kinds import open_source
 from fitv2.encoding.manifest import list_images
-from fitv2.encoding.shard_encoder import Fitted, Reader, ShardEncoder
+from fitv2.encoding.shard_encoder import Fitted, Reader, ShardEncoder, View
 from fitv2.encoding.sources import WHOLE, ImageRef
 from fitv2.runtime.workers import read_ahead
 
@@ -35,7 +35,7 @@ def fitted(row, sizes, crops=(), reason=None):
     picture = ImageRef("train", "ab"[row % 2], f"{row}.png", b"", WHOLE)
     rng = np.random.default_rng(row)
     views = [rng.integers(0, 256, (*size, 3)).astype(np.uint8) for size in (*sizes, *crops)]
-    marked = [(view, i >= len(sizes)) for i, view in enumerate(views)]
+    marked = [View(view, i >= len(sizes)) for i, view in enumerate(views)]
     return Fitted(row, picture, [] if reason else marked, reason)
 
 
@@ -136,6 +136,6 @@ def test_pictures_are_read_in_order_at_all_their_sizes(folder, tmp_path, workers
     chunks = list(read_ahead(reader.read, [range(2, 9), range(10, 12)], workers))
     assert [[fitted.row for fitted in chunk] for chunk in chunks] == [list(range(2, 9)), [10, 11]]
     first = reader.fitted(0)
-    assert [view.shape for view, _ in first.views] == [(64, 64, 3), (32, 32, 3)]
+    assert [view.pixels.shape for view in first.views] == [(64, 64, 3), (32, 32, 3)]
     again = pickle.loads(pickle.dumps(reader)).fitted(3)
     assert (again.views[1][0] == reader.fitted(3).views[1][0]).all()

@@ -43,6 +43,9 @@ class Encoding:
     class, …]."""
     caption_column: str | None = None
     """Column of captions there [default: the first of caption, text, prompt, …, if there is one]."""
+    mask_column: str | None = None
+    """Column of masks there, white where a picture is learned; or how their files end, such as "mask" of
+    a.mask.png beside a.png [default: all of a picture is learned]."""
     split: Literal["train", "validation", "test"] | None = None
     """Take all images to be of this split [default: as the names of files and folders tell]."""
     follow_links: bool = False

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fitv2.conditioning import Condition
 from fitv2.data.format import (
     CARD,
-    FORMAT,
+    FORMATS,
     INDEXED,
     SHARD,
-    WITHOUT_CAPTIONS,
     DatasetCard,
     File,
+    added,
     facts,
     facts_of,
     index_name,
@@ -56,7 +57,10 @@ class TokenDataset:
             raise UserError(f"{folder} has no {split} images")
         rows = read_index(self.store, self.card, split)
         column = {name: rows.column(name).to_numpy() for name in INDEXED}
-        self._captions = rows.column("caption") if self.card.has_captions else None
+        held = {name: rows.column(name) for name in added(self.card.format)}
+        self._captions: Any = held.get("caption")
+        self._masks: Any = held.get("mask")
+        self.masked: np.ndarray = masks_of(rows) > 0  # whether each row has a mask
         self.sizes = np.stack([column["rows"], column["columns"]], axis=1)  # (rows of the dataset, 2)
         self.labels: np.ndarray = column["label"]
         self.first_rows = np.flatnonzero(column["variant"] == 0)  # of each image
@@ -121,6 +125,17 @@ class TokenDataset:
             return [""] * len(rows)
         return self._captions.take(pa.array(np.asarray(rows))).to_pylist()
 
+    def learned(self, rows: np.ndarray) -> Tensor | None:
+        """How much of each token of these rows is learned, (T,) from 0 to 1; None where all of all is."""
+        import pyarrow as pa
+
+        if not self.masked[rows].any():
+            return None
+        learned = np.full(self.lengths[rows].sum(), 255, np.uint8)
+        given = self._masks.take(pa.array(rows)).flatten().to_numpy()
+        learned[np.repeat(self.masked[rows], self.lengths[rows])] = given
+        return torch.from_numpy(learned).float() / 255
+
     def shard_of(self, rows: np.ndarray) -> np.ndarray:
         """The number of the shard that holds each row."""
         return np.searchsorted(self._shard_rows, rows, side="right") - 1
@@ -147,7 +162,7 @@ class TokenDataset:
 
         rows = np.asarray(rows)
         found = np.empty(len(rows), dtype=object)
-        shards, schema = self.shard_of(rows), shard_schema(self.card.about, self.card.has_captions)
+        shards, schema = self.shard_of(rows), shard_schema(self.card.about, self.card.format)
         for shard in np.unique(shards):
             name = self.shards[shard]
             batch = read_batch(self.store.path(name), self.store.read(name), schema)
@@ -164,7 +179,7 @@ def open_card(store: Store) -> DatasetCard:
     if CARD not in held:
         raise UserError(f"{store.path(CARD)} is missing: a dataset is made by fitv2 encode")
     values = parse_json(store.path(CARD), store.read(CARD).to_pybytes())
-    if values.get("format") not in (FORMAT, WITHOUT_CAPTIONS):
+    if values.get("format") not in FORMATS:
         known = "format" in values or "shards" in values
         what = "was written by another version of fitv2" if known else "is not that of a dataset"
         raise UserError(f"{store.path(CARD)} {what}{REMEDY}")
@@ -230,7 +245,7 @@ def read_index(store: Store, card: DatasetCard, split: str) -> Any:
     if wrong := difference(store, name, card.indexes[name], content):
         raise UserError(wrong)
     path, about = store.path(name), card.about
-    index = read_batch(path, content, index_schema(card.has_captions))
+    index = read_batch(path, content, index_schema(card.format))
     rows, columns, label, variant, _ = (index.column(column).to_numpy() for column in INDEXED)
     lengths = rows.astype(np.int64) * columns
     shards = [card.shards[shard].rows for shard in shards_of(card.shards, split)]
@@ -241,6 +256,7 @@ def read_index(store: Store, card: DatasetCard, split: str) -> Any:
         "other numbers of rows, images or tokens than the card says": min(shards, default=0) < 1
         or (sum(shards), card.rows.get(split)) != (len(rows), len(rows))
         or card.pictures[split] != (variant == 0).sum() or card.tokens.get(split) != lengths.sum(),
+        "masks of other lengths than their images": (masks_of(index) * (masks_of(index) != lengths)).any(),
     }  # fmt: skip
     for what, is_so in odd.items():
         if is_so:
@@ -248,15 +264,24 @@ def read_index(store: Store, card: DatasetCard, split: str) -> Any:
     return index
 
 
+def masks_of(index: Any) -> np.ndarray:
+    """The length of each row's mask; 0 where it has none."""
+    import pyarrow.compute as pc
+
+    if "mask" not in index.schema.names:
+        return np.zeros(index.num_rows, np.int64)
+    return pc.list_value_length(index.column("mask")).to_numpy().astype(np.int64)
+
+
 def shard_difference(store: Store, card: DatasetCard, name: str, content: Any, index: Any) -> str | None:
     """What a shard says otherwise than the card or the index. Raises UserError when it is damaged."""
     path = store.path(name)
-    if facts(path, content, card.about, card.has_captions) != facts_of(card, name):
+    if facts(path, content, card.about, card.format) != facts_of(card, name):
         return f"{store.path(CARD)} is damaged: it says other things than {name}{REMEDY}"
     split = name.rpartition("-")[0]
     shards = shards_of(card.shards, split)
     before = sum(card.shards[shard].rows for shard in shards[: shards.index(name)])
-    rows = indexed(read_batch(path, content, shard_schema(card.about, card.has_captions)))
+    rows = indexed(read_batch(path, content, shard_schema(card.about, card.format)))
     if not rows.equals(index.slice(before, rows.num_rows)):
         return f"{store.path(index_name(split))} is damaged: it says other things than {name}{REMEDY}"
     return None
@@ -279,6 +304,7 @@ class Batch:
     rows: np.ndarray  # of the dataset
     images: int  # of the step in all processes
     fewest: int  # of the process that has fewest of them
+    learned_T: Tensor | None = None  # how much of each token is learned [default: all]
 
     def split(self, count: int) -> list["Batch"]:
         """This batch in so many parts of nearly equal tokens, or as many as every process has images.
@@ -293,7 +319,11 @@ class Batch:
 
     def _select(self, part: Step) -> "Batch":
         packed, condition = self.packed.select(part.rows.tolist()), self.condition.select(part.rows.tolist())
-        return Batch(packed, condition, part.keys, self.rows[part.rows], self.images, self.fewest)
+        learned_T = self.learned_T
+        if learned_T is not None:
+            pieces = learned_T.split(self.packed.layout.lengths)
+            learned_T = torch.cat([pieces[i] for i in part.rows])
+        return Batch(packed, condition, part.keys, self.rows[part.rows], self.images, self.fewest, learned_T)
 
 
 # A share of a step, images of the step and of the smallest share, and tokens as they are stored.
@@ -322,7 +352,9 @@ class Steps:
     def pack(self, read: Read) -> Batch:
         """The batch of a step that was read."""
         step, images, fewest, tokens = read
-        return Batch(*self.dataset.pack(step.rows, tokens), step.keys, step.rows, images, fewest)
+        packed, condition = self.dataset.pack(step.rows, tokens)
+        learned_T = self.dataset.learned(step.rows)
+        return Batch(packed, condition, step.keys, step.rows, images, fewest, learned_T)
 
     def batch(self, number: int) -> Batch:
         """The batch of a step."""

@@ -18,8 +18,8 @@ from fitv2.runtime.files import atomic_file, sha256, write_json, write_text
 
 CARD = "dataset.json"
 SKIPPED = "skipped.jsonl"
-FORMAT = 3  # of this description
-WITHOUT_CAPTIONS = 2  # the format before: the same, but that images have no captions
+FORMAT = 4  # of this description
+FORMATS = (2, 3, FORMAT)  # that can be read: captions came with 3, masks with 4
 SHARD = re.compile(r"[^/\\]+-\d{5,9}\.arrow")  # a file name
 INDEXED = ("rows", "columns", "label", "variant", "crop")
 
@@ -76,11 +76,6 @@ class DatasetCard:
     shards: dict[str, Shard]
 
     @property
-    def has_captions(self) -> bool:
-        """Whether its images may have captions."""
-        return self.format >= FORMAT
-
-    @property
     def files(self) -> dict[str, File]:
         """Every file that holds data."""
         return {**self.indexes, **self.shards}
@@ -109,17 +104,22 @@ class ShardRows:
         self.bytes = 0  # of tokens collected
         self.tokens: list[np.ndarray] = []
         self.columns: dict[str, list[Any]] = {
-            name: [] for name in ("rows", "columns", "label", "source", "variant", "crop", "caption")
+            name: [] for name in ("rows", "columns", "label", "source", "variant", "crop", "caption", "mask")
         }
 
     def add(
-        self, tokens: np.ndarray, label: int, source: str, variant: int, crop: bool = False, caption: str = ""
-    ) -> None:
-        """One variant, tokens (rows, columns, C) float16; an image's variants come in order from 0."""
+        self, tokens: np.ndarray, label: int, source: str, variant: int, crop: bool = False,
+        caption: str = "", mask: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """One variant, tokens (rows, columns, C) float16; an image's variants come in order from 0.
+
+        `mask` (rows, columns) uint8 is how much of each token is learned, of 255 [default: all].
+        """
         rows, columns, channels = tokens.shape
         self.tokens.append(tokens.reshape(-1, channels))
         self.bytes += tokens.nbytes
-        values = (rows, columns, label, source, variant, crop, caption)
+        learned = () if mask is None else mask.reshape(-1)
+        values = (rows, columns, label, source, variant, crop, caption, learned)
         for column, value in zip(self.columns.values(), values, strict=True):
             column.append(value)
 
@@ -162,9 +162,9 @@ def read_batch(name: str, content: Any, schema: Any) -> Any:
 Facts = tuple[int, int, str]  # rows of a shard, where its tokens begin, and what they are
 
 
-def facts(name: str, content: Any, about: About, captions: bool = True) -> Facts:
+def facts(name: str, content: Any, about: About, form: int = FORMAT) -> Facts:
     """What a shard, as an Arrow buffer, says of itself. Raises UserError when it is damaged."""
-    batch = read_batch(name, content, shard_schema(about, captions))
+    batch = read_batch(name, content, shard_schema(about, form))
     tokens = batch.column("tokens")
     lengths = np.diff(tokens.offsets.to_numpy())
     sides = (batch.column(side).to_numpy().astype(np.int64) for side in ("rows", "columns"))
@@ -180,7 +180,7 @@ def facts_of(card: "DatasetCard", name: str) -> Facts:
     return shard.rows, shard.tokens_at, json.dumps(asdict(card.about))
 
 
-def shard_schema(about: About, captions: bool = True) -> Any:
+def shard_schema(about: About, form: int = FORMAT) -> Any:
     """The Arrow schema of a shard, with the features that `datasets` reads and what `about` says."""
     import pyarrow as pa
 
@@ -192,17 +192,27 @@ def shard_schema(about: About, captions: bool = True) -> Any:
     for name, kind in (("rows", "int16"), ("columns", "int16")):
         features[name] = {"dtype": kind, "_type": "Value"}
     features["label"] = {"names": list(about.labels), "_type": "ClassLabel"}
-    texts = ("source", "caption") if captions else ("source",)
+    texts = ("source", "caption") if form >= 3 else ("source",)
     for name, kind in (*((text, "string") for text in texts), ("variant", "uint8"), ("crop", "bool")):
         features[name] = {"dtype": kind, "_type": "Value"}
+    if form >= 4:
+        features["mask"] = {"feature": {"dtype": "uint8", "_type": "Value"}, "_type": "List"}
     fields = {
         "tokens": pa.list_(pa.list_(pa.float16(), channels)),
         "rows": pa.int16(), "columns": pa.int16(), "label": pa.int64(),
         "source": pa.string(), "variant": pa.uint8(), "crop": pa.bool_(),
-        **({"caption": pa.string()} if captions else {}),
+        **added(form),
     }  # fmt: skip
     metadata = {"huggingface": {"info": {"features": features}}, "fitv2": asdict(about)}
     return pa.schema(list(fields.items()), {key: json.dumps(value) for key, value in metadata.items()})
+
+
+def added(form: int) -> dict[str, Any]:
+    """The columns that formats after the first have more, with their Arrow types."""
+    import pyarrow as pa
+
+    since = {"caption": (3, pa.string()), "mask": (4, pa.list_(pa.uint8()))}
+    return {name: kind for name, (first, kind) in since.items() if form >= first}
 
 
 def described(path: Path) -> File:
@@ -249,11 +259,12 @@ def indexed(batch: Any) -> Any:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    schema = index_schema("caption" in batch.schema.names)
+    form = max(form for form in FORMATS if added(form).keys() <= {*batch.schema.names})
+    schema = index_schema(form)
     return pa.record_batch([pc.cast(batch.column(f.name), f.type) for f in schema], schema=schema)
 
 
-def index_schema(captions: bool = True) -> Any:
+def index_schema(form: int = FORMAT) -> Any:
     """The Arrow schema of an index."""
     import pyarrow as pa
 
@@ -264,8 +275,7 @@ def index_schema(captions: bool = True) -> Any:
         pa.uint8(),
         pa.uint8(),
     )  # crop as a byte: numpy reads no bits
-    fields = list(zip(INDEXED, kinds, strict=True))
-    return pa.schema([*fields, ("caption", pa.string())] if captions else fields)
+    return pa.schema([*zip(INDEXED, kinds, strict=True), *added(form).items()])
 
 
 def write_index(path: Path, index: Any, scratch: Path | None) -> File:
@@ -323,7 +333,8 @@ A token is a patch of {patch}×{patch} latent pixels of {channels} channels: {nu
 
 A row is one variant of an image (as it is, mirrored, smaller, cropped): `tokens` (rows · columns
 lists of {numbers} float16, row by row), `rows`, `columns`, `label`, `source`, `variant` (counted from 0
-for each image), `crop`, `caption` (empty for none).
+for each image), `crop`, `caption` (empty for none), `mask` (how much of each token is learned, of 255; empty
+for all).
 
 ```python
 from datasets import load_dataset  # or pyarrow.ipc.open_stream on any shard

@@ -80,7 +80,7 @@ class AnyStep(Flow):
             sample = replace(sample, target_B=sample.t_B)
         target_TC = self.mean_velocity(model, sample, condition)
         output_TC = model(sample.x_TC, sample.layout, sample.t_B, condition, target_B=sample.target_B)
-        error_B = sample.layout.mean_per_image((output_TC.to(target_TC.dtype) - target_TC).square().mean(1))
+        error_B = sample.mean((output_TC.to(target_TC.dtype) - target_TC).square().mean(1))
         return Loss((error_B / SOFTENING).log1p(), error_B)
 
     @torch.no_grad()

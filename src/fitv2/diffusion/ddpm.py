@@ -69,7 +69,7 @@ class DDPM:
         noise_TC, range_TC = output_TC.float().chunk(2, dim=1)
         squared = (noise_TC - sample.noise_TC).square()
         bound = _bound(noise_TC.detach(), range_TC, sample)
-        return sample.layout.mean_per_image((squared + bound).mean(1))
+        return sample.mean((squared + bound).mean(1))
 
     def generate(
         self,

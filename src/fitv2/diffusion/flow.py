@@ -236,7 +236,7 @@ class Flow:
         t_T1 = sample.layout.spread(sample.t_B)[:, None]
         error = PREDICTIONS[self.prediction].error(self.path, output_TC.float(), sample, t_T1)
         weight_B = WEIGHTS[self.weight](self.path, sample.t_B)
-        return weight_B * sample.layout.mean_per_image(error.square().mean(1))
+        return weight_B * sample.mean(error.square().mean(1))
 
     def direction_error(self, output_TC: Tensor, sample: NoisySample) -> Tensor:
         """1 − cosine of the predicted and the true velocity, mean over each image's tokens, (B,).
@@ -247,7 +247,7 @@ class Flow:
         alpha_rate, sigma_rate = self.path.derivatives(t_T1)
         true_TC = alpha_rate * sample.data_TC + sigma_rate * sample.noise_TC
         made_TC = self.velocity(output_TC, sample.x_TC, t_T1)
-        return sample.layout.mean_per_image(1 - cosine_similarity(made_TC, true_TC, dim=1))
+        return sample.mean(1 - cosine_similarity(made_TC, true_TC, dim=1))
 
     # Sampling
 

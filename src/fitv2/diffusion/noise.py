@@ -22,14 +22,28 @@ class NoisySample:
     data_TC: Tensor
     noise_TC: Tensor
     target_B: Tensor | None = None  # the time to which each is to be led, for any-step models
+    learned_T: Tensor | None = None  # how much of each token is learned, 0 to 1 [default: all]
 
     def to(self, device: torch.device) -> NoisySample:
         """The sample on another device."""
         x_TC, t_B, data_TC, noise_TC = (
             value.to(device) for value in (self.x_TC, self.t_B, self.data_TC, self.noise_TC)
         )
-        target_B = None if self.target_B is None else self.target_B.to(device)
-        return NoisySample(x_TC, self.layout.to(device), t_B, data_TC, noise_TC, target_B)
+        target_B, learned_T = (
+            None if value is None else value.to(device) for value in (self.target_B, self.learned_T)
+        )
+        return NoisySample(x_TC, self.layout.to(device), t_B, data_TC, noise_TC, target_B, learned_T)
+
+    def mean(self, error_T: Tensor) -> Tensor:
+        """The mean error of each image's tokens, (B,); of those that are learned, weighted by how much.
+
+        An image of which nothing is learned has the error 0.
+        """
+        mean_B = self.layout.mean_per_image
+        if self.learned_T is None:
+            return mean_B(error_T)
+        learned_T = self.learned_T.to(error_T.dtype)
+        return mean_B(learned_T * error_T) / mean_B(learned_T).clamp_min(1e-6)
 
 
 class Known(NamedTuple):

@@ -130,7 +130,7 @@ def encode(
     patch = encoding.patch_size or max(1, PIXELS_A_TOKEN // codec.downsample)
     opened = open_source(
         str(source), encoding.image_column, encoding.label_column, encoding.caption_column,
-        split=encoding.split, follow_links=encoding.follow_links,
+        encoding.mask_column, split=encoding.split, follow_links=encoding.follow_links,
     )  # fmt: skip
     decided = {"autoencoder": codec.name, "patch_size": patch, "source": opened.fingerprint}
     settings = asdict(encoding) | decided

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from unicodedata import normalize
@@ -14,6 +14,7 @@ from fitv2.data.storage import filesystem, is_local
 from fitv2.encoding.parquet import label_texts
 from fitv2.encoding.rules import Folders, about_others
 from fitv2.encoding.sources import (
+    BROKEN,
     CAPTION_COLUMNS,
     LABEL_COLUMNS,
     UNUSED,
@@ -44,6 +45,7 @@ class Said:
 
     labels: dict[str, str]
     captions: dict[str, str]
+    masks: dict[str, str]  # the name of each one's
     of_labels: bool  # whether any has a column of labels
 
 
@@ -81,15 +83,21 @@ def in_folders(source: Source, said: Said | None = None) -> Iterator[ImageRef]:
     The caption of a.png is that of a.txt beside it, or as `said`. Raises UserError when the folders can mean
     two things.
     """
-    said = said or Said({}, {}, of_labels=False)
+    said = said or Said({}, {}, {}, of_labels=False)
     names = {path: readable(source.name(path)) for path in image_files(source)}
     above = {path: tuple(name.split("/")[:-1]) for path, name in names.items()}
     about = about_others(names.values())
-    folders = Folders(source.url, above.values())
+    masks = masks_of(names.values(), said, source.mask_column)
+    about |= {mask: f"it is the mask of {name}" for name, mask in masks.items()}
+    paths, taken = {name: os.fsencode(path) for path, name in names.items()}, {*masks.values()}
+    folders = Folders(source.url, (above[path] for path in names if names[path] not in taken))
     for path in sorted(names, key=lambda path: names[path].split("/")):
         name, place = names[path], folders.place(above[path])
         unused, key = place.unused or about.get(name, ""), normalize("NFC", name)
         label = said.labels.get(key, "") if said.of_labels else place.label
+        at, mask = UNUSED if unused else WHOLE, masks.get(name, "")
+        if mask and mask not in paths:
+            at, unused = BROKEN, f"its mask {mask} is missing"
         beside = caption_file(path)
         caption = said.captions.get(key, "")
         if beside in source.files:
@@ -99,11 +107,24 @@ def in_folders(source: Source, said: Said | None = None) -> Iterator[ImageRef]:
             label,
             name,
             os.fsencode(path),
-            UNUSED if unused else WHOLE,
+            at,
             source.files[path],
             unused,
             caption=caption,
+            mask=paths.get(mask, b""),
         )
+
+
+def masks_of(names: Iterable[str], said: Said, column: str | None) -> dict[str, str]:
+    """The name of the mask of each image that has one: as `said`, or a.mask.png beside a.png."""
+    if not column:
+        return {}
+    stems = {posixpath.splitext(name)[0]: name for name in names}
+    found = {}
+    for stem, name in stems.items():
+        beside = (stems.get(f"{stem}{join}{column}") for join in "._")
+        found[name] = said.masks.get(normalize("NFC", name)) or next(filter(None, beside), "")
+    return {name: mask for name, mask in found.items() if mask}
 
 
 def caption_file(path: str) -> str:
@@ -117,7 +138,7 @@ def read_metadata(source: Source) -> Said:
     A column `file_name` names the image from there, as the library `datasets` has it. Raises UserError for
     one that cannot be read, and when columns that were asked for are in none.
     """
-    said = Said({}, {}, of_labels=False)
+    said = Said({}, {}, {}, of_labels=False)
     for path in source.files:
         if posixpath.basename(path) not in METADATA:
             continue
@@ -127,6 +148,9 @@ def read_metadata(source: Source) -> Said:
         columns = list(dict.fromkeys(column for row in rows for column in row))
         label = chosen_column(source, name, columns, source.label_column, LABEL_COLUMNS)
         caption = chosen_column(source, name, columns, source.caption_column, CAPTION_COLUMNS)
+        mask = next(
+            (c for c in (f"{source.mask_column}_file_name", source.mask_column) if c in columns), None
+        )
         if "file_name" not in columns:
             continue
         places = [posixpath.join(posixpath.dirname(name), str(row.get("file_name") or "")) for row in rows]
@@ -136,6 +160,11 @@ def read_metadata(source: Source) -> Said:
             for place, text in zip(places, texts_of(name, label, rows), strict=True):
                 one = said.labels.get(place, text) == text
                 said.labels[place] = text if one else ""  # two labels are none
+        if mask:
+            folder = posixpath.dirname(name)
+            given = [str(row.get(mask) or "") for row in rows]
+            joined = [posixpath.normpath(posixpath.join(folder, text)) if text else "" for text in given]
+            said.masks.update(zip(places, joined, strict=True))
         if caption:
             said.captions.update(
                 (p, caption_of(row.get(caption))) for p, row in zip(places, rows, strict=True)

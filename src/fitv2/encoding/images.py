@@ -29,6 +29,10 @@ class UnusableImage(Exception):  # noqa: N818 (the noun reads better where it is
     """An image that cannot be used, with the reason as its message."""
 
 
+class NoImage(UnusableImage):
+    """There is none in its place."""
+
+
 def resized(width: int, height: int, max_tokens: int, unit: int) -> tuple[int, int]:
     """The flexible resize of FiT: (width, height) in pixels after it, both multiples of `unit`.
 
@@ -156,6 +160,13 @@ def views(
     resized_views = [(flexible_resize(image, limit, unit), False) for limit in max_tokens]
     cropped = [side for side in sides if preprocess == "mixed" and min(image.size) > side]
     return resized_views + [(center_crop(image, side), True) for side in cropped]
+
+
+def tokens_of_mask(mask: Image.Image, unit: int) -> np.ndarray:
+    """How much of each token of a view is white in its grey mask, (rows, columns) uint8."""
+    rows, columns = mask.height // unit, mask.width // unit
+    pixels = np.asarray(mask, np.float64).reshape(rows, unit, columns, unit)
+    return pixels.mean((1, 3)).round().astype(np.uint8)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -33,6 +33,7 @@ class Split:
     labels: np.ndarray  # of each image
     cropped: np.ndarray  # of each row
     captions: list[str]  # of each image, empty for none
+    masks: int = 0  # images that are learned in part
 
     @property
     def aspects(self) -> np.ndarray:
@@ -52,7 +53,8 @@ def survey(folder: Path | str) -> tuple[DatasetCard, list[Split]]:
     for name in card.pictures:
         held = TokenDataset(folder, name)
         captions = held.captions(held.first_rows)
-        splits.append(Split(name, held.sizes, held.labels[held.first_rows], held.cropped, captions))
+        masks = int(held.masked[held.first_rows].sum())
+        splits.append(Split(name, held.sizes, held.labels[held.first_rows], held.cropped, captions, masks))
     return card, splits
 
 
@@ -75,6 +77,7 @@ def table(card: DatasetCard, splits: list[Split]) -> str:
             f"{len(np.unique(split.sizes, axis=0)):>7}{f'{aspects.min():.2f} to {aspects.max():.2f}':>17}"
         )
     lines += ["", *caption_lines(splits)] if any(map(any, (split.captions for split in splits))) else []
+    lines += [f"{split.name}: {split.masks:,} images have a mask" for split in splits if split.masks]
     return "\n".join([*lines, "", *label_lines(about.labels, splits)])
 
 

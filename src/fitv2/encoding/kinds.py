@@ -41,6 +41,7 @@ def open_source(
     image_column: str | None = None,
     label_column: str | None = None,
     caption_column: str | None = None,
+    mask_column: str | None = None,
     *,
     split: str | None = None,
     follow_links: bool = False,
@@ -68,9 +69,8 @@ def open_source(
         )
         raise UserError(f"{url} {'has no images' if there else 'does not exist'}{hint}")
     root = root_of(system, path)
-    return detect_kind(
-        Source(url, "", files, root, image_column, label_column, caption_column, split, tuple(outside))
-    )
+    columns = image_column, label_column, caption_column, mask_column
+    return detect_kind(Source(url, "", files, root, *columns, split, tuple(outside)))
 
 
 def detect_kind(source: Source) -> Source:
@@ -95,6 +95,8 @@ def detect_kind(source: Source) -> Source:
         raise UserError(
             f"`image_column`, `label_column` and `caption_column` are for tables; {url} holds {what}"
         )
+    if source.mask_column and held == ["tars"]:
+        raise UserError(f"`mask_column` is for tables and folders of images; {url} holds tars")
     if held in ([], ["images"]):  # with all else that lies beside them
         return replace(source, kind="images")
     return replace(source, kind=held[0], files=by_kind[held[0]])

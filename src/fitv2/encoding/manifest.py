@@ -19,7 +19,7 @@ from unicodedata import normalize
 from PIL import Image
 
 from fitv2.data.storage import filesystem, is_local
-from fitv2.encoding.images import UnusableImage, load_rgb
+from fitv2.encoding.images import NoImage, UnusableImage, load_rgb
 from fitv2.encoding.kinds import KINDS
 from fitv2.encoding.sources import (
     BROKEN,
@@ -39,7 +39,7 @@ from fitv2.runtime.files import atomic_file
 Report = Callable[[int], None]  # how many images were found so far
 PLACES = {
     "source": "large_string", "path": "large_binary", "at": "int64", "size": "int64", "detail": "string",
-    "group": "int32", "caption": "large_string",
+    "group": "int32", "caption": "large_string", "mask": "large_binary",
 }  # fmt: skip
 CHUNK = 16  # images that one process reads at once
 ROW_GROUP_CHUNK = 128  # the same of a Parquet file, so that others need not read their group
@@ -157,6 +157,8 @@ def summarize(
     captions = sum(bool(picture.caption) for picture in pictures)
     if captions:
         yield f"{captions} pictures have a caption, {len(pictures) - captions} have none"
+    if source.mask_column:
+        yield f"{sum(bool(picture.mask) for picture in pictures)} pictures have a mask"
     if "train" not in counts:
         yield f"only {' and '.join(sorted(counts))}: training needs images of the split train (`split` train)"
     if source.outside:
@@ -188,6 +190,36 @@ def read_image(
         raise UnusableImage(picture.detail)
     if not picture.label:
         raise UnusableImage("it has no label")
+    return load_rgb(io.BytesIO(content_of(manifest, picture)), hold)
+
+
+def read_mask(
+    manifest: Manifest, picture: ImageRef, size: tuple[int, int], hold: Callable[[], object] = lambda: None
+) -> Image.Image | None:
+    """What is white where an image of a size is to be learned, grey; None where it has no mask.
+
+    Raises UnusableImage for a mask that cannot be read, and as `read_image` does.
+    """
+    if not picture.mask:
+        return None
+    column = (
+        {"detail": picture.mask.decode()}
+        if manifest.kind in ("parquet", "datasets")
+        else {"path": picture.mask}
+    )
+    try:
+        mask = load_rgb(io.BytesIO(content_of(manifest, picture._replace(**column))), hold).convert("L")
+    except NoImage:
+        return None
+    except UnusableImage as error:
+        raise UnusableImage(f"its mask: {error}") from error
+    if mask.size != size:
+        raise UnusableImage(f"its mask has {mask.width}x{mask.height} pixels, not {size[0]}x{size[1]}")
+    return mask
+
+
+def content_of(manifest: Manifest, picture: ImageRef) -> bytes:
+    """The bytes of an image. Raises as `read_image` does."""
     for pause in (*PAUSES, None):
         try:
             content = KINDS[manifest.kind].read(manifest.url, picture)
@@ -208,7 +240,7 @@ def read_image(
         raise UnusableImage("empty")
     if what := what_it_is(content[:HEAD_BYTES]):
         raise UnusableImage(f"not an image but {what}")
-    return load_rgb(io.BytesIO(content), hold)
+    return content
 
 
 def check_there(manifest: Manifest, picture: ImageRef) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from fitv2.data.storage import filesystem, is_local
-from fitv2.encoding.images import UnusableImage
+from fitv2.encoding.images import NoImage, UnusableImage
 from fitv2.encoding.saved import check_saved
 from fitv2.encoding.sources import (
     CAPTION_COLUMNS,
@@ -51,6 +51,7 @@ class Table(NamedTuple):
     groups: list[int]  # rows of each group of a Parquet file
     label_column: str | None = None
     captions: Sequence[str] = ()  # of each row, where there is such a column
+    mask_column: str = ""
 
 
 def in_tables(tables: list[Table]) -> tuple[tuple[str, ...], Iterator[ImageRef]]:
@@ -64,7 +65,7 @@ def in_tables(tables: list[Table]) -> tuple[tuple[str, ...], Iterator[ImageRef]]
             for label, source, caption, (group, at) in told:
                 yield ImageRef(
                     table.split, label, source, table.path, at, detail=table.image_column, group=group,
-                    caption=caption,
+                    caption=caption, mask=table.mask_column.encode(),
                 )  # fmt: skip
 
     return tables[0].names, pictures()
@@ -154,6 +155,7 @@ def parquet_table(source: Source, name: str, path: str, file: Any) -> Table:
         split_of(name), name, os.fsencode(path), columns.image, columns.names,
         label_texts(labels, columns.names), names_of(rows, name, metadata.num_rows), groups, columns.label,
         [caption_of(text) for text in rows[columns.caption].to_pylist()] if columns.caption else (),
+        columns.mask,
     )  # fmt: skip
 
 
@@ -241,7 +243,7 @@ def datasets_tables(source: Source) -> list[Table]:
         sources = [f"{part or split}:{row}" for row in range(len(rows))]
         tables.append(Table(
             split, part or split, part.encode(), columns.image, columns.names, texts, sources, [len(rows)],
-            columns.label, captions,
+            columns.label, captions, columns.mask,
         ))  # fmt: skip
     if not any(sum(table.groups) for table in tables):
         raise UserError(f"{source.url} has no rows")
@@ -255,6 +257,7 @@ class Columns(NamedTuple):
     label: str | None
     names: tuple[str, ...]  # of the labels, if it says them
     caption: str | None = None
+    mask: str = ""
 
 
 def columns_of(source: Source, schema: Any, name: str) -> Columns:
@@ -265,6 +268,7 @@ def columns_of(source: Source, schema: Any, name: str) -> Columns:
     kinds = {column: feature.get("_type") for column, feature in said.items() if isinstance(feature, dict)}
     held = [f.name for f in schema if pa.types.is_struct(f.type) or pa.types.is_binary(f.type)
             or pa.types.is_large_binary(f.type)]  # fmt: skip
+    held = [column for column in held if column != source.mask_column]
     marked = [column for column, kind in kinds.items() if kind == "Image" and column in held]
     usual = [column for column in IMAGE_COLUMNS if column in held]
     image = source.image_column or next(iter(marked or usual or (held if len(held) == 1 else [])), None)
@@ -287,12 +291,12 @@ def columns_of(source: Source, schema: Any, name: str) -> Columns:
     names = feature.get("names") if isinstance(feature, dict) else None
     if not isinstance(names, list) or not all(isinstance(text, str) for text in names):
         names = []
-    if source.caption_column and source.caption_column not in schema.names:
-        raise UserError(
-            f"{source.url}: {name} has no column {source.caption_column}, but {', '.join(schema.names)}"
-        )
+    for chosen in (source.caption_column, source.mask_column):
+        if chosen and chosen not in schema.names:
+            raise UserError(f"{source.url}: {name} has no column {chosen}, but {', '.join(schema.names)}")
     usual = [column for column in CAPTION_COLUMNS if column in schema.names and column != label]
-    return Columns(image, label, unique(names), source.caption_column or next(iter(usual), None))
+    caption = source.caption_column or next(iter(usual), None)
+    return Columns(image, label, unique(names), caption, source.mask_column or "")
 
 
 def noted_features(schema: Any) -> dict[str, Any]:
@@ -386,7 +390,7 @@ def image_value(column: Any) -> Any:
     return column[0].as_py()
 
 
-@lru_cache(1)
+@lru_cache(2)  # of images, and of masks
 def _rows_of(url: str, path: bytes, group: int, column: str, process: int) -> Rows:
     return Rows(*_parquet(url, path, process), group, column)
 
@@ -434,7 +438,7 @@ def image_bytes(value: Any, folder: str | None) -> bytes:
                 raise UnusableImage(f"its file cannot be read: {in_one_line(error)}") from error
         value = value.get("bytes")
     if value is None:
-        raise UnusableImage("empty")
+        raise NoImage("empty")
     if not isinstance(value, bytes):
         raise UnusableImage(f"the image column holds {type(value).__name__}")
     return value

@@ -6,31 +6,42 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fitv2.autoencoder import Autoencoder
 from fitv2.config import Encoding
 from fitv2.data.format import About, ShardRows
-from fitv2.encoding.images import UnusableImage, views
-from fitv2.encoding.manifest import Manifest, load_manifest, read_image
+from fitv2.encoding.images import UnusableImage, tokens_of_mask, views
+from fitv2.encoding.manifest import Manifest, load_manifest, read_image, read_mask
 from fitv2.encoding.sources import ImageRef
 from fitv2.runtime.device import default_device
 from fitv2.runtime.files import wait_for_turn
 from fitv2.runtime.rng import LATENTS, generator
 from fitv2.tokens import patchify
 
+NOTHING = np.empty(0, np.uint8)
+
+
+class View(NamedTuple):
+    """A picture at a size under the limit of tokens."""
+
+    pixels: np.ndarray
+    crop: bool
+    mask: np.ndarray | None = None  # how much of each token is learned, (rows, columns) uint8 [default: all]
+
 
 @dataclass(frozen=True)
 class Fitted:
-    """An image as it was read: its views as (pixels, cropped), or why it cannot be used."""
+    """An image as it was read: its views, or why it cannot be used."""
 
     row: int
     picture: ImageRef
-    views: list[tuple[np.ndarray, bool]]
+    views: list[View]
     reason: str | None = None
 
 
@@ -62,10 +73,22 @@ class Reader:
 
             try:
                 image = read_image(self.manifest, picture, hold)
+                mask = read_mask(self.manifest, picture, image.size, hold)
                 found = views(image, chosen.max_tokens, self.unit, chosen.preprocess)
+                masks = self.learned(mask) if mask else [None] * len(found)
             except UnusableImage as error:
                 return Fitted(row, picture, [], " ".join(str(error).split()))
-        return Fitted(row, picture, [(np.asarray(view), crop) for view, crop in found])
+        every = zip(found, masks, strict=True)
+        made = [View(np.asarray(view), crop, learned) for (view, crop), learned in every]
+        return Fitted(row, picture, [view for view in made if view.mask is None or view.mask.any()])
+
+    def learned(self, mask: Image.Image) -> list[np.ndarray | None]:
+        """The mask of each view. Raises UnusableImage for one that leaves nothing to learn."""
+        found = views(mask, self.encoding.max_tokens, self.unit, self.encoding.preprocess)
+        learned: list[np.ndarray | None] = [tokens_of_mask(view, self.unit) for view, _ in found]
+        if not any(one is not None and one.any() for one in learned[:1]):
+            raise UnusableImage("its mask is black: nothing of it is learned")
+        return learned
 
 
 @dataclass(frozen=True)
@@ -86,7 +109,7 @@ class ShardEncoder:
         self.ahead = ahead  # batches that may be with the autoencoder at once
         self.pictures: list[Fitted] = []  # without their pixels
         self.skipped: list[dict[str, str]] = []
-        self.crops: dict[Place, bool] = {}
+        self.views: dict[Place, View] = {}  # without their pixels
         self._waiting: dict[tuple[int, ...], list[tuple[Place, np.ndarray]]] = defaultdict(list)
         self._made: list[tuple[list[Place], Future[Tensor]]] = []
 
@@ -97,13 +120,13 @@ class ShardEncoder:
             return
         number = len(self.pictures)
         self.pictures.append(Fitted(fitted.row, fitted.picture, []))
-        for view, (pixels, crop) in enumerate(fitted.views):
-            place = Place(number, view)
-            self.crops[place] = crop
-            same = self._waiting[pixels.shape]
-            same.append((place, pixels))
+        for i, view in enumerate(fitted.views):
+            place = Place(number, i)
+            self.views[place] = view._replace(pixels=NOTHING)
+            same = self._waiting[view.pixels.shape]
+            same.append((place, view.pixels))
             if len(same) == self.encoding.batch_size:
-                self._encode(self._waiting.pop(pixels.shape))
+                self._encode(self._waiting.pop(view.pixels.shape))
 
     def encode_rest(self) -> None:
         """Encode what is left, a batch of each shape."""
@@ -159,10 +182,11 @@ class ShardEncoder:
                 continue
             variant = 0 if place.view == 0 else variant
             picture = self.pictures[place.picture].picture
-            for mirrored in tokens[place]:
+            view = self.views[place]
+            for mirrored, made in enumerate(tokens[place]):
+                mask = view.mask[:, ::-1] if mirrored and view.mask is not None else view.mask
                 rows.add(
-                    mirrored, number[picture.label], picture.source, variant, self.crops[place],
-                    picture.caption,
+                    made, number[picture.label], picture.source, variant, view.crop, picture.caption, mask
                 )  # fmt: skip
                 variant += 1
         return rows

@@ -64,6 +64,7 @@ class ImageRef(NamedTuple):
     detail: str = ""  # the column of a table; what is wrong with an archive; why it is not to be read
     group: int = 0  # of rows of a Parquet file; `at` counts in it
     caption: str = ""  # empty for none
+    mask: bytes = b""  # the file, or the column of a table, that says what of it is learned; empty for none
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Source:
     image_column: str | None = None
     label_column: str | None = None
     caption_column: str | None = None
+    mask_column: str | None = None
     split: str | None = None  # that all images are to be of
     outside: tuple[str, ...] = ()  # links that lead out of it, which are not followed
 

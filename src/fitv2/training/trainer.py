@@ -243,6 +243,8 @@ class Trainer:
     def noise(self, batch: Batch, draws: Draws) -> tuple[NoisySample, Condition]:
         """The images of a step with noise, and their conditions, some of them dropped."""
         sample = draws.add_noise(batch.packed.to(self.device), self.objective)
+        if batch.learned_T is not None:
+            sample = replace(sample, learned_T=batch.learned_T.to(self.device))
         labels = {"label", "text"} <= set(self.conditions)  # so that a text alone is enough
         return sample, draws.drop(batch.condition, self.config.label_dropout, labels).to(self.device)
 

@@ -1,6 +1,7 @@
 """The held-out images, each with its fixed time and noise."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class HeldOut:
             rngs = [generator(VALIDATION, int(row)) for row in rows]
             noise_TC = draw_noise(packed.layout.lengths, self.dataset.token_channels, rngs)
             sample = self.objective.add_noise(packed.x_TC, packed.layout, noise_TC, self.times[piece])
-            yield sample, condition, number < count
+            yield replace(sample, learned_T=self.dataset.learned(rows)), condition, number < count
 
 
 def fill(lengths: Sequence[int], tokens: int) -> list[slice]:

@@ -1,0 +1,234 @@
+"""Masks: from where people put them to the loss."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as Pictures
+
+from conftest import encoded_picture, fitv2, picture
+from fitv2.config import Encoding
+from fitv2.data.dataset import Steps, TokenDataset, open_card, verify_files
+from fitv2.data.packing import Step
+from fitv2.data.storage import Store
+from fitv2.diffusion.flow import Flow
+from fitv2.encoding.encode import encode
+from fitv2.encoding.kinds import open_source
+from fitv2.errors import UserError
+from fitv2.training.noising import Draws
+from fitv2.training.validation import HeldOut
+
+LEFT = np.zeros((32, 64), np.uint8)  # of two by four tokens: the left half, and a quarter of one token more
+LEFT[:, :32] = 255
+LEFT[:8, 32:40] = 255
+TOKENS = [[255, 255, 64, 0], [255, 255, 0, 0]]
+
+
+def png(array):
+    file = io.BytesIO()
+    Pictures.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+PICTURE, MASK = encoded_picture(64, 32), png(LEFT)
+
+
+def fill(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def table(folder):
+    file = io.BytesIO()
+    pq.write_table(pa.table({"image": [PICTURE] * 3, "mask": [MASK, None, MASK], "label": ["x"] * 3}), file)
+    return fill(folder, {"x.parquet": file.getvalue()})
+
+
+def saved(folder):
+    features = Features({"image": Image(), "mask": Image(), "label": Value("string")})
+    rows = {"image": [{"bytes": PICTURE, "path": None}] * 3, "label": ["x"] * 3}
+    rows["mask"] = [{"bytes": MASK, "path": None}, None, {"bytes": MASK, "path": None}]
+    Dataset.from_dict(rows, features=features).save_to_disk(str(folder))
+    return folder
+
+
+def beside(folder):
+    names = {
+        "x/1.png": PICTURE,
+        "x/1.mask.png": MASK,
+        "x/2.png": PICTURE,
+        "x/3.png": PICTURE,
+        "x/3_mask.png": MASK,
+    }
+    return fill(folder, names)
+
+
+def said(folder):
+    lines = [{"file_name": "1.png", "mask_file_name": "m/one.png"}, {"file_name": "2.png"},
+             {"file_name": "3.png", "mask_file_name": "m/one.png"}]  # fmt: skip
+    table = "\n".join(map(json.dumps, lines)).encode()
+    files = {f"{n}.png": PICTURE for n in (1, 2, 3)}
+    return fill(folder, files | {"m/one.png": MASK, "metadata.jsonl": table})
+
+
+@pytest.mark.parametrize("kind", [table, saved, beside, said])
+def test_masks_lie_where_people_put_them(kind, tmp_path):
+    out = tmp_path / "set"
+    report = encode(kind(tmp_path / "source"), out, Encoding(mask_column="mask"), workers=0)
+    dataset = TokenDataset(out)
+    assert dataset.card.pictures == {"train": 3}
+    assert any("mask" in line for line in report.summary)
+    assert dataset.masked.tolist() == [True, True, False, False, True, True]
+    found = [one.unflatten(0, (2, 4)) * 255 for one in dataset.learned(np.arange(6)).split(8)]
+    expected = torch.tensor(TOKENS)
+    for place, mask in enumerate((expected, expected.flip(1), 255, 255, expected, expected.flip(1))):
+        assert torch.equal(found[place].round(), torch.zeros(2, 4) + mask)  # the second of each is mirrored
+    assert dataset.learned(np.array([2, 3])) is None
+    verify_files(Store(out), open_card(Store(out)))
+
+
+def test_without_the_option_masks_are_no_masks(tmp_path):
+    encode(beside(tmp_path / "source"), tmp_path / "set", workers=0)
+    assert not TokenDataset(tmp_path / "set").masked.any()
+
+
+def test_views_are_masked_as_they_are_resized_and_cropped(tmp_path):
+    """A mask that is white where the picture is gives tokens of what the picture has there."""
+    rng = np.random.default_rng(0)
+    grey = np.repeat(np.repeat(rng.integers(0, 2, (10, 14)) * 255, 10, 0), 10, 1).astype(np.uint8)
+    same = png(np.stack([grey] * 3, axis=2))
+    source = fill(tmp_path / "source", {"x/1.png": same, "x/1.mask.png": png(grey)})
+    settings = Encoding(max_tokens=(16, 9), preprocess="mixed", mask_column="mask")
+    encode(source, tmp_path / "set", settings, workers=0)
+    dataset = TokenDataset(tmp_path / "set")
+    rows = np.arange(len(dataset.sizes))
+    assert dataset.cropped.any()
+    whiteness_T = (dataset.batch(rows)[0].x_TC.mean(1) + 1) / 2
+    torch.testing.assert_close(dataset.learned(rows), whiteness_T, atol=3e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (png(LEFT[:16]), "its mask has 64x16 pixels, not 64x32"),
+        (png(np.zeros((32, 64), np.uint8)), "its mask is black: nothing of it is learned"),
+        (b"nothing", "its mask: not an image that can be read"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_said(mask, reason, tmp_path):
+    source = fill(tmp_path / "source", {"x/1.png": PICTURE, "x/2.png": PICTURE, "x/2.mask.png": mask})
+    encode(source, tmp_path / "set", Encoding(mask_column="mask"), workers=0)
+    entry = {"source": "x/2.png", "reason": reason}
+    assert entry in map(json.loads, (tmp_path / "set" / "skipped.jsonl").read_text().splitlines())
+
+
+def test_a_mask_that_is_not_there_is_said(tmp_path):
+    line = b'{"file_name": "1.png", "mask_file_name": "m/../gone.png"}\n{"file_name": "2.png"}'
+    source = fill(tmp_path / "source", {"1.png": PICTURE, "2.png": PICTURE, "metadata.jsonl": line})
+    encode(source, tmp_path / "set", Encoding(mask_column="mask"), workers=0)
+    first = json.loads((tmp_path / "set" / "skipped.jsonl").read_text().splitlines()[-1])
+    assert first == {"source": "1.png", "reason": "its mask gone.png is missing"}
+
+
+def test_masks_are_not_looked_for_in_archives_or_in_no_column(tmp_path):
+    fill(tmp_path / "tars", {"x.tar": bytes(10240)})
+    with pytest.raises(UserError, match="`mask_column` is for tables and folders of images"):
+        open_source(str(tmp_path / "tars"), mask_column="mask")
+    with pytest.raises(UserError, match="has no column trimap, but image, mask, label"):
+        encode(table(tmp_path / "table"), tmp_path / "out", Encoding(mask_column="trimap"), workers=0)
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """Six pictures of several sizes, every other one of which has a mask; two of them held out."""
+    folder, rng = tmp_path_factory.mktemp("masked"), np.random.default_rng(1)
+    for i in range(6):
+        size = (64, 32 + 16 * (i % 3))
+        file = folder / "source" / ("validation" if i > 3 else "train") / "x" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture(*size, i).save(file)
+        if i % 2:
+            mask = rng.integers(0, 256, size[::-1]).astype(np.uint8)
+            Pictures.fromarray(mask).save(file.with_suffix(".mask.png"))
+    encode(folder / "source", folder / "set", Encoding(mask_column="mask"), workers=0)
+    return folder / "set"
+
+
+def model(x_TC, layout, t_B, condition):
+    return 0.3 * x_TC
+
+
+def test_the_loss_is_the_mean_over_what_is_learned(masked):
+    dataset = TokenDataset(masked)
+    flow, rows = Flow(), np.arange(len(dataset.sizes))
+    batch = Steps(dataset, None).pack((Step(rows, rows), len(rows), len(rows), dataset.read(rows)))
+    keys = [(0, int(key)) for key in rows]
+    draws = Draws.of(keys, batch.packed.layout.lengths, dataset.token_channels, flow)
+    plain = draws.add_noise(batch.packed, flow)
+    loss_B = flow.loss(model, replace(plain, learned_T=batch.learned_T), batch.condition).total_B
+    error_T = (0.3 * plain.x_TC - (plain.data_TC - plain.noise_TC)).square().mean(1)
+    lengths = batch.packed.layout.lengths
+    every = zip(error_T.split(lengths), batch.learned_T.split(lengths), strict=True)
+    expected = torch.stack([(error * learned).sum() / learned.sum() for error, learned in every])
+    torch.testing.assert_close(loss_B, expected)
+    whole = flow.loss(model, plain, batch.condition).total_B
+    assert (loss_B != whole).tolist() == dataset.masked.tolist()
+
+    # A part of the step has the same masks beside the same images.
+    for part in batch.split(3):
+        at = [rows.tolist().index(row) for row in part.rows]
+        sample = draws.select(at).add_noise(part.packed, flow)
+        mine_B = flow.loss(model, replace(sample, learned_T=part.learned_T), part.condition).total_B
+        torch.testing.assert_close(mine_B, loss_B[at])
+
+
+def test_what_is_not_learned_at_all_has_no_gradient(masked):
+    dataset = TokenDataset(masked)
+    rows = np.flatnonzero(dataset.masked)
+    packed, condition = dataset.batch(rows)
+    sample = Flow().add_noise(
+        packed.x_TC, packed.layout, torch.randn_like(packed.x_TC), torch.rand(len(rows))
+    )
+    learned_T = (dataset.learned(rows) > 0.5).float()
+    output_TC = sample.x_TC.clone().requires_grad_()
+    Flow().loss(
+        lambda *_: output_TC, replace(sample, learned_T=learned_T), condition
+    ).total_B.sum().backward()
+    assert torch.equal(output_TC.grad.abs().sum(1) > 0, learned_T > 0)
+    nothing = replace(sample, learned_T=torch.zeros_like(learned_T))
+    assert Flow().loss(lambda *_: output_TC, nothing, condition).total_B.tolist() == [0] * len(rows)
+
+
+def test_training_and_validation_learn_by_masks(masked, tmp_path, capsys):
+    held = list(HeldOut(masked, 4096, Flow()))
+    assert [sample.learned_T is not None for sample, _, _ in held] == [True]
+    run = [
+        "train",
+        "debug",
+        "--data",
+        masked,
+        "--steps",
+        2,
+        "--batch-size",
+        4,
+        "--log-every",
+        1,
+        "--warmup-steps",
+        0,
+    ]
+    assert fitv2(capsys, *run, "--out", tmp_path / "run")[0] == 0
+    assert "train: 2 images have a mask" in fitv2(capsys, "inspect", masked, "--out", tmp_path / "seen")[1]
+    first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    encode(masked.parent / "source", tmp_path / "whole", workers=0)
+    run[3] = tmp_path / "whole"
+    assert fitv2(capsys, *run, "--out", tmp_path / "other")[0] == 0
+    other = json.loads((tmp_path / "other" / "log.jsonl").read_text().splitlines()[0])
+    assert first["loss"] != other["loss"]
