@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -34,6 +35,7 @@ from fitv2.tokens import Size
 SHIPPED = Path(__file__).parent / "models"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 EARLY_HEAD = "early_head.safetensors"
+LORA = "pytorch_lora_weights.safetensors"  # as diffusers names it
 CONFIG = "config.json"
 CARD = "card.json"
 FILES = "files.json"
@@ -89,13 +91,16 @@ class Card:
         raise nearest("label", text, self.labels)
 
 
-def save_model(model: FiT, card: Card, folder: Path) -> None:
-    """Write a model folder."""
+def save_model(model: FiT, card: Card, folder: Path, adapter: Mapping[str, Tensor] | None = None) -> None:
+    """Write a model folder; beside the model the LoRA that is in it, if it has one, as diffusers reads it."""
     model.save_pretrained(folder)
     if model.early is not None:
         split_early_head(folder)
     for weights in weight_files(folder):
         weights.chmod(0o644)  # safetensors makes files that only their owner can read
+    if adapter:
+        save_file(dict(adapter), folder / LORA, {"format": "pt"})
+        (folder / LORA).chmod(0o644)
     write_config(model, folder)
     write_json(folder / CARD, asdict(card))
     note_files(folder)
@@ -154,7 +159,8 @@ def write_config(model: FiT, folder: Path) -> None:
 def note_files(folder: Path) -> None:
     """Write files.json, the SHA-256 of every file of a model folder."""
     index = folder / f"{WEIGHTS}.index.json"
-    files = [folder / CONFIG, folder / CARD, *weight_files(folder), *([index] if index.exists() else [])]
+    files = [folder / CONFIG, folder / CARD, *weight_files(folder)]
+    files += [path for path in (index, folder / LORA) if path.exists()]
     files += sorted((folder / HELD).glob("*"))
     write_json(folder / FILES, {path.relative_to(folder).as_posix(): sha256(path) for path in files})
 

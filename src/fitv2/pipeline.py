@@ -28,7 +28,7 @@ from fitv2.autoencoder import (
     load_autoencoder,
     offline,
 )
-from fitv2.checkpoint import Card, find_model, load_model
+from fitv2.checkpoint import LORA, Card, find_model, load_model
 from fitv2.conditioning import Condition, Text
 from fitv2.config import Guidance, Positions, Sampling
 from fitv2.diffusion.flow import Flow
@@ -46,7 +46,6 @@ from fitv2.text_encoder import TextEncoder, caption_of, load_text_encoder
 INDEX = "model_index.json"
 OUTPUT_TYPES = ("pil", "np", "pt")
 LOGGER = logging.getLogger("fitv2")
-LORA = "pytorch_lora_weights.safetensors"
 
 
 class FiTPipeline(DiffusionPipeline):
@@ -371,15 +370,16 @@ class FiTPipeline(DiffusionPipeline):
     def load_lora_weights(
         self, source: str | Path | dict[str, Tensor], adapter_name: str = "default", **options: Any
     ) -> None:
-        """Add a LoRA that `save_lora_adapter` saved, from a folder or tensors; needs PEFT.
+        """Add a LoRA that `save_lora_adapter` or `fitv2 train --lora` saved; needs PEFT.
 
-        A hub name is fetched. `transformer` then has diffusers' methods for adapters: `set_adapters`,
-        `disable_lora`, `delete_adapters` and the others; see `adaptable`.
+        `source` is a folder, a run, or its tensors; a hub name is fetched. `transformer` then has diffusers'
+        methods for adapters: `set_adapters`, `disable_lora`, `delete_adapters` and the others (`adaptable`).
+        Raises UserError for a run or a model without a LoRA.
         """
-        adaptable(self.transformer)
         if not isinstance(source, dict):
             options = {"weight_name": LORA} | options
-        source = source if isinstance(source, dict) else str(source)
+            source = str(source) if _is_hub_name(source) else str(_with_lora(source, options["weight_name"]))
+        adaptable(self.transformer)
         self.transformer.load_lora_adapter(source, prefix=None, adapter_name=adapter_name, **options)
 
     def _conditions(
@@ -419,6 +419,14 @@ def adaptable(model: FiT) -> Any:
         kind = type(FiT.__name__, (type(model), PeftAdapterMixin), {"__module__": FiT.__module__})
         model.__class__ = kind
     return model
+
+
+def _with_lora(source: str | Path, name: str) -> Path:
+    """The folder that holds the LoRA of a run, a model or a folder. Raises UserError when there is none."""
+    folder = Path(source) if (Path(source) / name).exists() else find_model(source)
+    if not (folder / name).exists():
+        raise UserError(f"{source} has no LoRA: {folder / name} is missing")
+    return folder
 
 
 FLOWS = (

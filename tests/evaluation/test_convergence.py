@@ -114,3 +114,5 @@ def test_models_of_a_scaling_study_cost_the_same(ground):
 
     costs = [run.preset.training.steps * gmac(run.preset.model, 16) for run in runs]
     assert max(costs) / min(costs) < 1.05
+    judged = [run.preset.training.steps / run.preset.training.evaluate_every for run in runs]
+    assert judged == [100, 100, 100]  # at equal costs

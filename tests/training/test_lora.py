@@ -8,17 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import randomized
-from fitv2.checkpoint import WEIGHTS, load_model, newest_checkpoint
+from conftest import randomized, together
+from fitv2.checkpoint import LORA, WEIGHTS, load_model, newest_checkpoint, save_model
 from fitv2.conditioning import Condition
 from fitv2.config import Encoding
 from fitv2.encoding.encode import encode
 from fitv2.errors import UserError
 from fitv2.model import FiT
+from fitv2.pipeline import FiTPipeline
 from fitv2.presets import preset
 from fitv2.runtime.distributed import World
+from fitv2.runtime.rng import generator
 from fitv2.tokens import Layout
-from fitv2.training.lora import TARGETS, adapted, add_lora, merged, without_lora
+from fitv2.training.lora import TARGETS, adapted, add_lora, factors, without_lora
 from fitv2.training.trainer import train
 from fitv2.training.weights import Weights
 
@@ -65,17 +67,21 @@ def test_it_alone_is_trained_in_the_matrices_of_the_blocks():
     assert all(re.fullmatch(TARGETS, name.split(".lora_")[0]) for name in trained)
 
 
-def test_the_average_is_of_the_matrices_with_their_changes():
+def test_the_average_is_that_of_the_factors_and_lies_in_a_plain_model():
     master = randomized(FiT(**SHAPE)).requires_grad_(False)
     add_lora(master, 3)
     weights = Weights(master, torch.device("cpu"), torch.float32, World(), 1)
-    before = {name: p.clone() for name, p in weights.ema.named_parameters()}
+    before = {name: factor.clone() for name, factor in factors(master).items()}
     for _, layer in adapted(master):
         torch.nn.init.normal_(layer.lora_B["lora"].weight)
     weights.update_ema(0.75)
+    adapter, average = weights.gather_adapter(World()), dict(weights.ema.named_parameters())
+    for name, now in factors(master).items():
+        torch.testing.assert_close(adapter[name], 0.75 * before[name] + 0.25 * now.detach())
     for name, layer in adapted(master):
-        expected = 0.75 * before[f"{name}.weight"] + 0.25 * merged(layer).detach()
-        torch.testing.assert_close(dict(weights.ema.named_parameters())[f"{name}.weight"], expected)
+        up, down = (adapter[f"{name}.lora_{part}.weight"] for part in "BA")
+        torch.testing.assert_close(average[f"{name}.weight"], layer.base_layer.weight + up @ down)
+    assert len(adapter) == 2 * sum(1 for _ in adapted(master))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -149,8 +155,48 @@ def test_what_does_not_fit_is_refused(tokens, tmp_path, changes, said):
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused():
-    master = randomized(FiT(**SHAPE))
-    add_lora(master, 3)
-    with pytest.raises(UserError, match="`lora` trains in one process"):
-        Weights(master, torch.device("cpu"), torch.float32, World(0, 2), 1)
+@pytest.mark.parametrize(("size", "fsdp_size"), [(2, 1), (2, 2), (4, 2)])
+def test_several_processes_train_the_same_lora(tokens, tmp_path, size, fsdp_size):
+    train(settings(steps=2), tokens, tmp_path / "first")
+    init = str(tmp_path / "first")
+    tuned = settings(steps=3, lora=3, batch_size=8, ema_decay=0.5)  # three rows do not divide evenly
+    alone = train(tuned, tokens, tmp_path / "alone", init=init)
+    shared = replace(tuned, training=replace(tuned.training, fsdp_size=fsdp_size))
+    run = tmp_path / "shared"
+    halfway = replace(shared, training=replace(shared.training, steps=2))
+    assert together(size, lambda _: train(halfway, tokens, run, init=init) and None) == [None] * size
+    assert together(size, lambda _: train(shared, tokens, run, init=init) and None) == [None] * size
+    for name in (WEIGHTS, LORA):
+        one, other = load_file(alone / "ema" / name), load_file(newest_checkpoint(run) / "ema" / name)
+        assert one.keys() == other.keys()
+        for key, tensor in one.items():
+            torch.testing.assert_close(other[key], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_the_file_of_a_lora_makes_the_model_of_its_run(tokens, tmp_path):
+    """By diffusers' own loading; and with it off, the model is the one before."""
+    train(settings(steps=1), tokens, tmp_path / "first")
+    model, card = load_model(tmp_path / "first")
+    save_model(randomized(model), card, tmp_path / "random")  # a fresh one's last layer is zero
+    init = str(tmp_path / "random")
+    tuned = settings(steps=12, lora=4, learning_rate=1e-2, ema_decay=0.5, warmup_steps=0, save_every=4)
+    train(tuned, tokens, tmp_path / "tuned", init=init)
+    channels = load_model(init)[0].token_channels
+    x_TC = torch.randn(13, channels, generator=generator(0))
+
+    def output_of(pipe):
+        layout, shown = Layout.of([(2, 2), (3, 3)]), Condition.of(label=torch.tensor([0, 1]))
+        with torch.no_grad():
+            return pipe.transformer(x_TC, layout, torch.tensor([0.2, 0.7]), shown)
+
+    before, whole = (output_of(FiTPipeline.from_pretrained(name)) for name in (init, tmp_path / "tuned"))
+    assert (whole - before).abs().max() > 1e-3
+    pipe = FiTPipeline.from_pretrained(init)
+    pipe.load_lora_weights(tmp_path / "tuned")
+    torch.testing.assert_close(output_of(pipe), whole, atol=1e-5, rtol=1e-5)
+    pipe.transformer.disable_lora()
+    torch.testing.assert_close(output_of(pipe), before, atol=1e-6, rtol=1e-6)
+    kept = [*(tmp_path / "tuned" / "checkpoints").iterdir()]
+    assert len(kept) < 3  # the others are removed, file by file
+    with pytest.raises(UserError, match="has no LoRA: "):
+        FiTPipeline.from_pretrained(init).load_lora_weights(tmp_path / "first")

@@ -46,7 +46,7 @@ class Optimization:
     early-head: that one alone."""
     lora: int = 0
     """Rank of a low-rank change of the blocks' matrices, trained in place of them (LoRA, by PEFT); 0 is none.
-    What is saved is a whole model."""
+    What is saved is a whole model, and the change alone beside it."""
     optimizer: Optimizer = "adamw"
     """muon is for the matrices of the blocks and of texts, with AdamW for the rest."""
     learning_rate: float = 1e-4

@@ -128,8 +128,10 @@ def plan_scaling(data: str, scale: Scale, widths: Sequence[int], depths: Sequenc
     runs = []
     for width, depth in zip(widths, depths, strict=True):
         size = replace(scale, width=width, heads=max(1, width * scale.heads // scale.width), depth=depth)
-        steps = round(budget / gmac(variant("FiTv2", size, tokens).model, longest))
-        size = replace(size, steps=max(size.every, steps - steps % size.every))
+        steps = budget / gmac(variant("FiTv2", size, tokens).model, longest)
+        judged = max(1, scale.steps // scale.every)  # times, at equal shares of the budget
+        every = max(1, round(steps / judged))
+        size = replace(size, steps=judged * every, every=every)
         chosen = variant("FiTv2", size, tokens)
         runs.append(Planned(f"width {width}, depth {chosen.model.depth}", chosen, data))
     return runs
@@ -235,6 +237,7 @@ def table(curves: Sequence[Curve], command: str) -> str:
 def draw(curves: Sequence[Curve], path: Path) -> None:
     """Distances over steps, and over multiply-adds; a band from the lowest to the highest seed."""
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import ScalarFormatter
 
     canvas = Canvas(figsize=(13, 5), layout="constrained")
     steps_axes, cost_axes = canvas.subplots(1, 2, sharey=True)
@@ -243,12 +246,15 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
         values = torch.tensor([run.distances for run in runs])
         for axes, cost in ((steps_axes, 1.0), (cost_axes, 3 * runs[0].gmac)):
             x = [step * cost for step in steps]
-            axes.plot(x, values.mean(0), label=name, color=f"C{i % 10}", linestyle="--" if i >= 10 else "-")
+            style = {"color": f"C{i % 10}", "linestyle": "--" if i >= 10 else "-", "marker": "."}
+            axes.plot(x, values.mean(0), label=name, **style)
             axes.fill_between(x, values.amin(0), values.amax(0), color=f"C{i % 10}", alpha=0.15)
     steps_axes.set(xlabel="steps", ylabel="Fréchet distance, EfficientNet-Lite0", yscale="log")
-    cost_axes.set(xlabel="GMAC of training for each image of a step")
+    cost_axes.set(xlabel="multiply-adds of training, 10⁹ × images of a step")
     for axes in (steps_axes, cost_axes):
         axes.grid(alpha=0.3, which="both")
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
     steps_axes.legend()
     with atomic_file(path) as scratch:
         canvas.savefig(scratch, dpi=110)

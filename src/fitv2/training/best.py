@@ -35,12 +35,12 @@ class Best:
         """Keep the EMA model of this step if the first process finds it better than the one that is kept."""
         if not self.world.any(self.world.first and distance < self.about().get(DISTANCE, math.inf)):
             return
-        model = weights.gather_ema(self.world)
+        model, adapter = weights.gather_ema(self.world), weights.gather_adapter(self.world)
         if model is None:
             return
         found = self.folder.with_name(f"{FOLDER}-{step}")
         with atomic_folder(found) as scratch:
-            save_model(model, card, scratch)
+            save_model(model, card, scratch, adapter)
             write_json(scratch / ABOUT, {"step": step, DISTANCE: distance, "judge": self.judge})
         shutil.rmtree(self.folder, ignore_errors=True)
         found.rename(self.folder)

@@ -37,7 +37,7 @@ from fitv2.training.muon import Muon
 
 MANIFEST = "state.json"
 OWN = re.compile(  # files of a checkpoint
-    r"ema/((config|card|files)\.json|diffusion_pytorch_model[\w.-]*\.(safetensors|json))"
+    r"ema/((config|card|files)\.json|(diffusion_pytorch_model|pytorch_lora|early_head)[\w.-]*\.(safetensors|json))"
     r"|state/(state\.json|\.metadata|shard-[\w.-]+\.safetensors|model\.safetensors\.index\.json)"
 )
 # What libraries raise on files that are not whole.
@@ -61,15 +61,17 @@ class Saver:
         for partial in self.run.glob("checkpoints/.step-*"):
             remove_checkpoint(partial)
 
-    def save(self, step: int, state: State, ema: FiT | None) -> None:
+    def save(
+        self, step: int, state: State, ema: FiT | None, adapter: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Begin to write a checkpoint, after the one before is written.
 
-        `state` and `ema` (of the first process; in the others None) may not change any more.
+        `state`, `ema` (of the first process; in the others None) and its LoRA may not change any more.
         """
         self.finish()
         partial = self._folder(step, ".")
         self.last = step
-        self.writing = step, run_in_background(lambda: self._write(partial, state, ema))
+        self.writing = step, run_in_background(lambda: self._write(partial, state, ema, adapter))
 
     def look(self) -> None:
         """Give a checkpoint its name if it is written by now. Raises as `finish`."""
@@ -114,7 +116,9 @@ class Saver:
     def _folder(self, step: int, prefix: str = "") -> Path:
         return self.run / "checkpoints" / f"{prefix}step-{step:07d}"
 
-    def _write(self, partial: Path, state: State, ema: FiT | None) -> None:
+    def _write(
+        self, partial: Path, state: State, ema: FiT | None, adapter: Mapping[str, Tensor] | None
+    ) -> None:
         if self.world.device.index is not None:
             torch.accelerator.set_device_index(self.world.device.index)  # each thread has its own
         with name_full_disk(self.run):
@@ -123,7 +127,7 @@ class Saver:
             if self.world.group is not None:
                 dist.barrier(self.world.group)
             if ema is not None:
-                save_model(ema, self.card, partial / "ema")
+                save_model(ema, self.card, partial / "ema", adapter)
             beside = [partial / "ema" / FILES] if self.world.first else []
             write_state(state, partial / "state", self.world.group, beside)
             if self.world.first:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fitv2.errors import UserError
 from fitv2.model import FiT
+from fitv2.runtime.distributed import gather, local
 
 ADAPTER = "lora"
 TARGETS = r"blocks\.\d+\.(attention\.(qkv|out)|mlp\.(gate_up|down))"
@@ -37,10 +38,23 @@ def adapted(model: FiT) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def merged(layer: Any) -> Tensor:
-    """The matrix of a layer with its change: W + α/r·B·A, of rank r; here α = r."""
-    up, down = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
-    return torch.addmm(layer.base_layer.weight, up, down, alpha=layer.scaling[ADAPTER])
+def merged(layer: Any, up: Tensor | None = None, down: Tensor | None = None) -> Tensor:
+    """The matrix of a layer with its change, W + α/r·B·A of rank r; here α = r.
+
+    `up` is B and `down` A [default: the layer's own]. Of a matrix that processes share, the rows that this
+    one holds: all have to ask.
+    """
+    up = layer.lora_B[ADAPTER].weight if up is None else up
+    down = layer.lora_A[ADAPTER].weight if down is None else down
+    return torch.addmm(local(layer.base_layer.weight), local(up), gather(down), alpha=layer.scaling[ADAPTER])
+
+
+def factors(model: FiT) -> dict[str, Tensor]:
+    """B and A of every layer, by the names that diffusers gives them in a file."""
+    return {
+        name.replace(f".{ADAPTER}.", "."): tensor
+        for name, tensor in model.named_parameters() if ".lora_" in name
+    }  # fmt: skip
 
 
 @torch.no_grad()

@@ -12,9 +12,19 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fitv2.checkpoint import Card, checkpoints, find_model, load_model, newest_checkpoint, read_card, step_of
+from fitv2.checkpoint import (
+    LORA,
+    Card,
+    checkpoints,
+    find_model,
+    load_model,
+    newest_checkpoint,
+    read_card,
+    step_of,
+)
 from fitv2.conditioning import Condition
 from fitv2.config import ANY_STEP, Training
 from fitv2.data.dataset import Batch, Steps, TokenDataset, verify_files
@@ -363,7 +373,8 @@ class Trainer:
             return
         self.saver.finish()  # so that the host never holds two
         state = stage(state_of(self.weights.master, self.optimizers))
-        self.saver.save(self.step, state, self.weights.gather_ema(self.world))
+        ema, adapter = self.weights.gather_ema(self.world), self.weights.gather_adapter(self.world)
+        self.saver.save(self.step, state, ema, adapter)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -427,7 +438,7 @@ class Trainer:
             verify_state(checkpoint / "state", self.world.rank, self.world.size)
             ema = load_model(checkpoint / "ema")[0]
             read_state(checkpoint / "state", self.weights.master, self.optimizers)
-            self.weights.restore(ema)
+            self.weights.restore(ema, load_file(checkpoint / "ema" / LORA) if self.config.lora else None)
         except torch.OutOfMemoryError:
             raise  # no fault of the checkpoint
         except DAMAGE as error:

@@ -1,12 +1,13 @@
 """The weights of a run: the float32 master, their EMA, and what computes; in one process or many."""
 
 import warnings
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.runtime.distributed import World, gather, local, part
-from fitv2.training.lora import adapted, merged, without_lora
+from fitv2.training.lora import adapted, factors, merged, without_lora
 
 
 class Weights:
@@ -36,9 +37,7 @@ class Weights:
             )
         self.master = master
         lora = [*adapted(master)]
-        if lora and world.size > 1:
-            raise UserError("`lora` trains in one process")
-        # With a LoRA the EMA is of the matrices with their changes: a plain model.
+        # With a LoRA the EMA is a plain model, with the average of B and that of A in its matrices.
         self.ema = (without_lora(master) if lora else deepcopy(master)).eval().requires_grad_(False)
         self.model = self.master
         self.sums_last = False
@@ -61,11 +60,17 @@ class Weights:
         every = zip(self.master.parameters(), self.model.parameters(), strict=True)
         self.trained = [weights for weights in every if weights[0].requires_grad]
         average = dict(self.ema.named_parameters())
-        self.changed = [(average[f"{name}.weight"], layer) for name, layer in lora]
+        self.adapter = {name: tensor.detach().clone() for name, tensor in factors(self.master).items()}
+        self.changed = [
+            (average[f"{name}.weight"], layer, *(self.adapter[f"{name}.lora_{part}.weight"] for part in "BA"))
+            for name, layer in lora
+        ]
         self.averaged = [
             (average[name], weight) for name, weight in self.master.named_parameters()
             if weight.requires_grad and name in average
         ]  # fmt: skip
+        trained = factors(self.master)
+        self.averaged += [(mean, trained[name]) for name, mean in self.adapter.items()]
 
     def before_part(self, last: bool) -> None:
         """Say whether a part of a step is its last."""
@@ -97,8 +102,8 @@ class Weights:
         if self.averaged:
             ema, weights = ([local(w) for w in held] for held in zip(*self.averaged, strict=True))
             torch._foreach_lerp_(ema, weights, 1 - decay)
-        for average, layer in self.changed:
-            average.lerp_(merged(layer), 1 - decay)
+        for average, layer, up, down in self.changed:
+            local(average).copy_(merged(layer, up, down))
         if self.model is not self.master:
             weights, computing = ([local(w) for w in held] for held in zip(*self.trained, strict=True))
             torch._foreach_copy_(computing, weights)
@@ -120,9 +125,16 @@ class Weights:
         model.load_state_dict(copies, assign=True)
         return model
 
+    def gather_adapter(self, world: World) -> dict[str, Tensor]:
+        """A copy of the average of the LoRA on the host, in the first process. All processes have to ask."""
+        found = {name: gather(mean) for name, mean in self.adapter.items()}
+        return {name: mean.to("cpu", copy=True) for name, mean in found.items()} if world.first else {}
+
     @torch.no_grad()
-    def restore(self, ema: FiT) -> None:
-        """Take over an EMA; the weights were read in place."""
+    def restore(self, ema: FiT, adapter: Mapping[str, Tensor] | None = None) -> None:
+        """Take over an EMA, and that of a LoRA; the weights were read in place."""
+        for name, mean in self.adapter.items():
+            local(mean).copy_(part((adapter or {})[name], mean))
         for mine, gathered in zip(self.ema.parameters(), ema.parameters(), strict=True):
             local(mine).copy_(part(gathered, mine))
         if self.model is not self.master:
