@@ -33,3 +33,11 @@ def test_accuracy_is_left_out_where_names_do_not_meet():
     same = figures(real_as_made := {"dinov2": features(60, 1)}, real, shown, shown)["dinov2"]
     assert same["top 1"].value == same["top 5"].value == 1
     assert len(real_as_made["dinov2"]) == 60
+
+
+def test_pictures_of_what_no_real_one_shows_do_not_count():
+    real = features(60, 1)
+    shown = ["fox", "owl", "cat"] * 20
+    asked = [*shown[:30], *["newt"] * 30]
+    found = figures({"dinov2": real}, {"dinov2": RealFeatures(real)}, asked, shown)["dinov2"]
+    assert found["top 1"].value == found["top 5"].value == 1

@@ -77,6 +77,6 @@ class TrainingJudge:
         real, shown = self.real[size], shown_by(reference.about, pipeline)
         values = {f"judge/FD_{size_name(size)}": frechet(Moments.of(features), real.moments)}
         if {*asked} & {*shown} and len({*shown}) > 1:
-            right = accuracy(nearest_names(features, real.features, shown), asked)
+            right = accuracy(nearest_names(features, real.features, shown), asked, shown)
             values[f"judge/top_5_{size_name(size)}"] = right["top 5"].value
         return values

@@ -36,7 +36,7 @@ def figures(
 
     `asked` is what each picture was to show, `shown` what each real one does. Where they speak of the same
     things, top 1 is the share of pictures whose nearest real one shows it, top 5 that of pictures which have
-    it among the five nearest things.
+    it among the five nearest things: of those whose thing some real one shows.
     """
     found: dict[str, dict[str, Figure]] = {}
     for name, features in made.items():
@@ -49,7 +49,7 @@ def figures(
             )
     for network, its in found.items():
         if network != "inception" and {*asked} & {*shown} and len({*shown}) > 1:
-            its |= accuracy(nearest_names(made[network], real[network].features, shown), asked)
+            its |= accuracy(nearest_names(made[network], real[network].features, shown), asked, shown)
     return found
 
 
@@ -78,13 +78,19 @@ def _of_features(made: Tensor, real: RealFeatures, network: str, part: str) -> d
     return with_errors(some, len(made))
 
 
-def accuracy(nearest: Sequence[Sequence[str]], asked: Sequence[str]) -> dict[str, Figure]:
-    """The shares of pictures whose first, and first five, nearest names hold the one asked for."""
-    pairs = list(zip(nearest, asked, strict=True))
+def accuracy(
+    nearest: Sequence[Sequence[str]], asked: Sequence[str], shown: Sequence[str]
+) -> dict[str, Figure]:
+    """The shares of pictures whose first, and first five, nearest names hold the one asked for.
+
+    Of those that could be recognised: what no real picture shows is the nearest of none. Some must be.
+    """
+    known = {*shown}
+    pairs = [(names, name) for names, name in zip(nearest, asked, strict=True) if name in known]
     top_1 = torch.tensor([names[0] == name for names, name in pairs]).double()
     top_5 = torch.tensor([name in names for names, name in pairs]).double()
 
     def shares(kept: Tensor) -> dict[str, float]:
         return {"top 1": float(top_1[kept].mean()), "top 5": float(top_5[kept].mean())}
 
-    return with_errors(shares, len(asked))
+    return with_errors(shares, len(pairs))
