@@ -37,6 +37,13 @@ def contact_sheet(rows: Sequence[Sequence[Captioned]], title: str = "", zoom: in
     return sheet
 
 
+HELD_OUT = {
+    "validation": ("held-out images, the EMA model", "#d95f0e"),
+    "validation_jump": ("the same, steps to the data", "#7570b3"),
+    "validation_early": ("the same, its early head", "#1b9e77"),
+}
+
+
 def loss_curve(lines: Sequence[dict[str, Any]], out: Path, title: str) -> None:
     """Plot `loss` and `validation` of the lines of a log against `step`."""
     from matplotlib.figure import Figure
@@ -50,20 +57,15 @@ def loss_curve(lines: Sequence[dict[str, Any]], out: Path, title: str) -> None:
         window = max(1, len(losses) // 40)
         means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
         axes.plot(steps, means, color="#08519c", label=f"training, mean of the last {window}")
-    held_out = [(line["step"], line["validation"]) for line in lines if "validation" in line]
-    if held_out:
-        axes.plot(
-            *zip(*held_out, strict=True),
-            "o-",
-            color="#d95f0e",
-            markersize=3,
-            label="held-out images, the EMA model",
-        )
+    held_out = {name: [(line["step"], line[name]) for line in lines if name in line] for name in HELD_OUT}
+    for (name, (label, color)), points in zip(HELD_OUT.items(), held_out.values(), strict=True):
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, label=label)
     axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:.2g}")
     axes.grid(alpha=0.3, which="both")
-    if train or held_out:
+    if train or any(held_out.values()):
         axes.legend()
     with atomic_file(out) as partial:
         figure.savefig(partial, dpi=120)

@@ -222,6 +222,17 @@ def test_the_loss_weighs_easy_and_hard_times_alike_and_reports_the_error():
     torch.testing.assert_close(loss.total_B, (1 + error_B / SOFTENING).log())
 
 
+def test_held_out_errors_are_of_the_flow_and_of_steps_to_the_data():
+    objective, model = AnyStep(), model_of()
+    found = objective.held_out_errors(model, sample_of(target_B=None), CONDITION)
+    flow = objective.loss(model, sample_of(target_B=T), CONDITION).error_B
+    jumps = objective.loss(model, sample_of(target_B=torch.ones_like(T)), CONDITION).error_B
+    assert found.keys() == {"validation", "validation_jump"}
+    assert torch.equal(found["validation"], flow)
+    assert torch.equal(found["validation_jump"], jumps)
+    assert not torch.equal(flow, jumps)
+
+
 def test_nothing_is_learned_through_what_is_asked_of_it():
     model = randomized(FiT(**asdict(ARCHITECTURE)))
     target_TC = AnyStep(training=Training()).mean_velocity(model, sample_of(), CONDITION)

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import together
+from conftest import held_out_set, together
 from fitv2.checkpoint import load_model, save_model
 from fitv2.config import Encoding, Guidance, Rope
 from fitv2.data.dataset import TokenDataset
@@ -234,3 +235,21 @@ def test_any_steps_are_learned_in_other_ways_too(tokens, flow, tmp_path, how):
     trained, given = load_model(tmp_path / "run")[0], load_model(flow)[0]
     pairs = zip(trained.parameters(), given.parameters(), strict=True)
     assert any(not torch.equal(one, other) for one, other in pairs)
+
+
+def test_held_out_pictures_are_judged_by_all_that_a_model_says(folder, tmp_path):
+    """An early head, and the steps of an any-step model, beside the model itself."""
+    data = held_out_set(folder, tmp_path)
+    quick = settings(steps=2, validate_every=1)
+    headed = replace(quick, model=replace(DEBUG.model, depth=3, prediction="velocity", early_head=1))
+    train(headed, data, tmp_path / "headed")
+    plain = replace(headed, model=replace(headed.model, early_head=0))
+    train(plain, data, tmp_path / "flow")
+    train(any_step(steps=2, validate_every=1), data, tmp_path / "jumps", init=str(tmp_path / "flow"))
+    for run, more in (("headed", "validation_early"), ("flow", None), ("jumps", "validation_jump")):
+        lines = [line for line in read_log(tmp_path / run / "log.jsonl") if "validation" in line]
+        assert len(lines) == 2
+        names = {name for name in lines[0] if name.startswith("validation") and "by_time" not in name}
+        assert names == {"validation", more} - {None}
+        assert all(math.isfinite(line[name]) for line in lines for name in names)
+        assert (tmp_path / run / "loss.png").stat().st_size > 10_000

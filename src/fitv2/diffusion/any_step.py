@@ -76,12 +76,20 @@ class AnyStep(Flow):
 
     def loss(self, model: Model, sample: NoisySample, condition: Condition) -> Loss:
         """log(1 + error/SOFTENING) of each image's squared error, which is reported."""
-        if sample.target_B is None:  # of validation
+        if sample.target_B is None:  # nobody drew a step: the flow's
             sample = replace(sample, target_B=sample.t_B)
         target_TC = self.mean_velocity(model, sample, condition)
         output_TC = model(sample.x_TC, sample.layout, sample.t_B, condition, target_B=sample.target_B)
         error_B = sample.mean((output_TC.to(target_TC.dtype) - target_TC).square().mean(1))
         return Loss((error_B / SOFTENING).log1p(), error_B)
+
+    def held_out_errors(self, model: Model, sample: NoisySample, condition: Condition) -> dict[str, Tensor]:
+        """The error of the flow in it, and of the longest steps: from each image's time to the data."""
+        ends = {"validation": sample.t_B, "validation_jump": torch.ones_like(sample.t_B)}
+        return {
+            name: self.loss(model, replace(sample, target_B=end_B), condition).error_B
+            for name, end_B in ends.items()
+        }
 
     @torch.no_grad()
     def mean_velocity(self, model: Model, sample: NoisySample, condition: Condition) -> Tensor:

@@ -61,6 +61,10 @@ class DDPM:
         error_B = self.error(model(sample.x_TC, sample.layout, sample.t_B, condition), sample)
         return Loss(error_B, error_B)
 
+    def held_out_errors(self, model: Model, sample: NoisySample, condition: Condition) -> dict[str, Tensor]:
+        """As the loss."""
+        return {"validation": self.loss(model, sample, condition).error_B}
+
     def error(self, output_TC: Tensor, sample: NoisySample) -> Tensor:
         """Squared error of the noise, plus the variational bound in bits for the variance alone, (B,).
 

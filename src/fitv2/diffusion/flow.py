@@ -219,17 +219,33 @@ class Flow:
 
         The early head's is that of internal guidance (arXiv 2512.24176).
         """
-        inputs = sample.x_TC, sample.layout, sample.t_B, condition
-        if self.early_weight:
-            output_TC, early_TC = model(*inputs, early=True)
-        else:
-            output_TC = model(*inputs)
+        output_TC, early_TC = self._outputs(model, sample, condition)
         total_B = error_B = self.squared_error(output_TC, sample)
         if self.direction_weight:
             total_B = total_B + self.direction_weight * self.direction_error(output_TC, sample)
-        if self.early_weight:
+        if early_TC is not None:
             total_B = total_B + self.early_weight * self.squared_error(early_TC, sample)
         return Loss(total_B, error_B)
+
+    def held_out_errors(self, model: Model, sample: NoisySample, condition: Condition) -> dict[str, Tensor]:
+        """The squared error; and that of an early head."""
+        output_TC, early_TC = self._outputs(model, sample, condition)
+        errors = {"validation": self.squared_error(output_TC, sample)}
+        return (
+            errors
+            if early_TC is None
+            else errors | {"validation_early": self.squared_error(early_TC, sample)}
+        )
+
+    def _outputs(
+        self, model: Model, sample: NoisySample, condition: Condition
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the model says, and its early head where that is trained."""
+        inputs = sample.x_TC, sample.layout, sample.t_B, condition
+        if self.early_weight:
+            output_TC, early_TC = model(*inputs, early=True)
+            return output_TC, early_TC
+        return model(*inputs), None
 
     def squared_error(self, output_TC: Tensor, sample: NoisySample) -> Tensor:
         """Mean over each image's tokens and channels of the weighted squared error, (B,)."""

@@ -38,6 +38,9 @@ class Objective(Protocol):
     def loss(self, model: Model, sample: NoisySample, condition: Condition) -> Loss:
         """The loss of each image. It may call the model as often as it needs."""
 
+    def held_out_errors(self, model: Model, sample: NoisySample, condition: Condition) -> dict[str, Tensor]:
+        """The error of each held-out image, by what it is the error of; "validation" is that of the model."""
+
     def generate(
         self,
         output: Output,

@@ -22,10 +22,10 @@ class ByTime:
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, BINS, device=device)
 
-    def add(self, progress_B: Tensor, loss_B: Tensor) -> None:
-        """Images so far from noise (0) to data (1), and their losses."""
+    def add(self, progress_B: Tensor, loss_B: Tensor, counts: bool = True) -> None:
+        """Images so far from noise (0) to data (1), and their losses; none if they do not count."""
         bin_B = (progress_B * BINS).long().clamp(0, BINS - 1)
-        values = torch.stack([loss_B, torch.ones_like(loss_B)]).to(self.sums.dtype)
+        values = counts * torch.stack([loss_B, torch.ones_like(loss_B)]).to(self.sums.dtype)
         self.sums.index_add_(1, bin_B, values)
 
     def means(self, name: str) -> dict[str, float]:

@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -318,18 +319,21 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The EMA model's loss on held-out images with fixed times and noise, also by time.
+        """The EMA model's errors on held-out images with fixed times and noise, also by time.
 
         Nothing if there are no such images. The processes share them.
         """
-        losses = ByTime(self.device)
+        sums: dict[str, ByTime] = defaultdict(lambda: ByTime(self.device))
         for sample, condition, counts in self.held_out:
             sample = sample.to(self.device)
-            loss = self.objective.loss(self.weights.ema, sample, condition.to(self.device))
-            if counts:
-                losses.add(self.objective.progress(sample.t_B), loss.error_B)
-        self.world.add_up(losses.sums)
-        return losses.means("validation")
+            errors = self.objective.held_out_errors(self.weights.ema, sample, condition.to(self.device))
+            for name, error_B in errors.items():
+                sums[name].add(self.objective.progress(sample.t_B), error_B, counts)
+        values: dict[str, float] = {}
+        for name, its in sums.items():  # as many in every process
+            self.world.add_up(its.sums)
+            values |= its.means(name)
+        return values
 
     def draw(self) -> None:
         """A sheet of samples at several sizes from fixed seeds."""
