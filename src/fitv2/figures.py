@@ -58,7 +58,8 @@ def loss_curve(lines: Sequence[dict[str, Any]], out: Path, title: str) -> None:
         means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
         axes.plot(steps, means, color="#08519c", label=f"training, mean of the last {window}")
     held_out = {name: [(line["step"], line[name]) for line in lines if name in line] for name in HELD_OUT}
-    for (name, (label, color)), points in zip(HELD_OUT.items(), held_out.values(), strict=True):
+    for name, points in held_out.items():
+        label, color = HELD_OUT[name]
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, label=label)
     axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")

@@ -224,7 +224,7 @@ def test_the_loss_weighs_easy_and_hard_times_alike_and_reports_the_error():
 
 def test_held_out_errors_are_of_the_flow_and_of_steps_to_the_data():
     objective, model = AnyStep(), model_of()
-    found = objective.held_out_errors(model, sample_of(target_B=None), CONDITION)
+    found = objective.held_out_errors(model, replace(sample_of(), target_B=None), CONDITION)
     flow = objective.loss(model, sample_of(target_B=T), CONDITION).error_B
     jumps = objective.loss(model, sample_of(target_B=torch.ones_like(T)), CONDITION).error_B
     assert found.keys() == {"validation", "validation_jump"}

@@ -231,11 +231,9 @@ class Flow:
         """The squared error; and that of an early head."""
         output_TC, early_TC = self._outputs(model, sample, condition)
         errors = {"validation": self.squared_error(output_TC, sample)}
-        return (
-            errors
-            if early_TC is None
-            else errors | {"validation_early": self.squared_error(early_TC, sample)}
-        )
+        if early_TC is not None:
+            errors["validation_early"] = self.squared_error(early_TC, sample)
+        return errors
 
     def _outputs(
         self, model: Model, sample: NoisySample, condition: Condition
