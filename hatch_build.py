@@ -18,7 +18,7 @@ class Metadata(MetadataHookInterface):
     def update(self, metadata: dict[str, Any]) -> None:
         """Fill in what pyproject.toml calls dynamic."""
         root, text = Path(self.root), (Path(self.root) / "README.md").read_text(encoding="utf-8")
-        address = os.environ.get(ADDRESS, "") or origin(root)
+        address = os.environ.get(ADDRESS, "").rstrip("/").removesuffix(".git") or origin(root)
         metadata["urls"] = addresses(address) if address else {}
         text = absolute(text, address) if address else text
         metadata["readme"] = {"content-type": "text/markdown", "text": text}
@@ -33,7 +33,8 @@ def origin(root: Path) -> str:
         found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # no git
         return ""
-    found = re.sub(r"^(?:ssh://)?git@([^:/]+)[:/]", r"https://\1/", found).removesuffix(".git")
+    found = re.sub(r"^(?:ssh://git@([^:/]+)(?::\d+)?/|git@([^:/]+):)", r"https://\1\2/", found)
+    found = found.removesuffix(".git")
     return found if re.fullmatch(r"https://[\w.-]+(/[\w.-]+)+", found) else ""
 
 

@@ -60,6 +60,7 @@ def test_an_sdist_builds_and_so_does_the_wheel_of_it(tmp_path):
         ("https://example.org/a/fitv2.git", "https://example.org/a/fitv2"),
         ("git@example.org:a/fitv2.git", "https://example.org/a/fitv2"),
         ("ssh://git@example.org/a/fitv2", "https://example.org/a/fitv2"),
+        ("ssh://git@example.org:2222/a/fitv2.git", "https://example.org/a/fitv2"),
         ("/home/someone/fitv2", ""),
         ("https://user:secret@example.org/a/fitv2", ""),
     ],

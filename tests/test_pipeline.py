@@ -244,6 +244,16 @@ def test_each_step_is_told_and_can_end_the_making(pipe):
     assert told == [(True, 0, 0.25, shapes), (True, 1, 0.5, shapes), (True, 2, 0.75, shapes)]
 
 
+@pytest.mark.parametrize("solver", ["euler-maruyama", "stochastic-heun", "heun", "ab2", "dpm++"])
+def test_as_many_steps_are_told_as_were_asked_for(pipe, solver):
+    shares = []
+    tell = {"callback_on_step_end": lambda *a: shares.append(a[2]), "progress": lambda _: None}
+    pipe(1, 8, 8, generator=seeds(1), sampling=Sampling(solver, steps=4), **tell)
+    assert len(shares) == 4
+    assert shares == sorted(set(shares))
+    assert shares[-1] == 1
+
+
 def test_what_a_callback_changes_goes_on(pipe):
     """Two images whose tokens are exchanged three times become each other."""
 
@@ -255,6 +265,20 @@ def test_what_a_callback_changes_goes_on(pipe):
     swapped = pipe([1, 1], 8, 8, callback_on_step_end=swap, **given | {"generator": seeds(2)}).images
     assert [image.tobytes() for image in swapped] == [image.tobytes() for image in plain[::-1]]
 
+    def swap_in_place(_pipe, _step, _share, tensors):
+        first, second = tensors["latents"]
+        held = first.clone()
+        first.copy_(second)
+        second.copy_(held)
+
+    again = pipe([1, 1], 8, 8, callback_on_step_end=swap_in_place, **given | {"generator": seeds(2)}).images
+    assert [image.tobytes() for image in again] == [image.tobytes() for image in swapped]
+    looked = pipe([1, 1], 8, 8, callback_on_step_end=lambda *a: a[3], generator=seeds(2), **QUICK).images
+    plain = pipe([1, 1], 8, 8, generator=seeds(2), **QUICK).images
+    assert [image.tobytes() for image in looked] == [image.tobytes() for image in plain]
+
+    with pytest.raises(UserError, match="`callback_on_step_end` gave a list, not a dictionary"):
+        pipe([1, 1], 8, 8, callback_on_step_end=lambda *a: [1], **given)
     with pytest.raises(UserError, match="there are 1 `latents` for 2 images"):
         pipe([1, 1], 8, 8, callback_on_step_end=lambda *a: {"latents": a[3]["latents"][:1]}, **given)
     with pytest.raises(UserError, match=r"`latents` are \(2, 1, 48\); this image takes"):

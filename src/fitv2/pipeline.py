@@ -272,7 +272,8 @@ class FiTPipeline(DiffusionPipeline):
             progress: called with the share done [default: a bar].
             callback_on_step_end: called as diffusers does, with the pipeline, the number of the step, the
                 share done, and {"latents": tokens (rows, columns, channels per token) of each image that is
-                being made}. It may give such a dictionary with others, and what it raises ends the making.
+                being made}. They may be changed, or others be given in such a dictionary; what it raises ends
+                the making. An image that grows is first made at a smaller size.
             callback_on_step_end_tensor_inputs: "latents", all that there is.
             watch: called at every evaluation with the number of the first image of those that are being made,
                 and a function that gives what they look like so far. What it raises ends the making.
@@ -378,7 +379,9 @@ class FiTPipeline(DiffusionPipeline):
         """
         if not isinstance(source, dict):
             options = {"weight_name": LORA} | options
-            source = str(source) if _is_hub_name(source) else str(_with_lora(source, options["weight_name"]))
+            if not (_is_hub_name(source) or "subfolder" in options):
+                source = _with_lora(source, options["weight_name"])
+            source = str(source)
         adaptable(self.transformer)
         self.transformer.load_lora_adapter(source, prefix=None, adapter_name=adapter_name, **options)
 
@@ -480,6 +483,8 @@ class _Progress:
         """Call the caller after a step; the tokens that go on, where it gives some."""
         changed = self.on_step_end(self.pipeline, self.step, self.share, {"latents": latents})
         self.step += 1
+        if changed is not None and not isinstance(changed, dict):
+            raise UserError(f"`callback_on_step_end` gave a {type(changed).__name__}, not a dictionary")
         return None if changed is None else changed.get("latents")
 
     def __exit__(self, *_: Any) -> None:

@@ -89,6 +89,19 @@ def test_what_a_step_is_changed_to_goes_on(name):
     assert added[-1] == 1
 
 
+def test_ab2_forgets_the_slope_of_where_it_was():
+    """dx/dt = −x, put to 5 halfway: still of order 2."""
+    errors = []
+    for steps in (16, 32, 64):
+        end = adams_bashforth(
+            lambda x, _: -x, torch.ones(1, dtype=torch.double), torch.linspace(0, 1, steps + 1).double(),
+            lambda done, x: torch.full_like(x, 5.0) if done == 0.5 else x,
+        )  # fmt: skip
+        errors.append(abs(end.item() - 5 * math.exp(-0.5)))
+    assert errors[0] / errors[1] > 3.5
+    assert errors[1] / errors[2] > 3.5
+
+
 def test_an_adaptive_solver_goes_on_from_where_it_was_put():
     """dx/dt = −x, put back to 1 after its first step: that step's time is lost."""
     lost = []

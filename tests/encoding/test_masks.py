@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from unicodedata import normalize
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +19,10 @@ from fitv2.data.dataset import Steps, TokenDataset, open_card, verify_files
 from fitv2.data.packing import Step
 from fitv2.data.storage import Store
 from fitv2.diffusion.flow import Flow
+from fitv2.encoding import images
 from fitv2.encoding.encode import encode
 from fitv2.encoding.kinds import open_source
+from fitv2.encoding.manifest import list_images
 from fitv2.errors import UserError
 from fitv2.training.noising import Draws
 from fitv2.training.validation import HeldOut
@@ -37,6 +40,8 @@ def png(array):
 
 
 PICTURE, MASK = encoded_picture(64, 32), png(LEFT)
+CLEAR = np.full((32, 64, 4), 255, np.uint8)
+CLEAR[..., 3] = 0  # white, but one sees through it
 
 
 def fill(folder, files):
@@ -86,6 +91,7 @@ def test_masks_lie_where_people_put_them(kind, tmp_path):
     dataset = TokenDataset(out)
     assert dataset.card.pictures == {"train": 3}
     assert any("mask" in line for line in report.summary)
+    assert (out / "skipped.jsonl").read_text() == ""
     assert dataset.masked.tolist() == [True, True, False, False, True, True]
     found = [one.unflatten(0, (2, 4)) * 255 for one in dataset.learned(np.arange(6)).split(8)]
     expected = torch.tensor(TOKENS)
@@ -93,6 +99,116 @@ def test_masks_lie_where_people_put_them(kind, tmp_path):
         assert torch.equal(found[place].round(), torch.zeros(2, 4) + mask)  # the second of each is mirrored
     assert dataset.learned(np.array([2, 3])) is None
     verify_files(Store(out), open_card(Store(out)))
+
+
+def named(folder, *masks, pictures=("1.png", "2.png"), column="mask", lines=()):
+    """Whether each picture of a folder has a mask; `lines` are metadata, as (picture, mask)."""
+    files = dict.fromkeys(pictures, PICTURE) | dict.fromkeys(masks, MASK)
+    if lines:
+        said = [{"file_name": name} | ({"mask_file_name": mask} if mask else {}) for name, mask in lines]
+        files["metadata.jsonl"] = "\n".join(map(json.dumps, said)).encode()
+    manifest = list_images(open_source(str(fill(folder, files)), mask_column=column))
+    assert not manifest.others
+    found = [manifest.picture(row) for row in range(manifest.table.num_rows)]
+    return {picture.source: bool(picture.mask) for picture in found}
+
+
+@pytest.mark.parametrize("mask", [
+    "1.mask.png", "1_mask.png", "1-mask.png", "1_Mask.jpg", "mask/1.png", "masks/1.webp", "Masks/1.png",
+])  # fmt: skip
+def test_files_of_masks_are_named_in_many_ways(mask, tmp_path):
+    assert named(tmp_path, mask) == {"1.png": True, "2.png": False}
+
+
+@pytest.mark.parametrize("mask", ["masks/a/1.png", "images/a/1_mask.png", "images/masks/a/1.png"])
+def test_so_are_those_of_pictures_in_folders(mask, tmp_path):
+    pictures = ("images/a/1.png", "images/a/2.png")
+    assert named(tmp_path, mask, pictures=pictures) == dict(zip(pictures, (True, False), strict=True))
+
+
+def test_one_mask_may_be_of_two_pictures_and_spelled_otherwise(tmp_path):
+    composed, apart = normalize("NFC", "é"), normalize("NFD", "é")
+    pictures = ("1.png", "1.jpg", f"{apart}.png")
+    found = named(tmp_path / "a", "1.mask.png", f"{composed}.mask.png", pictures=pictures)
+    assert found == dict.fromkeys(pictures, True)
+    lines = [(f"{composed}.png", f"m/{composed}.png"), ("1.png", f"m/{composed}.png"), ("1.png", "")]
+    pictures = ("1.png", f"{apart}.png")
+    found = named(tmp_path / "b", f"m/{apart}.png", pictures=pictures, lines=lines)
+    assert found == dict.fromkeys(pictures, True)
+
+
+def test_what_metadata_names_as_another_image_is_no_picture_without_the_option_either(tmp_path):
+    found = named(tmp_path, "m/one.png", column=None, lines=[("1.png", "m/one.png"), ("2.png", "")])
+    assert found == {"1.png": False, "2.png": False}
+
+
+def test_two_masks_of_a_picture_and_none_at_all_are_refused(tmp_path):
+    with pytest.raises(UserError, match="names two masks of 1"):
+        named(tmp_path / "a", "m/1.png", "m/2.png", lines=[("1.png", "m/1.png"), ("1.png", "m/2.png")])
+    with pytest.raises(UserError, match="has no mask of any image for `mask_column` mask"):
+        named(tmp_path / "b")
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_masks_outside_of_the_collection_are_missing(relative, tmp_path):
+    (tmp_path / "outside.png").write_bytes(MASK)
+    outside = "../outside.png" if relative else str(tmp_path / "outside.png")
+    line = json.dumps({"file_name": "1.png", "mask_file_name": outside}).encode()
+    files = {"1.png": PICTURE, "2.png": PICTURE, "2.mask.png": MASK, "metadata.jsonl": line}
+    encode(fill(tmp_path / "source", files), tmp_path / "set", Encoding(mask_column="mask"), workers=0)
+    (first,) = map(json.loads, (tmp_path / "set" / "skipped.jsonl").read_text().splitlines())
+    assert first["reason"].endswith("outside.png is missing")
+
+
+def test_masks_of_zeros_and_ones_are_meant_as_black_and_white(tmp_path):
+    files = {"x/1.png": PICTURE, "x/1.mask.png": png((LEFT > 0).astype(np.uint8))}
+    encode(fill(tmp_path / "source", files), tmp_path / "set", Encoding(mask_column="mask"), workers=0)
+    found = TokenDataset(tmp_path / "set").learned(np.array([0])) * 255
+    assert found.round().tolist() == np.array(TOKENS).flatten().tolist()
+
+
+def test_a_large_picture_waits_once_for_it_and_its_mask(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "LARGE", 100)
+    encode(beside(tmp_path / "source"), tmp_path / "set", Encoding(mask_column="mask"), workers=0)
+    assert TokenDataset(tmp_path / "set").masked.sum() == 4
+
+
+def test_views_without_anything_to_learn_are_left_out(tmp_path):
+    """A point that is seen at many tokens and not at one; and a border that the square does not have."""
+    point = np.zeros((160, 320), np.uint8)
+    point[:8, :8] = 255
+    files = {"x/1.png": encoded_picture(320, 160), "x/1.mask.png": png(point)}
+    source = fill(tmp_path / "source", files)
+    for limits in ((1, 100), (100, 1)):
+        out = tmp_path / f"set{limits[0]}"
+        encode(source, out, Encoding(max_tokens=limits, mask_column="mask", mirror=False), workers=0)
+        dataset = TokenDataset(out)
+        assert len(dataset.sizes) == len(dataset.first_rows) == 1
+        assert dataset.lengths[0] > 50
+    square = Encoding(max_tokens=(16,), preprocess="square", mask_column="mask")
+    with pytest.raises(UserError, match="black where it is stored"):
+        encode(source, tmp_path / "square", square, workers=0)
+
+
+def test_what_another_version_began_is_done_again(tmp_path, monkeypatch):
+    source = fill(tmp_path / "source", {f"x/{i}.png": PICTURE for i in range(4)})
+    out, settings = tmp_path / "set", Encoding(shard_size=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fitv2.encoding.encode.finish", interrupt)
+        encode(source, out, settings, workers=0)
+    notes = sorted((out / ".encode").glob("train-0000*.json"))
+    assert len(notes) == 2
+    for note in notes:
+        said = json.loads(note.read_text())
+        del said["format"]
+        note.write_text(json.dumps(said))
+    (out / "train-00000.arrow").write_bytes((out / "train-00000.arrow").read_bytes()[::-1])
+    encode(source, out, settings, workers=0)
+    verify_files(Store(out), open_card(Store(out)))
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_without_the_option_masks_are_no_masks(tmp_path):
@@ -118,10 +234,13 @@ def test_views_are_masked_as_they_are_resized_and_cropped(tmp_path):
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [
-        (png(LEFT[:16]), "its mask has 64x16 pixels, not 64x32"),
-        (png(np.zeros((32, 64), np.uint8)), "its mask is black: nothing of it is learned"),
-        (b"nothing", "its mask: not an image that can be read"),
+        (png(LEFT[:16]), "its mask cannot be used: it has 64x16 pixels, not 64x32"),
+        (png(LEFT.T), "its mask cannot be used: it has 32x64 pixels, not 64x32"),
+        (png(np.zeros((32, 64), np.uint8)), "its mask is black where it is stored: nothing of it is learned"),
+        (png(CLEAR), "its mask is black where it is stored: nothing of it is learned"),
+        (b"nothing", "its mask cannot be used: not an image that can be read"),
     ],
+    ids=["lower", "on its side", "black", "transparent", "none"],
 )
 def test_a_mask_that_does_not_fit_is_said(mask, reason, tmp_path):
     source = fill(tmp_path / "source", {"x/1.png": PICTURE, "x/2.png": PICTURE, "x/2.mask.png": mask})
@@ -134,7 +253,7 @@ def test_a_mask_that_is_not_there_is_said(tmp_path):
     line = b'{"file_name": "1.png", "mask_file_name": "m/../gone.png"}\n{"file_name": "2.png"}'
     source = fill(tmp_path / "source", {"1.png": PICTURE, "2.png": PICTURE, "metadata.jsonl": line})
     encode(source, tmp_path / "set", Encoding(mask_column="mask"), workers=0)
-    first = json.loads((tmp_path / "set" / "skipped.jsonl").read_text().splitlines()[-1])
+    (first,) = map(json.loads, (tmp_path / "set" / "skipped.jsonl").read_text().splitlines())
     assert first == {"source": "1.png", "reason": "its mask gone.png is missing"}
 
 

@@ -125,10 +125,11 @@ class TokenDataset:
             return [""] * len(rows)
         return self._captions.take(pa.array(np.asarray(rows))).to_pylist()
 
-    def learned(self, rows: np.ndarray) -> Tensor | None:
+    def learned(self, rows: Sequence[int] | np.ndarray) -> Tensor | None:
         """How much of each token of these rows is learned, (T,) from 0 to 1; None where all of all is."""
         import pyarrow as pa
 
+        rows = np.asarray(rows)
         if not self.masked[rows].any():
             return None
         learned = np.full(self.lengths[rows].sum(), 255, np.uint8)

@@ -275,7 +275,10 @@ def index_schema(form: int = FORMAT) -> Any:
         pa.uint8(),
         pa.uint8(),
     )  # crop as a byte: numpy reads no bits
-    return pa.schema([*zip(INDEXED, kinds, strict=True), *added(form).items()])
+    more = added(form)
+    if "mask" in more:
+        more["mask"] = pa.large_list(pa.uint8())  # of a whole split
+    return pa.schema([*zip(INDEXED, kinds, strict=True), *more.items()])
 
 
 def write_index(path: Path, index: Any, scratch: Path | None) -> File:

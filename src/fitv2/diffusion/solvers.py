@@ -12,13 +12,19 @@ import torch
 from torch import Tensor
 
 Velocity = Callable[..., Tensor]  # (x, t) → dx/dt, of the shape of x
-# Called after a step with the share of the way that is done, 0 to 1, and x; what it returns goes on.
+# Called after a step with the share of the way that is done, 0 to 1, and x. What it returns goes on: x
+# itself, or another tensor where it is to be changed.
 OnStep = Callable[[float, Tensor], Tensor]
 
 
 def no_change(_: float, x: Tensor) -> Tensor:
     """What is called after a step where nobody asks."""
     return x
+
+
+def part_of(on_step: OnStep, share: float) -> OnStep:
+    """What is called after the steps of the first `share` of a way."""
+    return lambda done, x: on_step(share * done, x)
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,8 @@ def adams_bashforth(velocity: Velocity, x: Tensor, times: Tensor, on_step: OnSte
     for i, (t, dt) in enumerate(zip(times[:-1], times.diff(), strict=True), 1):
         slope = velocity(x, t)
         x = x + dt * (slope if before is None else slope + dt / (2 * length) * (slope - before))
-        before, length = slope, dt
-        x = on_step(i / (len(times) - 1), x)
+        seen = on_step(i / (len(times) - 1), x)
+        before, length, x = (slope if seen is x else None), dt, seen  # the slope before is of another place
     return x
 
 
@@ -169,7 +175,7 @@ def adaptive(
         x, slope = torch.where(keep, x_next, x), torch.where(keep, next_slope, slope)
         step = step * (0.9 * error.clamp_min(1e-10) ** (-1 / method.order)).clamp(0.2, 10.0)
         done = (t - start) / (stop - start)
-        seen = on_step(float(done.min()), x)
+        seen = on_step(float(done.min()), x) if bool(accepted.any()) else x
         if bool((done == 1).all()):
             return seen
         if seen is not x:

@@ -15,7 +15,7 @@ from fitv2.diffusion import solvers
 from fitv2.diffusion.noise import draw_noise
 from fitv2.diffusion.paths import Path, diffusion
 from fitv2.diffusion.scheduled import SCHEDULERS, follow_scheduler, scheduler_named
-from fitv2.diffusion.solvers import OnStep, Velocity, no_change
+from fitv2.diffusion.solvers import OnStep, Velocity, no_change, part_of
 from fitv2.errors import UserError, nearest
 from fitv2.tokens import Layout
 
@@ -93,7 +93,8 @@ def transport(
     times = times_between(start, stop, steps, sampling.shift).to(x_TC.device)
     if not flow.ends_early:
         return solve(velocity, x_TC, times, on_step)
-    x_TC = solve(velocity, x_TC, times[:-1], on_step) if steps > 1 else x_TC
+    before = part_of(on_step, (steps - 1) / steps)
+    x_TC = solve(velocity, x_TC, times[:-1], before) if steps > 1 else x_TC
     return solvers.fixed(solvers.EULER, velocity, x_TC, times[-2:], on_step)
 
 
@@ -178,10 +179,10 @@ def _stochastic(
         if start + size >= stop:
             raise UserError(f"`last_step_size` is {size}; towards noise it must leave room between both ends")
         times = torch.linspace(stop, start + size, steps, device=x_TC.device)
-        x_TC = solve(drift, strength, alpha * x_TC + sigma * draw(), times, draw, on_step)
+        x_TC = solve(drift, strength, alpha * x_TC + sigma * draw(), times, draw)
         return x_TC - size * velocity(x_TC, times[-1])
-    x_TC = solve(drift, strength, x_TC, times, draw, on_step)
-    return _last_step(flow, velocity, drift, layout, x_TC, times[-1], sampling)
+    x_TC = solve(drift, strength, x_TC, times, draw, part_of(on_step, (steps - 1) / steps))
+    return on_step(1.0, _last_step(flow, velocity, drift, layout, x_TC, times[-1], sampling))
 
 
 def stochastic_interval(flow: Field, sampling: Sampling) -> tuple[float, float]:

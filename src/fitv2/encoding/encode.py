@@ -23,7 +23,7 @@ import torch
 from fitv2.autoencoder import Autoencoder, load_autoencoder
 from fitv2.config import Encoding
 from fitv2.data.dataset import open_card
-from fitv2.data.format import CARD, SKIPPED, About, Shard, described, finish, shard_name
+from fitv2.data.format import CARD, FORMAT, SKIPPED, About, Shard, described, finish, shard_name
 from fitv2.data.storage import Store
 from fitv2.encoding.kinds import open_source
 from fitv2.encoding.manifest import Manifest, list_images, load_manifest
@@ -82,12 +82,14 @@ class Job:
     def note_of(self, piece: Piece, checked: bool = False) -> dict[str, Any] | None:
         """What was noted of a shard when it was done: `shard` (None if it has no rows) and `skipped`.
 
-        None if it was not, or its file has another size, or (`checked`) other bytes.
+        None if it was not, or in another format, or its file has another size, or (`checked`) other bytes.
         """
         path, shard = self.out / WORK / f"{piece.name}.json", self.out / piece.name
         if not path.exists():
             return None
         note = read_json(path)
+        if note.get("format") != FORMAT:  # begun by another version
+            return None
         written = note["shard"]
         if written is None:
             return note
@@ -99,7 +101,8 @@ class Job:
         """Write a shard, then the note that it is done."""
         rows, work = shard.rows(), self.out / WORK
         written = asdict(rows.write(self.out / piece.name, self.about, work)) if rows.tokens else None
-        write_json(work / f"{piece.name}.json", {"shard": written, "skipped": shard.skipped}, work)
+        note = {"format": FORMAT, "shard": written, "skipped": shard.skipped}
+        write_json(work / f"{piece.name}.json", note, work)
 
 
 def encode(

@@ -34,6 +34,7 @@ from fitv2.errors import UserError, reading
 from fitv2.text_encoder import caption_of
 
 METADATA = ("metadata.csv", "metadata.jsonl")
+BESIDE = "_file_name"  # ends the name of a column of other images, as the library `datasets` has it
 MOST_BYTES = 512 << 20  # of a file
 MOST_METADATA = 1 << 30
 MOST_CAPTION = 1 << 20
@@ -46,6 +47,7 @@ class Said:
     labels: dict[str, str]
     captions: dict[str, str]
     masks: dict[str, str]  # the name of each one's
+    others: set[str]  # images that are about others: those of all columns such as mask_file_name
     of_labels: bool  # whether any has a column of labels
 
 
@@ -54,7 +56,7 @@ def list_folders(source: Source) -> Listing:
     said = read_metadata(source)
     images = image_files(source)
     read = {*images, *map(caption_file, images)}
-    used = METADATA if said.of_labels or said.captions else ()
+    used = METADATA if said.of_labels or said.captions or said.others else ()
     others = [
         (source.name(path), no_image(path))
         for path in source.files
@@ -83,14 +85,17 @@ def in_folders(source: Source, said: Said | None = None) -> Iterator[ImageRef]:
     The caption of a.png is that of a.txt beside it, or as `said`. Raises UserError when the folders can mean
     two things.
     """
-    said = said or Said({}, {}, {}, of_labels=False)
+    said = said or Said({}, {}, {}, set(), of_labels=False)
     names = {path: readable(source.name(path)) for path in image_files(source)}
     above = {path: tuple(name.split("/")[:-1]) for path, name in names.items()}
     about = about_others(names.values())
     masks = masks_of(names.values(), said, source.mask_column)
-    about |= {mask: f"it is the mask of {name}" for name, mask in masks.items()}
-    paths, taken = {name: os.fsencode(path) for path, name in names.items()}, {*masks.values()}
-    folders = Folders(source.url, (above[path] for path in names if names[path] not in taken))
+    if source.mask_column and not masks:
+        raise UserError(f"{source.url} has no mask of any image for `mask_column` {source.mask_column}")
+    paths = {name: os.fsencode(path) for path, name in names.items()}
+    others = {*masks.values(), *(name for name in paths if normalize("NFC", name) in said.others)}
+    names = {path: name for path, name in names.items() if name not in others}
+    folders = Folders(source.url, (above[path] for path in names))
     for path in sorted(names, key=lambda path: names[path].split("/")):
         name, place = names[path], folders.place(above[path])
         unused, key = place.unused or about.get(name, ""), normalize("NFC", name)
@@ -116,15 +121,39 @@ def in_folders(source: Source, said: Said | None = None) -> Iterator[ImageRef]:
 
 
 def masks_of(names: Iterable[str], said: Said, column: str | None) -> dict[str, str]:
-    """The name of the mask of each image that has one: as `said`, or a.mask.png beside a.png."""
+    """The name of the mask of each image that has one: as `said`, or of a file that is named so.
+
+    Names are compared as NFC, and those of files without regard to capitals.
+    """
     if not column:
         return {}
-    stems = {posixpath.splitext(name)[0]: name for name in names}
+    names = [*names]
+    spelled = {normalize("NFC", name): name for name in names}
+    stems = {stem_of(name).casefold(): name for name in names}
     found = {}
-    for stem, name in stems.items():
-        beside = (stems.get(f"{stem}{join}{column}") for join in "._")
-        found[name] = said.masks.get(normalize("NFC", name)) or next(filter(None, beside), "")
-    return {name: mask for name, mask in found.items() if mask}
+    for name in names:
+        named = said.masks.get(normalize("NFC", name))
+        beside = (stems.get(each.casefold()) for each in mask_names(stem_of(name), column))
+        mask = spelled.get(named, named) if named else next(filter(None, beside), None)
+        if mask and mask != name:
+            found[name] = mask
+    return found
+
+
+def stem_of(name: str) -> str:
+    """The name of a file without its ending, as NFC."""
+    return posixpath.splitext(normalize("NFC", name))[0]
+
+
+def mask_names(stem: str, column: str) -> Iterator[str]:
+    """How the mask of an image may be called: a.mask, a_mask, a-mask; mask/a or masks/a for a or images/a."""
+    yield from (f"{stem}{join}{column}" for join in "._-")
+    parts = stem.split("/")
+    for folder in (column, f"{column}s"):
+        for i in range(len(parts)):
+            yield "/".join([*parts[:i], folder, *parts[i:]])
+            if i < len(parts) - 1:
+                yield "/".join([*parts[:i], folder, *parts[i + 1 :]])
 
 
 def caption_file(path: str) -> str:
@@ -138,7 +167,7 @@ def read_metadata(source: Source) -> Said:
     A column `file_name` names the image from there, as the library `datasets` has it. Raises UserError for
     one that cannot be read, and when columns that were asked for are in none.
     """
-    said = Said({}, {}, {}, of_labels=False)
+    said = Said({}, {}, {}, set(), of_labels=False)
     for path in source.files:
         if posixpath.basename(path) not in METADATA:
             continue
@@ -148,23 +177,19 @@ def read_metadata(source: Source) -> Said:
         columns = list(dict.fromkeys(column for row in rows for column in row))
         label = chosen_column(source, name, columns, source.label_column, LABEL_COLUMNS)
         caption = chosen_column(source, name, columns, source.caption_column, CAPTION_COLUMNS)
-        mask = next(
-            (c for c in (f"{source.mask_column}_file_name", source.mask_column) if c in columns), None
-        )
         if "file_name" not in columns:
             continue
-        places = [posixpath.join(posixpath.dirname(name), str(row.get("file_name") or "")) for row in rows]
-        places = [normalize("NFC", posixpath.normpath(place)) for place in places]
+        places = [beside_metadata(name, str(row.get("file_name") or "")) for row in rows]
         if label:
             said = replace(said, of_labels=True)
             for place, text in zip(places, texts_of(name, label, rows), strict=True):
                 one = said.labels.get(place, text) == text
                 said.labels[place] = text if one else ""  # two labels are none
-        if mask:
-            folder = posixpath.dirname(name)
-            given = [str(row.get(mask) or "") for row in rows]
-            joined = [posixpath.normpath(posixpath.join(folder, text)) if text else "" for text in given]
-            said.masks.update(zip(places, joined, strict=True))
+        for column in (column for column in columns if column.endswith(BESIDE)):
+            given = [beside_metadata(name, row.get(column)) for row in rows]
+            said.others.update(filter(None, given))
+            if column == f"{source.mask_column}{BESIDE}":
+                note_masks(name, said.masks, zip(places, given, strict=True))
         if caption:
             said.captions.update(
                 (p, caption_of(row.get(caption))) for p, row in zip(places, rows, strict=True)
@@ -172,6 +197,20 @@ def read_metadata(source: Source) -> Said:
     if source.label_column and not said.of_labels:
         raise UserError(f"{source.url} has no metadata.csv or metadata.jsonl for `label_column`")
     return said
+
+
+def beside_metadata(name: str, value: Any) -> str:
+    """The name, as NFC, of a file that a metadata file names from where it lies; empty for none."""
+    if not (isinstance(value, str) and value):
+        return ""
+    return normalize("NFC", posixpath.normpath(posixpath.join(posixpath.dirname(name), value)))
+
+
+def note_masks(name: str, masks: dict[str, str], pairs: Iterable[tuple[str, str]]) -> None:
+    """Note the masks of images. Raises UserError for an image that has two."""
+    for place, mask in pairs:
+        if mask and masks.setdefault(place, mask) != mask:
+            raise UserError(f"{name} names two masks of {place}")
 
 
 def chosen_column(

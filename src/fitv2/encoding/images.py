@@ -54,8 +54,16 @@ def resized(width: int, height: int, max_tokens: int, unit: int) -> tuple[int, i
     return columns * unit, rows * unit
 
 
-def load_rgb(source: Path | IO[bytes], hold: Callable[[], object] = lambda: None) -> Image.Image:
+def load_rgb(
+    source: Path | IO[bytes],
+    hold: Callable[[], object] = lambda: None,
+    *,
+    background: str = "white",
+    size: tuple[int, int] | None = None,
+) -> Image.Image:
     """An image as RGB, upright; transparent pixels become white. Raises UnusableImage with the reason.
+
+    One of another size than `size` is refused before it is decoded.
 
     How much memory it takes is known from its header, before it is decoded. A JPEG of more than MOST_BYTES
     is decoded smaller; others are refused. Before one of more than LARGE `hold` is called, which may wait
@@ -66,12 +74,14 @@ def load_rgb(source: Path | IO[bytes], hold: Callable[[], object] = lambda: None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's notes on odd metadata are not ours to pass on
             with Image.open(source, formats=FORMATS) as opened:
+                if size is not None and sorted(opened.size) != sorted(size):
+                    raise UnusableImage(other_size(opened, size))
                 if memory_of(opened) > MOST_BYTES:
                     decode_smaller(opened)
                 if memory_of(opened) > LARGE:
                     hold()
                 ImageOps.exif_transpose(opened, in_place=True)
-                return _on_white(_eight_bits(opened, opened.format))
+                return _on(background, _eight_bits(opened, opened.format))
     except (UnusableImage, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -114,13 +124,28 @@ def _eight_bits(image: Image.Image, form: str | None) -> Image.Image:
     return grey
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _on(background: str, image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         image.load()  # before its file is closed
         return image if image.mode == "RGB" else image.convert("RGB")  # which copies what is RGB
     rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
+
+
+def other_size(image: Image.Image, size: tuple[int, int]) -> str:
+    """What is wrong with an image that has not this size."""
+    return f"it has {image.width}x{image.height} pixels, not {size[0]}x{size[1]}"
+
+
+def load_mask(source: IO[bytes], size: tuple[int, int], hold: Callable[[], object]) -> Image.Image:
+    """The mask of an image of this size, grey: white, or 1 of masks of 0 and 1, is what is learned.
+
+    Raises UnusableImage as `load_rgb` does, and for another size.
+    """
+    mask = load_rgb(source, hold, background="black", size=size).convert("L")
+    if mask.size != size:  # it lies on its side
+        raise UnusableImage(other_size(mask, size))
+    return mask.point(lambda level: 255 * level) if mask.getextrema()[1] == 1 else mask
 
 
 def flexible_resize(image: Image.Image, max_tokens: int, unit: int) -> Image.Image:

@@ -25,13 +25,24 @@ class Kind:
     # Labels, where it says them; images; and where the labels are from, which may be left out.
     list: Callable[[Source], Listing | tuple[tuple[str, ...], Iterable[ImageRef]]]
     read: Callable[[str, ImageRef], bytes]  # the bytes of one image, given the source's URL
+    mask: Callable[[ImageRef], ImageRef] | None = None  # where the mask of an image lies, if any can have one
+
+
+def mask_in_row(picture: ImageRef) -> ImageRef:
+    """The mask of an image of a table: another column of its row."""
+    return picture._replace(detail=picture.mask.decode())
+
+
+def mask_in_file(picture: ImageRef) -> ImageRef:
+    """The mask of an image that is a file: another file."""
+    return picture._replace(path=picture.mask)
 
 
 KINDS = {
-    "parquet": Kind((".parquet",), list_parquet, parquet_row),
+    "parquet": Kind((".parquet",), list_parquet, parquet_row, mask_in_row),
     "tars": Kind((".tar",), list_tars, tar_member),
-    "images": Kind(tuple(IMAGES), list_folders, read_file),
-    "datasets": Kind((), list_datasets, datasets_row),
+    "images": Kind(tuple(IMAGES), list_folders, read_file, mask_in_file),
+    "datasets": Kind((), list_datasets, datasets_row, mask_in_row),
 }
 COMPRESSED = {"compressed archives": (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")}
 
@@ -95,8 +106,8 @@ def detect_kind(source: Source) -> Source:
         raise UserError(
             f"`image_column`, `label_column` and `caption_column` are for tables; {url} holds {what}"
         )
-    if source.mask_column and held == ["tars"]:
-        raise UserError(f"`mask_column` is for tables and folders of images; {url} holds tars")
+    if source.mask_column and held and KINDS[held[0]].mask is None:
+        raise UserError(f"`mask_column` is for tables and folders of images; {url} holds {held[0]}")
     if held in ([], ["images"]):  # with all else that lies beside them
         return replace(source, kind="images")
     return replace(source, kind=held[0], files=by_kind[held[0]])

@@ -19,7 +19,7 @@ from unicodedata import normalize
 from PIL import Image
 
 from fitv2.data.storage import filesystem, is_local
-from fitv2.encoding.images import NoImage, UnusableImage, load_rgb
+from fitv2.encoding.images import NoImage, UnusableImage, load_mask, load_rgb
 from fitv2.encoding.kinds import KINDS
 from fitv2.encoding.sources import (
     BROKEN,
@@ -157,8 +157,10 @@ def summarize(
     captions = sum(bool(picture.caption) for picture in pictures)
     if captions:
         yield f"{captions} pictures have a caption, {len(pictures) - captions} have none"
-    if source.mask_column:
+    if source.mask_column and source.kind == "images":
         yield f"{sum(bool(picture.mask) for picture in pictures)} pictures have a mask"
+    elif source.mask_column:
+        yield f"masks from column {source.mask_column}"
     if "train" not in counts:
         yield f"only {' and '.join(sorted(counts))}: training needs images of the split train (`split` train)"
     if source.outside:
@@ -202,20 +204,14 @@ def read_mask(
     """
     if not picture.mask:
         return None
-    column = (
-        {"detail": picture.mask.decode()}
-        if manifest.kind in ("parquet", "datasets")
-        else {"path": picture.mask}
-    )
+    place = KINDS[manifest.kind].mask
+    assert place is not None  # else no image of the kind has one
     try:
-        mask = load_rgb(io.BytesIO(content_of(manifest, picture._replace(**column))), hold).convert("L")
+        return load_mask(io.BytesIO(content_of(manifest, place(picture))), size, hold)
     except NoImage:
         return None
     except UnusableImage as error:
-        raise UnusableImage(f"its mask: {error}") from error
-    if mask.size != size:
-        raise UnusableImage(f"its mask has {mask.width}x{mask.height} pixels, not {size[0]}x{size[1]}")
-    return mask
+        raise UnusableImage(f"its mask cannot be used: {error}") from error
 
 
 def content_of(manifest: Manifest, picture: ImageRef) -> bytes:

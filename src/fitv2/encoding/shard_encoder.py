@@ -69,7 +69,10 @@ class Reader:
         with ExitStack() as stack:
 
             def hold() -> None:  # of all large images one at a time is in memory, whoever reads it
-                stack.enter_context(wait_for_turn(self.path))
+                if not waited:  # an image and its mask take one turn
+                    waited.append(stack.enter_context(wait_for_turn(self.path)))
+
+            waited: list[None] = []
 
             try:
                 image = read_image(self.manifest, picture, hold)
@@ -86,8 +89,8 @@ class Reader:
         """The mask of each view. Raises UnusableImage for one that leaves nothing to learn."""
         found = views(mask, self.encoding.max_tokens, self.unit, self.encoding.preprocess)
         learned: list[np.ndarray | None] = [tokens_of_mask(view, self.unit) for view, _ in found]
-        if not any(one is not None and one.any() for one in learned[:1]):
-            raise UnusableImage("its mask is black: nothing of it is learned")
+        if not any(one is not None and one.any() for one in learned):
+            raise UnusableImage("its mask is black where it is stored: nothing of it is learned")
         return learned
 
 

@@ -129,7 +129,7 @@ def plan_scaling(data: str, scale: Scale, widths: Sequence[int], depths: Sequenc
     for width, depth in zip(widths, depths, strict=True):
         size = replace(scale, width=width, heads=max(1, width * scale.heads // scale.width), depth=depth)
         steps = budget / gmac(variant("FiTv2", size, tokens).model, longest)
-        judged = max(1, scale.steps // scale.every)  # times, at equal shares of the budget
+        judged = max(1, min(scale.steps // scale.every, round(steps)))  # times, at equal shares of the budget
         every = max(1, round(steps / judged))
         size = replace(size, steps=judged * every, every=every)
         chosen = variant("FiTv2", size, tokens)

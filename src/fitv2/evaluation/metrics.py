@@ -225,7 +225,9 @@ def with_errors(
     whole = figures(torch.arange(count))
     groups = min(groups, count)
     parts = shuffled(count) % groups
-    without = [figures((parts != group).nonzero().flatten()) for group in range(groups)]
+    without = [whole]  # one picture tells no error
+    if count > 1:
+        without = [figures((parts != group).nonzero().flatten()) for group in range(groups)]
     made = {}
     for name, value in whole.items():
         of_group = torch.tensor([one[name] for one in without]).double()

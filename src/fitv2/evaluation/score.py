@@ -83,7 +83,7 @@ def accuracy(
 ) -> dict[str, Figure]:
     """The shares of pictures whose first, and first five, nearest names hold the one asked for.
 
-    Of those that could be recognised: what no real picture shows is the nearest of none. Some must be.
+    Those whose name no real picture has are left out; at least one must remain.
     """
     known = {*shown}
     pairs = [(names, name) for names, name in zip(nearest, asked, strict=True) if name in known]

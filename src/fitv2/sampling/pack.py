@@ -108,12 +108,16 @@ class Pack:
 
         def told(share: float, x_TC: Tensor) -> Tensor:
             progress(share)
-            images = change and change(self.as_requested(unpack(PackedTokens(x_TC, layout))))
-            if images is None:
+            if change is None:
                 return x_TC
+            # A copy: they may be changed in place.
+            own = self.as_requested(unpack(PackedTokens(x_TC.clone(), layout)))
+            given = change(own)
+            images = own if given is None else given
             if len(images) != len(self.order):
                 raise UserError(f"there are {len(images)} `latents` for {len(self.order)} images")
-            return pack_latents([images[i] for i in self.order], layout, x_TC.shape[1])
+            changed_TC = pack_latents([images[i] for i in self.order], layout, x_TC.shape[1])
+            return x_TC if torch.equal(changed_TC, x_TC) else changed_TC
 
         return told
 

@@ -442,7 +442,8 @@ class Trainer:
             verify_state(checkpoint / "state", self.world.rank, self.world.size)
             ema = load_model(checkpoint / "ema")[0]
             read_state(checkpoint / "state", self.weights.master, self.optimizers)
-            self.weights.restore(ema, load_file(checkpoint / "ema" / LORA) if self.config.lora else None)
+            adapter = checkpoint / "ema" / LORA
+            self.weights.restore(ema, load_file(adapter) if adapter.exists() else None)
         except torch.OutOfMemoryError:
             raise  # no fault of the checkpoint
         except DAMAGE as error:

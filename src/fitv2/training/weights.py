@@ -60,7 +60,8 @@ class Weights:
         every = zip(self.master.parameters(), self.model.parameters(), strict=True)
         self.trained = [weights for weights in every if weights[0].requires_grad]
         average = dict(self.ema.named_parameters())
-        self.adapter = {name: tensor.detach().clone() for name, tensor in factors(self.master).items()}
+        trained = factors(self.master)
+        self.adapter = {name: tensor.detach().clone() for name, tensor in trained.items()}
         self.changed = [
             (average[f"{name}.weight"], layer, *(self.adapter[f"{name}.lora_{part}.weight"] for part in "BA"))
             for name, layer in lora
@@ -69,7 +70,6 @@ class Weights:
             (average[name], weight) for name, weight in self.master.named_parameters()
             if weight.requires_grad and name in average
         ]  # fmt: skip
-        trained = factors(self.master)
         self.averaged += [(mean, trained[name]) for name, mean in self.adapter.items()]
 
     def before_part(self, last: bool) -> None:
@@ -132,9 +132,10 @@ class Weights:
 
     @torch.no_grad()
     def restore(self, ema: FiT, adapter: Mapping[str, Tensor] | None = None) -> None:
-        """Take over an EMA, and that of a LoRA; the weights were read in place."""
-        for name, mean in self.adapter.items():
-            local(mean).copy_(part((adapter or {})[name], mean))
+        """Take over an EMA, and that of a LoRA [default: what it is]; the weights were read in place."""
+        for name, weight in factors(self.master).items():
+            mean = self.adapter[name]
+            local(mean).copy_(local(weight) if adapter is None else part(adapter[name], mean))
         for mine, gathered in zip(self.ema.parameters(), ema.parameters(), strict=True):
             local(mine).copy_(part(gathered, mine))
         if self.model is not self.master:
