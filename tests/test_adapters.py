@@ -2,17 +2,24 @@
 
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
+from accelerate import cpu_offload, cpu_offload_with_hook, disk_offload
+from diffusers import AutoencoderKL
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig, inject_adapter_in_model
 
 from conftest import randomized
+from fitv2.autoencoder import DiffusersAutoencoder
+from fitv2.checkpoint import Card
 from fitv2.conditioning import Condition
 from fitv2.model import FiT
+from fitv2.pipeline import FiTPipeline
+from fitv2.runtime.device import execution_device
 from fitv2.runtime.rng import generator
 from fitv2.tokens import Layout
 
@@ -102,3 +109,54 @@ def test_weights_quantized_to_int8_stay_close():
     difference, kind = result.stdout.split()
     assert 1e-5 < float(difference) < 0.1
     assert kind not in ("Tensor", "Parameter")
+
+
+def with_hook(model):
+    cpu_offload_with_hook(model, torch.device("cpu"))
+
+
+def in_groups(model, kind):
+    devices = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
+    apply_group_offloading(model, offload_type=kind, num_blocks_per_group=1, **devices)
+
+
+OFFLOADED = {
+    "moved by accelerate": lambda model: cpu_offload(model, execution_device=torch.device("cpu")),
+    "moved as a whole": with_hook,
+    "moved by layers": lambda model: in_groups(model, "leaf_level"),
+    "moved by blocks": lambda model: in_groups(model, "block_level"),
+}
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_pictures_of_an_offloaded_model_are_the_same_at_every_size(name):
+    """Beyond the trained size positions are scaled, in a model that shares weights and hooks with it."""
+    model = randomized(FiT(**SHAPE | {"patch_size": 4, "in_channels": 3, "qk_norm": False})).eval()
+    for block in model.blocks:  # so that positions matter
+        block.attention.qkv.weight.data *= 6
+
+    def pictures(model):
+        pipe = FiTPipeline.of(model, Card(("a", "b", "c"), "pixels", 4))
+        how = {"num_inference_steps": 2, "progress": lambda _: None, "extrapolation": "ntk"}
+        return pipe([0, 1], [8, 8], [8, 32], generator=[generator(0), generator(1)], **how).images
+
+    expected = pictures(deepcopy(model))
+    OFFLOADED[name](model)
+    found = pictures(model)
+    for one, other in zip(found, expected, strict=True):
+        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+    plain = FiTPipeline.of(model, Card(("a", "b", "c"), "pixels", 4))
+    unscaled = plain(1, 8, 32, generator=[generator(1)], num_inference_steps=2, progress=lambda _: None,
+                     extrapolation="none").images[0]  # fmt: skip
+    assert np.abs(np.asarray(unscaled, int) - np.asarray(found[1], int)).max() > 1
+
+
+def test_an_autoencoder_that_waits_elsewhere_computes_where_its_hook_says(tiny_vae):
+    vae = AutoencoderKL.from_pretrained(tiny_vae)
+    plain = DiffusersAutoencoder(deepcopy(vae), "vae")
+    hooked, _ = cpu_offload_with_hook(vae, torch.device("cpu"))
+    moved = DiffusersAutoencoder(hooked, "vae")
+    assert execution_device(hooked) == torch.device("cpu")
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    assert torch.equal(moved.encode(pixels), plain.encode(pixels))
+    assert torch.equal(moved.decode(plain.encode(pixels)), plain.decode(plain.encode(pixels)))

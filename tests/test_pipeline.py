@@ -224,9 +224,34 @@ def test_arguments_by_the_names_of_diffusers(pipe, caplog):
     assert not np.array_equal(guided, made())
     scaled = made(extrapolation="ntk")
     assert np.array_equal(scaled, made(positions=Positions("ntk")))
-    with caplog.at_level("INFO", logger="fitv2"):
-        made()
+    made()
     assert "16x24: more than the 16 tokens trained on; positions are left as they are; grown" in caplog.text
+
+
+def test_a_shipped_model_opens_in_another_dtype_as_a_saved_one_does(tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    shipped = FiTPipeline.from_pretrained("emoji", dtype=torch.bfloat16, scheduler=scheduler)
+    assert shipped.scheduler is scheduler
+    shipped.save_pretrained(tmp_path)
+    saved = FiTPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    for part in ("transformer", "vae"):
+        pairs = zip(*(getattr(pipe, part).parameters() for pipe in (shipped, saved)), strict=True)
+        assert all(one.dtype == other.dtype for one, other in pairs)
+    assert shipped.transformer.time_embed.up.weight.dtype == torch.float32
+    assert shipped.transformer.patch_embed.weight.dtype == shipped.vae.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="clipart is opened without device_map"):
+        FiTPipeline.from_pretrained("clipart", device_map="auto")
+
+
+def test_what_has_no_effect_is_said(caplog):
+    pipe = FiTPipeline.from_pretrained("emoji-any-step")
+    quick = {"height": 32, "width": 32, "num_inference_steps": 1, "progress": lambda _: None}
+    pipe(prompt="fox", negative_prompt="red", guidance_scale=2.0, **quick)
+    assert not caplog.text
+    pipe(prompt="fox", negative_prompt="red", **quick)
+    assert "`negative_prompt` has no effect without guidance" in caplog.text
 
 
 def test_each_step_is_told_and_can_end_the_making(pipe):

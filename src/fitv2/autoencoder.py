@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from fitv2.errors import UserError, nearest
+from fitv2.runtime.device import execution_device
 from fitv2.runtime.serialization import read_json
 
 # Of diffusers: those of single images.
@@ -69,7 +70,7 @@ class DiffusersAutoencoder:
     @torch.inference_mode()
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """(posterior mean, or a sample − shift) · scale. Noise is left out where there is no posterior."""
-        patches = pixel_unshuffle(pixels.to(self.model.device, self.model.dtype), self.patch)
+        patches = pixel_unshuffle(pixels.to(execution_device(self.model), self.model.dtype), self.patch)
         encoded = self.model.encode(patches)
         posterior = getattr(encoded, "latent_dist", None)
         latents = (encoded[0] if posterior is None else posterior.mean).float()
@@ -80,7 +81,7 @@ class DiffusersAutoencoder:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """The decoder's output for latents / scale + shift."""
-        latents = latents.to(self.model.device, self.model.dtype)
+        latents = latents.to(execution_device(self.model), self.model.dtype)
         return pixel_shuffle(self.model.decode(latents / self.scale + self.shift).sample, self.patch)
 
 

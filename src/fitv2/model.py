@@ -6,6 +6,7 @@ Shape suffixes: B images, T tokens in all, D width, H heads, K channels per head
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -215,7 +216,10 @@ class FiT(ModelMixin, ConfigMixin):
 
     def with_rope(self, rope: Rope) -> "FiT":
         """A model that shares these weights and has other positions: for sizes that were not trained on."""
-        return self._like(replace(self.architecture, rope=rope), rope=asdict(rope))
+        other = self._like(replace(self.architecture, rope=rope), rope=asdict(rope))
+        if "forward" in self.__dict__:  # replaced, as offloading does: it calls this model, not the other
+            other.__dict__["forward"] = partial(self.forward, rope=rope)
+        return other
 
     def with_objective(self, objective: str) -> "FiT":
         """A model that shares these weights and is trained for something else."""
@@ -268,6 +272,7 @@ class FiT(ModelMixin, ConfigMixin):
         return_dict: bool | None = None,
         target_B: Tensor | None = None,
         early: bool = False,
+        rope: Rope | None = None,
     ) -> Any:
         """Noisy tokens of the images of `layout` at times `t_B` → prediction.
 
@@ -278,8 +283,9 @@ class FiT(ModelMixin, ConfigMixin):
         `target_B` (B,) are the times to which any-step models are asked to lead [default: `t_B` itself]. The
         first two thirds of the blocks see `t_B`, the others and the head see `target_B` (Decoupled MeanFlow,
         arXiv 2510.24474, section 3). With `early` what the early head predicts comes too, as a second tensor.
+        `rope` are other positions than the model's own.
         """
-        output_TC, early_TC = self._predict(x_TC, layout, t_B, condition, target_B)
+        output_TC, early_TC = self._predict(x_TC, layout, t_B, condition, target_B, rope)
         if early:
             return output_TC, early_TC
         if return_dict is None:
@@ -287,19 +293,26 @@ class FiT(ModelMixin, ConfigMixin):
         return Transformer2DModelOutput(sample=output_TC) if return_dict else (output_TC,)
 
     def _predict(
-        self, x_TC: Tensor, layout: Layout, t_B: Tensor, condition: Condition, target_B: Tensor | None
+        self,
+        x_TC: Tensor,
+        layout: Layout,
+        t_B: Tensor,
+        condition: Condition,
+        target_B: Tensor | None,
+        rope: Rope | None,
     ) -> tuple[Tensor, Tensor | None]:
+        rope = rope or self.architecture.rope
         silu_c_BD = silu(self.embed(t_B, condition))
         head_dim = self.architecture.width // self.architecture.heads
         x_TD = self.patch_embed(x_TC.to(self.dtype))
-        if self.architecture.rope.kind == "absolute":
-            x_TD = x_TD + absolute(layout, self.architecture.width, self.architecture.rope).to(x_TD.dtype)
+        if rope.kind == "absolute":
+            x_TD = x_TD + absolute(layout, self.architecture.width, rope).to(x_TD.dtype)
         image_layout, joint = layout, None
         text = condition.values.get("text") if "text" in self.architecture.conditions else None
         if isinstance(text, Text):
             joint = layout.behind(text.length_B, text.states_ME.shape[0])
             x_TD, layout = joint.join(self.embedders["text"].tokens(text), x_TD), joint.layout
-        rotation_T1P = rotation(layout, head_dim, self.architecture.rope)
+        rotation_T1P = rotation(layout, head_dim, rope)
         early_TC = None
         switch = None if target_B is None else round(2 * len(self.blocks) / 3)
         shared_B6D = self._shared(silu_c_BD)

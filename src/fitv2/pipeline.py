@@ -113,12 +113,18 @@ class FiTPipeline(DiffusionPipeline):
             check_index(Path(name))
             with offline(not allow_download):
                 return super().from_pretrained(str(name), **options)
-        model, card = load_model(find_model(name))
-        if dtype := options.pop("torch_dtype", None):
-            model = torch.nn.Module.to(model, dtype)  # diffusers' warns of modules that there are none of
+        dtype = options.pop("torch_dtype", None) or options.pop("dtype", None)
+        given = {name: options.pop(name) for name in ("vae", "scheduler") if name in options}
         if options:
             raise UserError(f"{name} is opened without {', '.join(options)}")
-        return cls.of(model, card, allow_download=allow_download)
+        model, card = load_model(find_model(name))
+        made = cls.of(model, card, allow_download=allow_download)
+        made.register_modules(**given)
+        if dtype is not None:
+            model.cast(dtype)
+            if made.vae is not None:
+                made.vae.to(dtype)
+        return made
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -192,13 +198,14 @@ class FiTPipeline(DiffusionPipeline):
             class_labels: names or numbers of labels; None for an image of nothing in particular.
             height, width: in pixels, exactly [default: the largest square trained on].
             prompt: for a model of texts; what each image is to show.
-            negative_prompt: what guidance leads away from [default: nothing in particular].
+            negative_prompt: what guidance leads away from [default: nothing in particular]. Without guidance
+                it has no effect, and a warning says so.
             guidance_scale: of classifier-free guidance; 1 is none [default: the model's own].
             guidance_interval: guide only between these times, 0 noise to 1 data.
             num_inference_steps: steps of the solver [default: 25; 4 of any-step models]; an image of more
                 tokens than trained on is made twice, at the trained size too: see `Positions`.
             extrapolation: how positions of such an image are scaled, by a name of `Positions` [default: it
-                grows from the trained size, and the log says so].
+                grows from the trained size, and a warning says so].
             generator: one for each image, or one from which a seed for each is drawn.
             output_type: "pil", "np" (N, H, W, 3 in [0, 1]) or "pt" (N, 3, H, W): a list where sizes differ.
             return_dict: else a tuple.
@@ -289,9 +296,11 @@ class FiTPipeline(DiffusionPipeline):
         requests = self._requests(wanted, generator)
         beyond = [request.pixels for request in requests if self.is_beyond(request.pixels)]
         if beyond:
-            LOGGER.info("%s", self.said_beyond(beyond, positions))
+            LOGGER.warning("%s", self.said_beyond(beyond, positions))
         if guidance.guidance_scale is None:
             guidance = replace(guidance, guidance_scale=self.card.guidance)
+        if negative_prompt is not None and guidance.guidance_scale == 1:
+            LOGGER.warning("`negative_prompt` has no effect without guidance: give `guidance_scale` above 1")
         if sampling.solver is None and self.scheduler is not None:
             sampling = replace(sampling, solver=self.scheduler)
 

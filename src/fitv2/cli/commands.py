@@ -1,5 +1,6 @@
 """The command `fitv2`. Parses first and imports after, so that help and mistakes answer at once."""
 
+import logging
 import os
 import signal
 import sys
@@ -284,6 +285,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
+    logging.getLogger("fitv2").setLevel(logging.ERROR)  # commands say themselves what the pipeline does
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     try:
         sys.exit(run(arguments))

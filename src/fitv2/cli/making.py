@@ -44,7 +44,7 @@ def sample(options: Sample) -> int:
         options = replace(options, precision=jobs[0].recipe.precision)
     else:
         jobs = plan(options, pipeline, weights)
-    say_beyond(pipeline, [job.recipe for job in jobs])
+    say_what_is_done(pipeline, [job.recipe for job in jobs])
     return make_all(pipeline, jobs, options)
 
 
@@ -55,7 +55,7 @@ def edit(options: Edit) -> int:
         jobs = plan_edits(options, pipeline, weights)
     else:
         jobs = plan_way(options, options.toward, pipeline, weights)
-    say_beyond(pipeline, [job.recipe for job in jobs])
+    say_what_is_done(pipeline, [job.recipe for job in jobs])
     return make_all(pipeline, jobs, options)
 
 
@@ -292,8 +292,12 @@ def open_picture(path: Path, size: str | None) -> "Image":
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def say_beyond(pipeline: "FiTPipeline", wanted: "Sequence[Recipe]") -> None:
-    """Say how images of sizes beyond those trained on are made."""
+def say_what_is_done(pipeline: "FiTPipeline", wanted: "Sequence[Recipe]") -> None:
+    """Say how images of sizes beyond those trained on are made, and what has no effect."""
+    first = wanted[0]
+    if first.negative_prompt is not None and first.guidance.guidance_scale == 1:
+        said = "--negative-prompt has no effect without guidance: give --guidance-scale above 1"
+        print(f"fitv2: {said}", file=sys.stderr)
     sizes = dict.fromkeys((recipe.height, recipe.width) for recipe in wanted)
     if beyond := [size for size in sizes if pipeline.is_beyond(size)]:
         print(f"fitv2: {pipeline.said_beyond(beyond, wanted[0].positions)}", file=sys.stderr)

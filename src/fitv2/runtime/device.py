@@ -37,6 +37,14 @@ def default_device() -> torch.device:
     return found
 
 
+def execution_device(module: torch.nn.Module) -> torch.device:
+    """Where a module computes: the weights of one that accelerate offloads lie elsewhere."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    named = (getattr(hook, "execution_device", None) for hook in hooks)
+    found = next((device for device in named if device is not None), None)
+    return next(module.parameters()).device if found is None else torch.device(found)
+
+
 def named_device(name: str) -> torch.device:
     """The device of that name. Raises UserError when this machine has none."""
     try:

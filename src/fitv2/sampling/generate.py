@@ -15,6 +15,7 @@ from fitv2.diffusion.guidance import guide
 from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError
 from fitv2.model import FiT
+from fitv2.runtime.device import execution_device
 from fitv2.sampling.growth import Growth
 from fitv2.sampling.pack import Change, Pack
 from fitv2.sampling.requests import Request
@@ -51,7 +52,7 @@ def generate(
     FloatingPointError for an image that is not finite.
     """
     unit = autoencoder.downsample * model.architecture.patch_size
-    tokens = tokens_per_pack or default_tokens_per_pack(model.device)
+    tokens = tokens_per_pack or default_tokens_per_pack(execution_device(model))
     packs = [
         (batch, growth if grows else None)
         for (grows, _), run in groupby(requests, lambda one: one.way(growth, unit))
@@ -90,7 +91,7 @@ def invert(
     unit, noises = autoencoder.downsample * patch, []
     if any(request.edit is None for request in requests):
         raise UserError("there is no picture to lead to noise")
-    for batch in cut_into_packs(requests, unit, default_tokens_per_pack(model.device)):
+    for batch in cut_into_packs(requests, unit, default_tokens_per_pack(execution_device(model))):
         pack = Pack(model, autoencoder, batch)
         given = pack.given(pack.layout)
         assert given is not None  # each has a picture

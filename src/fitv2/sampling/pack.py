@@ -19,6 +19,7 @@ from fitv2.diffusion.objective import objective_of
 from fitv2.diffusion.solvers import OnStep, no_change
 from fitv2.errors import UserError
 from fitv2.model import FiT
+from fitv2.runtime.device import execution_device
 from fitv2.sampling.decoding import crop_evenly, decode, encode
 from fitv2.sampling.editing import Edit
 from fitv2.sampling.growth import Growth, enlarge
@@ -38,19 +39,19 @@ class Pack:
     """
 
     def __init__(self, model: FiT, autoencoder: Autoencoder, requests: Sequence[Request]) -> None:
-        self.model, self.autoencoder = model, autoencoder
+        self.model, self.autoencoder, self.device = model, autoencoder, execution_device(model)
         self.patch = model.architecture.patch_size
         self.unit = autoencoder.downsample * self.patch
         grids = [request.grid(self.unit) for request in requests]
         self.order = sorted(range(len(requests)), key=lambda i: (requests[i].length(self.unit), grids[i]))
         self.requests = [requests[i] for i in self.order]
-        self.layout = Layout.of([grids[i] for i in self.order]).to(model.device)
+        self.layout = Layout.of([grids[i] for i in self.order]).to(self.device)
         self.edits = [request.covering(self.unit) for request in self.requests]
 
     @cached_property
     def condition(self) -> Condition:
         """What the images are to show."""
-        return Condition.concatenate([request.condition for request in self.requests]).to(self.model.device)
+        return Condition.concatenate([request.condition for request in self.requests]).to(self.device)
 
     @cached_property
     def negative(self) -> Condition | None:
@@ -58,7 +59,7 @@ class Pack:
         if all(request.negative is None for request in self.requests):
             return None
         away = [r.condition.null() if r.negative is None else r.negative for r in self.requests]
-        return Condition.concatenate(away).to(self.model.device)
+        return Condition.concatenate(away).to(self.device)
 
     def make(
         self,
@@ -141,7 +142,7 @@ class Pack:
 
     def tokens(self, images: Sequence[Tensor]) -> Tensor:
         """Images as tokens (T, C)."""
-        return encode(images, self.autoencoder, self.patch).to(self.model.device)
+        return encode(images, self.autoencoder, self.patch).to(self.device)
 
     def given(self, layout: Layout) -> Given | None:
         """What the pictures of edits give, at the sizes of `layout`; all of them start at one time."""
@@ -160,7 +161,7 @@ class Pack:
             self.known_of(edit, grid, size)
             for edit, grid, size in zip(self.edits, layout.sizes, self.sizes(layout), strict=True)
         ]
-        return torch.cat(known).to(self.model.device)
+        return torch.cat(known).to(self.device)
 
     def known_of(self, edit: Edit | None, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
         """Those of one image."""
