@@ -169,6 +169,37 @@ def test_choose_make_see_download_read(browser, url, tmp_path):
 
 
 @needs_browser
+def test_a_size_is_dragged_and_the_box_follows_the_sliders(browser, url):
+    tab, _ = opened(browser, url)
+    field = tab.locator("#drag .field")
+    field.scroll_into_view_if_needed()
+    corner = field.bounding_box()
+    tab.mouse.move(corner["x"] + 5, corner["y"] + 5)
+    tab.mouse.down()
+    tab.mouse.move(corner["x"] + corner["width"] * 0.99, corner["y"] + corner["height"] * 0.5, steps=4)
+    tab.mouse.up()
+    tab.get_by_text("32x64").wait_for()
+    number(tab, "Count", 1)
+    tab.get_by_role("button", name="Make", exact=True).click()
+    wait_for_pictures(tab, 1)
+    assert "1 of 32x64" in tab.locator("#said").first.inner_text()
+    number(tab, "Height", 48)
+    tab.get_by_text("48x64").wait_for()
+
+
+@needs_browser
+def test_other_shapes_are_made_with_it(browser, url):
+    tab, _ = opened(browser, url)
+    number(tab, "Count", 1)
+    tab.get_by_role("button", name="The same at other shapes").click()
+    tab.get_by_label("1:2").check()
+    tab.get_by_label("One noise at all of them").check()
+    tab.get_by_role("button", name="Make", exact=True).click()
+    wait_for_pictures(tab, 2)
+    assert "1 of 16x16, 8x20" in tab.locator("#said").first.inner_text()
+
+
+@needs_browser
 def test_too_much_at_once_gives_a_message(browser, url):
     tab, _ = opened(browser, url)
     for name, value in (("Count", 4), ("Height", 64), ("Width", 64)):
@@ -199,6 +230,39 @@ def test_a_picture_is_painted_around(browser, url, tmp_path):
     made = np.asarray(Image.open(tmp_path / "made.png").convert("RGB"))
     assert made.shape == (16, 48, 3)
     assert np.array_equal(made[2:14, 16:32], np.asarray(picture(16, 12)))
+
+
+@needs_browser
+def test_what_is_painted_with_the_brush_is_made_anew(browser, url, tmp_path):
+    picture(64, 48).save(tmp_path / "mine.png")
+    tab, _ = opened(browser, url)
+    tab.get_by_role("tab", name="Edit").click()
+    tab.locator("#editor canvas").first.wait_for()
+    tab.locator("#editor input[type=file]").first.set_input_files(tmp_path / "mine.png")
+    tab.locator("#editor").get_by_text("Upload an image").wait_for(state="hidden")
+    number(tab, "Count", 1)
+    brush = tab.locator("#editor").get_by_role("button", name="Brush").first
+    brush.wait_for()  # the picture is there
+    tab.get_by_role("button", name="Edit", exact=True).click()
+    tab.get_by_text("nothing is painted").first.wait_for()
+    brush.click()
+    canvas = tab.locator("#editor canvas").first.bounding_box()
+    middle = canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2
+    tab.mouse.move(*middle)
+    tab.mouse.down()
+    tab.mouse.move(middle[0] + 20, middle[1] + 10, steps=5)
+    tab.mouse.up()
+    tab.get_by_role("button", name="Edit", exact=True).click()
+    tab.wait_for_function(
+        "() => [...document.querySelectorAll('#said')].some(one => one.textContent.includes('seed'))"
+    )
+    source = tab.locator("#gallery button img").first.get_attribute("src")
+    (tmp_path / "made.png").write_bytes(tab.request.get(source).body())
+    made, given = (np.asarray(Image.open(path).convert("RGB")) for path in
+                   (tmp_path / "made.png", tmp_path / "mine.png"))  # fmt: skip
+    changed = (made != given).any(2)
+    assert 0 < changed.mean() < 0.9
+    assert not changed[0, 0]
 
 
 @needs_browser

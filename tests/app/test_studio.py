@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from conftest import picture, randomized
-from fitv2.app.studio import ALL, AROUND, PAINTED, Bounds, Order, Studio, edit_order, painted
+from fitv2.app.studio import ALL, AROUND, BETWEEN, PAINTED, Bounds, Order, Studio, edit_order, painted
 from fitv2.checkpoint import Card
 from fitv2.errors import UserError
 from fitv2.model import FiT
@@ -129,7 +129,7 @@ def test_what_is_out_of_bounds_is_refused_in_words(studio, changes, said):
 def test_what_is_painted_is_made_anew(studio):
     image, layer = picture(16, 12), Image.new("RGBA", (16, 12))
     layer.paste((255, 80, 0, 200), (0, 0, 8, 12))
-    order = edit_order(image, [layer], PAINTED, (0, 0), 0.6, label="red", steps=2)
+    order = edit_order(studio, image, [layer], PAINTED, (0, 0), 0.6, label="red", steps=2)
     *_, last = studio.make(order)
     made = np.asarray(Image.open(last.pictures[0]))
     assert np.array_equal(made[:, 8:], np.asarray(image)[:, 8:])
@@ -141,14 +141,73 @@ def test_what_is_painted_is_made_anew(studio):
 
 def test_around_and_all_of_a_picture(studio):
     image = picture(16, 12)
-    around = edit_order(image, [], AROUND, (16, 40), 0.6, label="red", steps=2)
+    around = edit_order(studio, image, [], AROUND, (16, 40), 0.6, label="red", steps=2)
     assert (around.height, around.width) == (16, 40)
     *_, last = studio.make(around)
     assert np.array_equal(np.asarray(Image.open(last.pictures[0]))[2:14, 12:28], np.asarray(image))
-    varied = edit_order(image, [], ALL, (0, 0), 0.25, label="red", steps=4)
+    varied = edit_order(studio, image, [], ALL, (0, 0), 0.25, label="red", steps=4)
     assert varied.given["strength"] == 0.25
     *_, last = studio.make(varied)
     assert Image.open(last.pictures[0]).size == (16, 12)
+    put = {"label": "red", "steps": 2, "across": 1.0, "down": 0.0}
+    *_, last = studio.make(edit_order(studio, image, [], AROUND, (16, 40), 0.6, **put))
+    assert np.array_equal(np.asarray(Image.open(last.pictures[0]))[:12, 24:], np.asarray(image))
     for picture_, how, said in ((None, ALL, "put a picture there"), (image, "paint it", "what to do can be")):
         with pytest.raises(UserError, match=said):
-            edit_order(picture_, [], how, (8, 8), 0.5)
+            edit_order(studio, picture_, [], how, (8, 8), 0.5)
+
+
+def test_a_photo_is_made_smaller_than_the_bounds_and_so_is_what_is_painted_on_it(studio):
+    studio.bounds = Bounds(max_side=64, max_tokens=64)
+    photo, layer = picture(300, 200), Image.new("RGBA", (300, 200))
+    layer.paste((255, 80, 0, 200), (0, 0, 150, 200))
+    order = edit_order(studio, photo, [layer], PAINTED, (0, 0), 0.6, label="red", steps=2, count=2)
+    height, width = order.height, order.width
+    assert 24 <= -(-height // 4) * -(-width // 4) <= 32  # two pictures have 64 tokens
+    assert width / height == pytest.approx(1.5, abs=0.1)
+    assert order.note == f"Your picture was made smaller, {height}x{width}."
+    *_, last = studio.make(order)
+    assert [Image.open(path).size for path in last.pictures] == [(width, height)] * 2
+    made = np.asarray(Image.open(last.pictures[0]))[:, width // 2 + 1 :]
+    assert np.array_equal(made, np.asarray(order.given["image"])[:, width // 2 + 1 :])
+    assert edit_order(studio, picture(16, 12), [], ALL, (0, 0), 0.6, label="red").note == ""
+
+
+def test_what_lies_between_two_pictures_ends_at_both(studio):
+    ends = picture(16, 12, 1), picture(16, 12, 2)
+    order = edit_order(
+        studio,
+        ends[0],
+        [],
+        BETWEEN,
+        (0, 0),
+        0.6,
+        toward=ends[1].resize((40, 40)),
+        label="red",
+        count=3,
+        steps=50,
+    )
+    *_, last = studio.make(order)
+    first, _, third = (np.asarray(Image.open(path), float) for path in last.pictures)
+    near = [np.abs(made - np.asarray(end, float)).mean() for made in (first, third) for end in ends]
+    assert near[0] < near[1]
+    assert near[3] < near[2]
+    assert read_recipe(last.pictures[0]).edited["how"] == BETWEEN
+    with pytest.raises(UserError, match="put a second picture there too"):
+        edit_order(studio, ends[0], [], BETWEEN, (0, 0), 0.6, label="red")
+
+
+def test_several_sizes_are_made_together_also_of_one_noise(studio):
+    order = replace(ORDER, more_sizes=((16, 8), (8, 12)))
+    *_, last = studio.make(order)
+    sizes = [(recipe.height, recipe.width, recipe.seed) for recipe in map(read_recipe, last.pictures)]
+    assert sizes == [(8, 12, 5), (8, 12, 6), (16, 8, 5), (16, 8, 6)]
+    alone = list(studio.make(ORDER))[-1].pictures
+    both = [np.asarray(Image.open(path)) for path in (*last.pictures[:2], *alone)]
+    assert np.array_equal(both[0], both[2])
+    shared = list(studio.make(replace(order, one_noise=True)))[-1].pictures
+    again = list(studio.make(replace(order, one_noise=True)))[-1].pictures
+    assert all(one.read_bytes() == other.read_bytes() for one, other in zip(shared, again, strict=True))
+    studio.bounds = Bounds(max_side=64, max_images=3)
+    with pytest.raises(UserError, match="the number of pictures can be 1 to 3, not 4"):
+        studio.recipes(order)

@@ -14,7 +14,20 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # it would ask the n
 import gradio as gr
 from PIL import Image
 
-from fitv2.app.studio import ALL, AROUND, EXTRAPOLATIONS, HOW, Order, Shown, Studio, edit_order
+from fitv2.app.drag import add_size_box
+from fitv2.app.studio import (
+    ALL,
+    AROUND,
+    BETWEEN,
+    BY_ITSELF,
+    EXTRAPOLATIONS,
+    HOW,
+    Order,
+    Shown,
+    Studio,
+    edit_order,
+)  # fmt: skip
+from fitv2.config import Positions
 from fitv2.errors import UserError
 from fitv2.sampling.recipe import read_recipe
 from fitv2.sampling.requests import STRENGTH
@@ -25,7 +38,7 @@ SHAPES = {"1:1": (1, 1), "1:2": (1, 2), "2:1": (2, 1), "1:3": (1, 3), "3:1": (3,
 THEME = gr.themes.Soft(primary_hue="orange", neutral_hue="stone", font=("system-ui", "sans-serif"))
 CSS = """
 .gradio-container {width: 100% !important; max-width: 1180px !important; margin: auto}
-.shape {min-width: 3.2em !important}
+#gallery .caption-label {max-width: 60%; padding: 0 4px; font-size: 11px; opacity: 0.75}
 """
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 
@@ -50,28 +63,40 @@ def making_tab(studio: Studio) -> None:
             shown = subject_fields(studio)
             with gr.Row():
                 height, width = size_fields(studio)
-            with gr.Row():
-                for name, shape in SHAPES.items():
-                    button = gr.Button(name, size="sm", elem_classes="shape")
-                    button.click(lambda shape=shape: size_of(studio, shape), None, [height, width],
-                                 api_visibility="private", queue=False)  # fmt: skip
+            with gr.Row(equal_height=True):
+                add_size_box(height, width, studio.bounds.max_side, studio.pipeline.unit)
+                with gr.Column(min_width=120):
+                    for name, shape in SHAPES.items():
+                        button = gr.Button(name, size="sm")
+                        button.click(lambda shape=shape: size_of(studio, shape), None, [height, width],
+                                     api_visibility="private", queue=False)  # fmt: skip
             how = how_fields(studio)
+            with gr.Accordion("The same at other shapes", open=False):
+                shapes = gr.CheckboxGroup(list(SHAPES), label="Shapes, beside the one above")
+                one_noise = gr.Checkbox(label="One noise at all of them")
             button, stop = buttons("Make")
         with gr.Column(scale=3):
             gallery, said = outputs()
 
     def make(
-        prompt: str, label: str, negative: str, rows: float, columns: float, *rest: Any
-    ) -> Iterator[tuple[Any, str]]:
+        prompt: str, label: str, negative: str, rows: float, columns: float, count: float, seed: float,
+        guidance: float, steps: float, extrapolation: str, shapes: Sequence[str] = (),
+        one_noise: bool = False,
+    ) -> Iterator[tuple[Any, str]]:  # fmt: skip
         """Pictures of a prompt or a label: their files, and how far it is."""
         with in_words():
             order = Order(
                 prompt=prompt or "", label=label or "", negative_prompt=negative or "", height=whole(rows),
-                width=whole(columns), **settings(*rest),
+                width=whole(columns), **settings(count, seed, guidance, steps, extrapolation),
+                more_sizes=tuple(size_of(studio, SHAPES[name]) for name in shapes or ()),
+                one_noise=one_noise, edited={"how": "one noise at all sizes"} if one_noise else None,
             )  # fmt: skip
             yield from pictures(studio, order)
 
-    run = button.click(make, [*shown, height, width, *how], [gallery, said], api_name="make", **ONE_AT_A_TIME)
+    run = button.click(
+        make, [*shown, height, width, *how, shapes, one_noise], [gallery, said], api_name="make",
+        **ONE_AT_A_TIME,
+    )  # fmt: skip
     stop.click(None, cancels=[run], api_visibility="private")
 
 
@@ -85,13 +110,21 @@ def editing_tab(studio: Studio) -> None:
             )  # fmt: skip
             what = gr.Radio(HOW, value=HOW[0], label="What to do", elem_id="what")
             shown = subject_fields(studio)
-            with gr.Row(visible=False) as canvas:
-                height, width = size_fields(studio, "Canvas ", (1, 2))
+            with gr.Group(visible=False) as canvas:
+                with gr.Row():
+                    height, width = size_fields(studio, "Canvas ", (1, 2))
+                with gr.Row():
+                    across, down = (
+                        gr.Slider(0, 1, 0.5, step=0.05, label=name, min_width=120)
+                        for name in ("From left to right", "From top to bottom")
+                    )
             with gr.Row(visible=False) as amount:
                 strength = gr.Slider(0.05, 1, STRENGTH, step=0.05, label="How much is made anew")
+            with gr.Row(visible=False) as second:
+                toward = gr.Image(type="pil", label="The other picture", height=200, elem_id="toward")
             what.change(
-                lambda what: (gr.Row(visible=what == AROUND), gr.Row(visible=what == ALL)), what,
-                [canvas, amount], api_visibility="private", queue=False,
+                lambda what: [gr.update(visible=what == each) for each in (AROUND, ALL, BETWEEN)], what,
+                [canvas, amount, second], api_visibility="private", queue=False,
             )  # fmt: skip
             how = how_fields(studio)
             button, stop = buttons("Edit")
@@ -100,21 +133,23 @@ def editing_tab(studio: Studio) -> None:
 
     def edit(
         value: Any, what: str, prompt: str, label: str, negative: str, rows: float, columns: float,
-        strength: float, *rest: Any,
+        strength: float, count: float, seed: float, guidance: float, steps: float, extrapolation: str,
+        across: float = 0.5, down: float = 0.5, toward: Any = None,
     ) -> Iterator[tuple[Any, str]]:  # fmt: skip
         """Pictures made from a picture: their files, and how far it is."""
         with in_words():
             value = value or {}
             order = edit_order(
-                value.get("background"), value.get("layers") or [], what, (whole(rows), whole(columns)),
-                strength, prompt=prompt or "", label=label or "", negative_prompt=negative or "",
-                **settings(*rest),
+                studio, value.get("background"), value.get("layers") or [], what,
+                (whole(rows), whole(columns)), strength, across=across, down=down, toward=toward,
+                prompt=prompt or "", label=label or "", negative_prompt=negative or "",
+                **settings(count, seed, guidance, steps, extrapolation),
             )  # fmt: skip
             yield from pictures(studio, order)
 
     run = button.click(
-        edit, [editor, what, *shown, height, width, strength, *how], [gallery, said], api_name="edit",
-        **ONE_AT_A_TIME,
+        edit, [editor, what, *shown, height, width, strength, *how, across, down, toward], [gallery, said],
+        api_name="edit", **ONE_AT_A_TIME,
     )  # fmt: skip
     stop.click(None, cancels=[run], api_visibility="private")
 
@@ -153,7 +188,7 @@ def size_fields(studio: Studio, of: str = "", shape: tuple[int, int] = (1, 1)) -
     rows, columns = size_of(studio, shape)
     most = studio.bounds.max_side
     return [
-        gr.Slider(16, most, value, step=1, label=f"{of}{name}".capitalize(), min_width=120)
+        gr.Slider(studio.pipeline.unit, most, value, step=1, label=f"{of}{name}".capitalize(), min_width=120)
         for name, value in (("Height", rows), ("Width", columns))
     ]
 
@@ -236,20 +271,30 @@ def pictures(studio: Studio, order: Order) -> Iterator[tuple[Any, str]]:
     yield made, "Waiting for its turn."
     for shown in studio.make(order):
         made = captioned(shown, order)
-        yield made, f"{shown.done} of {order.count} done, {shown.share:.0%} of the way."
-    size = f"{order.height}x{order.width}"
-    beyond = studio.pipeline.is_beyond((order.height, order.width))
-    more = f" {size} is beyond the sizes that it was trained on." if beyond else ""
-    yield (
-        made,
-        f"{order.count} of {size}, seed {order.seed} and on. Each file holds how it was made.{more}",
-    )
+        all_of_them = order.count * len(order.sizes)
+        yield made, f"{shown.done} of {all_of_them} done, {shown.share:.0%} of the way."
+    sizes = ", ".join(f"{height}x{width}" for height, width in order.sizes)
+    told = f"{order.count} of {sizes}, seed {order.seed} and on. Each file holds how it was made."
+    yield made, " ".join([told, *notes(studio, order)])
+
+
+def notes(studio: Studio, order: Order) -> Iterator[str]:
+    """What a visitor should know of the pictures."""
+    if order.note:
+        yield order.note
+    if order.negative_prompt and order.guidance_scale == 1:
+        yield "“Away from” has no effect at guidance 1: see More."
+    beyond = [size for size in order.sizes if studio.pipeline.is_beyond(size)]
+    if beyond:
+        own = order.extrapolation == BY_ITSELF
+        positions = Positions() if own else Positions(order.extrapolation)
+        yield f"{studio.pipeline.said_beyond(beyond, positions)}."
 
 
 def captioned(shown: Shown, order: Order) -> Sequence[tuple[str | Image.Image, str]]:
     """Files and previews, each with its seed."""
     return [
-        (str(each) if isinstance(each, Path) else each, str(order.seed + i))
+        (str(each) if isinstance(each, Path) else each, str(order.seed + i % order.count))
         for i, each in enumerate(shown.pictures)
     ]
 

@@ -14,13 +14,14 @@ from threading import Event, Lock, Thread
 from typing import Any, NamedTuple
 
 from PIL import Image
+from torch import Tensor
 
 from fitv2.checkpoint import weights_digest
 from fitv2.config import Guidance, Positions, Sampling
 from fitv2.errors import UserError
 from fitv2.pipeline import FiTPipeline
 from fitv2.runtime.rng import generator
-from fitv2.sampling.editing import place, to_mask
+from fitv2.sampling.editing import between, noise_at_sizes, place, to_mask
 from fitv2.sampling.recipe import Recipe, save_picture
 from fitv2.sampling.saving import distinct_names, file_name
 
@@ -53,10 +54,23 @@ class Order:
     steps: int = 25
     seed: int = 0
     extrapolation: str = BY_ITSELF
+    more_sizes: tuple[tuple[int, int], ...] = ()
+    """Others at which the same pictures are asked for too."""
+    one_noise: bool = False
+    """The pictures of a seed are of one noise, seen at all sizes."""
+    toward: Image.Image | None = None
+    """A second picture: what is made lies between it and `image`."""
     given: dict[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline for a picture that is edited: `image`, `mask_image`, `strength`."""
     edited: dict[str, str | float | None] | None = None
     """What the recipe says of it."""
+    note: str = ""
+    """What the visitor is told when it is done."""
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of each size, none twice."""
+        return tuple(dict.fromkeys([(self.height, self.width), *self.more_sizes]))
 
 
 class Shown(NamedTuple):
@@ -121,13 +135,14 @@ class Studio:
         """What is to be made. Raises UserError for what is out of bounds."""
         bounds, unit = self.bounds, self.pipeline.unit
         for name, value, most in (
-            ("the height", order.height, bounds.max_side), ("the width", order.width, bounds.max_side),
-            ("the number of pictures", order.count, bounds.max_images),
+            *(("the height", height, bounds.max_side) for height, _ in order.sizes),
+            *(("the width", width, bounds.max_side) for _, width in order.sizes),
+            ("the number of pictures", order.count * len(order.sizes), bounds.max_images),
             ("the number of steps", order.steps, bounds.max_steps),
         ):  # fmt: skip
             if not 1 <= value <= most or value != int(value):
                 raise UserError(f"{name} can be 1 to {most}, not {value}")
-        tokens = order.count * -(-order.height // unit) * -(-order.width // unit)
+        tokens = order.count * sum(-(-height // unit) * -(-width // unit) for height, width in order.sizes)
         if tokens > bounds.max_tokens:
             raise UserError(
                 f"these pictures have {tokens} tokens together, and {bounds.max_tokens} is the most here:"
@@ -144,13 +159,13 @@ class Studio:
                 self.pipeline, model=self.model, weights=self.weights, label_number=number,
                 label=None if number is None else self.pipeline.card.labels[number],
                 prompt=order.prompt if self.takes_text else None,
-                negative_prompt=order.negative_prompt or None, height=int(order.height),
-                width=int(order.width), seed=int(order.seed) + i, precision="float32",
+                negative_prompt=order.negative_prompt or None, height=int(height), width=int(width),
+                seed=int(order.seed) + i, precision="float32",
                 guidance=Guidance(float(order.guidance_scale)),
                 sampling=Sampling(steps=int(order.steps)),
                 positions=Positions() if own else Positions(order.extrapolation), edited=order.edited,
             )
-            for i in range(int(order.count))
+            for height, width in order.sizes for i in range(int(order.count))
         ]  # fmt: skip
 
     def make(self, order: Order) -> Iterator[Shown]:
@@ -225,16 +240,40 @@ class Studio:
                 tell(Shown([*done, *show()], len(done), share))
                 last = time.monotonic()
 
+        same = first.arguments | {
+            name: [getattr(recipe, name) for recipe in recipes] for name in ("height", "width")
+        }
         made = self.pipeline.stream(
             generator=[generator(recipe.seed) for recipe in recipes], guidance=first.guidance,
             sampling=first.sampling, positions=first.positions, progress=progress, watch=watch,
-            **first.arguments, **order.given,
+            **same, **self.given(order, recipes),
         )  # fmt: skip
         for recipe, image in zip(recipes, made, strict=True):
             path = folder / file_name(name, (recipe.height, recipe.width), recipe.seed)
             save_picture(image, path, recipe)
             done.append(path)
             tell(Shown([*done], len(done), share))
+
+    def given(self, order: Order, recipes: Sequence[Recipe]) -> dict[str, Any]:
+        """Arguments of the pipeline beside those of the recipes: pictures, or noises."""
+        if order.toward is not None:
+            return {"latents": self.way(order, recipes)}
+        if not order.one_noise:
+            return order.given
+        unit, channels = self.pipeline.unit, self.pipeline.transformer.token_channels
+        grids = [(-(-height // unit), -(-width // unit)) for height, width in order.sizes]
+        seeds = [recipe.seed for recipe in recipes[: order.count]]
+        of_seed = [noise_at_sizes(grids, channels, generator(seed)) for seed in seeds]
+        return {"latents": [of_seed[i][size] for size in range(len(grids)) for i in range(len(seeds))]}
+
+    def way(self, order: Order, recipes: Sequence[Recipe]) -> list[Tensor]:
+        """The noises between those of two pictures, one for each recipe."""
+        first, asked = order.given["image"], recipes[0].arguments
+        shown = {name: asked[name] for name in ("class_labels", "prompt") if name in asked}
+        pair = [first, order.toward.convert("RGB").resize(first.size)] if order.toward else [first]
+        ends = self.pipeline.invert(pair, **shown)
+        last = max(1, len(recipes) - 1)
+        return [between(ends[0], ends[1], i / last) for i in range(len(recipes))]
 
 
 def painted(picture: Image.Image, layers: Sequence[Image.Image]) -> Image.Image:
@@ -248,31 +287,66 @@ def painted(picture: Image.Image, layers: Sequence[Image.Image]) -> Image.Image:
     return mask
 
 
+def within(picture: Image.Image, side: int, tokens: float, unit: int) -> Image.Image:
+    """A picture, made smaller if it has a longer side or more tokens."""
+    height, width = picture.height, picture.width
+    scale = min(1.0, side / max(height, width))
+    while -(-int(height * scale) // unit) * -(-int(width * scale) // unit) > tokens:
+        scale *= 0.98
+    return picture if scale == 1 else picture.resize(
+        (max(1, int(width * scale)), max(1, int(height * scale)))
+    )  # fmt: skip
+
+
 def edit_order(
+    studio: Studio,
     picture: Image.Image | None,
     layers: Sequence[Image.Image],
     how: str,
     canvas: tuple[int, int],
     strength: float,
+    *,
+    across: float = 0.5,
+    down: float = 0.5,
+    toward: Image.Image | None = None,
     **order: Any,
 ) -> Order:
-    """An order for a picture of one's own. `how` is one of `HOW`. Raises UserError for what does not fit."""
+    """An order for a picture of one's own, which is made smaller if it is beyond the bounds.
+
+    `how` is one of `HOW`. `across` and `down` are where it lies on a canvas, from 0, left and top, to 1;
+    `toward` is the second picture. Raises UserError for what does not fit.
+    """
     if picture is None:
         raise UserError("put a picture there first")
     picture = picture.convert("RGBA") if picture.mode in ("RGBA", "LA", "P") else picture.convert("RGB")
+    bounds, count = studio.bounds, max(1, order.get("count", 1))
+    most = min(bounds.max_tokens / count, MOST_OF_ONE)
+    large, unit = picture.size, studio.pipeline.unit
+    picture = within(picture, bounds.max_side, most, unit)
+    note = (
+        f"Your picture was made smaller, {picture.height}x{picture.width}." if picture.size != large else ""
+    )
     given: dict[str, Any] = {"image": picture}
     if how == PAINTED:
         given["mask_image"] = painted(picture, layers)
     elif how == AROUND:
-        given["image"], given["mask_image"] = place(picture, canvas)
+        room = canvas[0] - picture.height, canvas[1] - picture.width
+        at = round(max(0, room[0]) * down), round(max(0, room[1]) * across)
+        given["image"], given["mask_image"] = place(picture, canvas, at)
+    elif how == BETWEEN:
+        if toward is None:
+            raise UserError("put a second picture there too")
+        order |= {"toward": toward, "guidance_scale": 1.0}  # the flow that leads to noise and back has none
     elif how == ALL:
         given["strength"] = float(strength)
     else:
         raise UserError(f"what to do can be {', '.join(HOW)}")
     image = given["image"]
     said = {"how": how, "strength": given.get("strength", 1.0)}
-    return Order(height=image.height, width=image.width, given=given, edited=said, **order)
+    return Order(height=image.height, width=image.width, given=given, edited=said, note=note, **order)
 
 
+MOST_OF_ONE = 4_096  # tokens of a picture that is put in: more take minutes
 PAINTED, AROUND, ALL = "make anew what is painted", "paint around it", "vary all of it"
-HOW = (PAINTED, AROUND, ALL)
+BETWEEN = "go to another picture"
+HOW = (PAINTED, AROUND, ALL, BETWEEN)
