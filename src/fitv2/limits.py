@@ -94,6 +94,7 @@ LIMITS = {
     "learned_guidance": Range(1, 1e3),
     "learned_guidance_interval": SHARE,
     "difference": Range(1e-5, 0.1),
+    "toward_seed": SEED,
     "seed": SEED,
     "fsdp_size": Range(1, 65_536),
     "stall_minutes": POSITIVE,

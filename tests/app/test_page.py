@@ -3,8 +3,14 @@
 The browser is Chromium as Debian has it (`apt-get install chromium`); without it these tests are left out.
 """
 
+import resource
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,13 +72,52 @@ def test_thirty_two_at_once_are_answered_or_refused_in_words(url):
             return str(error)
         return read_recipe(path), Image.open(path).width
 
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(ask, range(32)))
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < 300, f"{grown:.0f} MB more"  # of pictures of 16x47: measured, 20
     made = [(number, answer) for number, answer in enumerate(answers) if not isinstance(answer, str)]
     assert len(made) >= 10, answers
     for number, (recipe, width) in made:
         assert (recipe.seed, recipe.width, width) == (number, 16 + number, 16 + number)
     assert all("queue" in answer.lower() for answer in answers if isinstance(answer, str)), answers
+
+
+def test_the_command_serves_this_machine_alone_until_it_is_ended(pixel_model, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        taken.listen()
+        command = [sys.executable, "-m", "fitv2", "app", str(pixel_model), "--port", str(port)]
+        refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert refused.returncode == 2
+    assert f"fitv2: port {port} of 127.0.0.1 cannot be used: choose another --port" in refused.stderr
+    running = subprocess.Popen([*command, "--out", str(tmp_path / "kept")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert running.stdout.readline().startswith(f"http://127.0.0.1:{port}")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as page:
+            assert b"FiTv2" in page.read()
+        from gradio_client import Client
+
+        client = Client(f"http://127.0.0.1:{port}", verbose=False)
+        assert len(made_by(client, count=2)) == 2
+        assert len(list((tmp_path / "kept").rglob("*.png"))) == 2
+        with pytest.raises(OSError), socket.create_connection((own_address(), port), timeout=5):
+            pass
+    finally:
+        running.send_signal(signal.SIGTERM)
+        running.wait(30)
+
+
+def own_address():
+    """An address of this machine that others may reach; one that nobody has, if there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        try:
+            asked.connect(("192.0.2.1", 9))  # sends nothing
+            return asked.getsockname()[0]
+        except OSError:
+            return "192.0.2.1"
 
 
 def test_a_mistake_is_answered_in_words(url):
@@ -191,7 +236,7 @@ def test_a_size_is_dragged_and_the_box_follows_the_sliders(browser, url):
 def test_other_shapes_are_made_with_it(browser, url):
     tab, _ = opened(browser, url)
     number(tab, "Count", 1)
-    tab.get_by_role("button", name="The same at other shapes").click()
+    tab.get_by_role("button", name="Other shapes, other noises").click()
     tab.get_by_label("1:2").check()
     tab.get_by_label("One noise at all of them").check()
     tab.get_by_role("button", name="Make", exact=True).click()

@@ -211,3 +211,11 @@ def test_several_sizes_are_made_together_also_of_one_noise(studio):
     studio.bounds = Bounds(max_side=64, max_images=3)
     with pytest.raises(UserError, match="the number of pictures can be 1 to 3, not 4"):
         studio.recipes(order)
+
+
+def test_pictures_between_two_noises_begin_and_end_with_those_of_their_seeds(studio):
+    *_, last = studio.make(replace(ORDER, count=3, toward_seed=9))
+    ends = [list(studio.make(replace(ORDER, count=1, seed=seed)))[-1].pictures[0] for seed in (5, 9)]
+    for made, end in ((last.pictures[0], ends[0]), (last.pictures[2], ends[1])):
+        difference = np.asarray(Image.open(made), int) - np.asarray(Image.open(end), int)
+        assert np.abs(difference).max() <= 1

@@ -1,5 +1,7 @@
 """`fitv2 sample` and `fitv2 edit`: resumable, told in the picture, shared by processes."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ from PIL import Image
 
 from conftest import fitv2, picture, randomized
 from fitv2.checkpoint import Card, save_model
+from fitv2.cli.making import Written
 from fitv2.evaluation.pictures import Batch
 from fitv2.model import FiT
 from fitv2.sampling.recipe import read_recipe
@@ -90,24 +93,58 @@ def test_a_sheet_and_a_batch_for_adm_s_evaluator(pixel_model, here, capsys):
     assert np.array_equal(np.asarray(batch.read(range(1))[0]), blue)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_run_again_the_same_files(pixel_model, here, capsys, processes):
-    """In blocks of a few images, so that the work can be cut off in the middle."""
-    options = ["sample", str(pixel_model), "--num", "30", "--size", "64x64", "--steps", "2"]
+@pytest.mark.parametrize(("killed", "again"), [(1, 1), (1, 2), (2, 1)])
+def test_killed_and_run_again_the_same_files(pixel_model, here, capsys, killed, again):
+    """Two hundred, in blocks of a few images, so that the work can be cut off in the middle."""
+    options = ["sample", str(pixel_model), "--num", "100", "--size", "64x64", "--steps", "2"]
     assert fitv2(capsys, *options, "--out", "whole")[0] == 0
-    code = "import os; from fitv2.cli.commands import main; main()"
-    running = subprocess.Popen([sys.executable, "-c", code, *options, "--out", "out"], cwd=here)
-    while running.poll() is None and len(files(here / "out")) < 8:
+
+    def started(processes):
+        many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "--"]
+        command = [sys.executable, *(many if processes > 1 else ["-m"]), "fitv2", *options, "--out", "out"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen(command, cwd=here, start_new_session=True, **quiet)
+
+    running = started(killed)
+    while running.poll() is None and len(files(here / "out")) < 20:
         pass
-    running.kill()
+    os.killpg(running.pid, signal.SIGKILL)
     running.wait()
-    assert 8 <= len(files(here / "out")) < 60
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-         "-m", "--", "fitv2", *options, "--out", "out"],
-        cwd=here, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    assert 20 <= len(files(here / "out")) < 200
+    assert started(again).wait(300) == 0
     assert files(here / "out") == files(here / "whole")
+
+
+def test_the_bar_of_several_processes_is_that_of_all(tmp_path):
+    written = Written(tmp_path / "out", {"a.png", "b.png", "c.png"})
+    assert written.count() == 0
+    (tmp_path / "out").mkdir()
+    for name in ("a.png", "c.png", "another.png"):
+        (tmp_path / "out" / name).touch()
+    assert written.count() == 0  # it was looked up just now
+    written.looked -= 10
+    assert written.count() == 2
+
+
+def test_one_noise_is_seen_at_all_sizes_and_two_are_gone_between(pixel_model, here, capsys):
+    sizes = ("--size", "8x8", "--size", "16x8", "--label", "red")
+    one = ("sample", pixel_model, *sizes, "--num", 2, *QUICK)
+    assert fitv2(capsys, *one, "--one-noise", "--out", "one")[0] == 0
+    assert fitv2(capsys, *one, "--out", "own")[0] == 0
+    shared, own = files(here / "one"), files(here / "own")
+    assert shared.keys() == own.keys()
+    assert read_recipe(here / "one" / "red_8x8_0.png").edited == {"one_noise": "8x8 16x8"}
+    pair = [np.asarray(Image.open(here / name / "red_8x8_0.png")) for name in ("one", "own")]
+    assert not np.array_equal(*pair)
+    way = ("sample", pixel_model, "--size", "8x8", "--label", "red", *QUICK)
+    assert fitv2(capsys, *way, "--toward-seed", 9, "--num", 3, "--out", "way")[0] == 0
+    assert fitv2(capsys, *way, "--seed", 9, "--out", "last")[0] == 0
+    pairs = [("way/red_8x8_0.png", "own/red_8x8_0.png"), ("way/red_8x8_2.png", "last/red_8x8_9.png")]
+    for made, expected in pairs:  # the ends are the pictures of both seeds
+        difference = np.asarray(Image.open(here / made), int) - np.asarray(Image.open(here / expected), int)
+        assert np.abs(difference).max() <= 1
+    status, _, said = fitv2(capsys, *way, "--toward-seed", 9, "--one-noise")
+    assert (status, "give --toward-seed or --one-noise" in said) == (2, True)
 
 
 @pytest.fixture
@@ -131,7 +168,7 @@ def test_a_part_is_made_anew(pixel_model, photo, here, capsys):
     assert not np.array_equal(made[:6], np.asarray(Image.open(photo))[:6])
     assert read_recipe(here / "edited" / first).edited["mask"]
     status, _, said = fitv2(capsys, "sample", pixel_model, "--from-metadata", here / "edited" / first)
-    assert (status, "was made from another picture" in said) == (2, True)
+    assert (status, "was made from another picture or noise" in said) == (2, True)
 
 
 def test_a_picture_on_a_larger_canvas(pixel_model, photo, here, capsys):

@@ -71,9 +71,10 @@ def making_tab(studio: Studio) -> None:
                         button.click(lambda shape=shape: size_of(studio, shape), None, [height, width],
                                      api_visibility="private", queue=False)  # fmt: skip
             how = how_fields(studio)
-            with gr.Accordion("The same at other shapes", open=False):
+            with gr.Accordion("Other shapes, other noises", open=False):
                 shapes = gr.CheckboxGroup(list(SHAPES), label="Shapes, beside the one above")
                 one_noise = gr.Checkbox(label="One noise at all of them")
+                toward = gr.Number(-1, label="On the way to the noise of this seed, -1 for none", precision=0)
             button, stop = buttons("Make")
         with gr.Column(scale=3):
             gallery, said = outputs()
@@ -81,7 +82,7 @@ def making_tab(studio: Studio) -> None:
     def make(
         prompt: str, label: str, negative: str, rows: float, columns: float, count: float, seed: float,
         guidance: float, steps: float, extrapolation: str, shapes: Sequence[str] = (),
-        one_noise: bool = False,
+        one_noise: bool = False, toward: float = -1,
     ) -> Iterator[tuple[Any, str]]:  # fmt: skip
         """Pictures of a prompt or a label: their files, and how far it is."""
         with in_words():
@@ -89,12 +90,12 @@ def making_tab(studio: Studio) -> None:
                 prompt=prompt or "", label=label or "", negative_prompt=negative or "", height=whole(rows),
                 width=whole(columns), **settings(count, seed, guidance, steps, extrapolation),
                 more_sizes=tuple(size_of(studio, SHAPES[name]) for name in shapes or ()),
-                one_noise=one_noise, edited={"how": "one noise at all sizes"} if one_noise else None,
+                **noise(one_noise, toward),
             )  # fmt: skip
             yield from pictures(studio, order)
 
     run = button.click(
-        make, [*shown, height, width, *how, shapes, one_noise], [gallery, said], api_name="make",
+        make, [*shown, height, width, *how, shapes, one_noise, toward], [gallery, said], api_name="make",
         **ONE_AT_A_TIME,
     )  # fmt: skip
     stop.click(None, cancels=[run], api_visibility="private")
@@ -263,6 +264,16 @@ def settings(count: float, seed: float, guidance: float, steps: float, extrapola
         "count": whole(count), "seed": chosen, "guidance_scale": guidance, "steps": whole(steps),
         "extrapolation": extrapolation,
     }  # fmt: skip
+
+
+def noise(one: bool, toward: float | None) -> dict[str, Any]:
+    """What pictures are made of, by the names of an order, where it is not the noise of their seeds."""
+    if toward is not None and toward >= 0:
+        return {
+            "toward_seed": int(toward),
+            "edited": {"how": "between two noises", "toward_seed": int(toward)},
+        }
+    return {"one_noise": True, "edited": {"how": "one noise at all sizes"}} if one else {}
 
 
 def pictures(studio: Studio, order: Order) -> Iterator[tuple[Any, str]]:

@@ -21,7 +21,7 @@ from fitv2.config import Guidance, Positions, Sampling
 from fitv2.errors import UserError
 from fitv2.pipeline import FiTPipeline
 from fitv2.runtime.rng import generator
-from fitv2.sampling.editing import between, noise_at_sizes, place, to_mask
+from fitv2.sampling.editing import between, noise_at_sizes, noises_between, place, to_mask
 from fitv2.sampling.recipe import Recipe, save_picture
 from fitv2.sampling.saving import distinct_names, file_name
 
@@ -58,6 +58,8 @@ class Order:
     """Others at which the same pictures are asked for too."""
     one_noise: bool = False
     """The pictures of a seed are of one noise, seen at all sizes."""
+    toward_seed: int | None = None
+    """What is made lies between the noise of `seed` and that of this one."""
     toward: Image.Image | None = None
     """A second picture: what is made lies between it and `image`."""
     given: dict[str, Any] = field(default_factory=dict)
@@ -258,10 +260,15 @@ class Studio:
         """Arguments of the pipeline beside those of the recipes: pictures, or noises."""
         if order.toward is not None:
             return {"latents": self.way(order, recipes)}
-        if not order.one_noise:
-            return order.given
         unit, channels = self.pipeline.unit, self.pipeline.transformer.token_channels
         grids = [(-(-height // unit), -(-width // unit)) for height, width in order.sizes]
+        if order.toward_seed is not None:
+            ends = order.seed, order.toward_seed
+            return {
+                "latents": [x for grid in grids for x in noises_between(*ends, order.count, grid, channels)]
+            }
+        if not order.one_noise:
+            return order.given
         seeds = [recipe.seed for recipe in recipes[: order.count]]
         of_seed = [noise_at_sizes(grids, channels, generator(seed)) for seed in seeds]
         return {"latents": [of_seed[i][size] for size in range(len(grids)) for i in range(len(seeds))]}

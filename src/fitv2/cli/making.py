@@ -1,10 +1,13 @@
 """The commands that make images: `sample`, `edit`, `app`."""
 
 import hashlib
+import math
+import os
 import secrets
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from fitv2.sampling.recipe import Recipe
 
 SHEET = 8, 200  # images in a row of a sheet, and at most in all
+LOOK_EVERY = 2.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -106,16 +110,47 @@ def plan(options: Sample, pipeline: "FiTPipeline", weights: str) -> list[Job]:
     sizes = dict.fromkeys(chosen or [(side, side)])
     check_limit("num", options.num * len(shown) * len(sizes))
     recipe, jobs = recipes(options, pipeline, weights), []
+    noises, edited = noises_of(options, pipeline, list(sizes))
     for height, width in sizes:  # outermost: images that grow are packed with their neighbours alone
         for name, number, prompt in shown:
             label = None if number is None else pipeline.card.labels[number]
             for seed in range(options.seed, options.seed + options.num):
                 made = recipe(
-                    height=height, width=width, seed=seed, label=label, label_number=number, prompt=prompt
+                    height=height, width=width, seed=seed, label=label, label_number=number, prompt=prompt,
+                    edited=edited,
                 )  # fmt: skip
                 path = options.out / file_name(name, (height, width), seed)
-                jobs.append(Job(path, made, prompt or label or ""))
+                given = {"latents": noises[height, width][seed - options.seed]} if noises else {}
+                jobs.append(Job(path, made, prompt or label or "", given))
     return jobs
+
+
+def noises_of(
+    options: Sample, pipeline: "FiTPipeline", sizes: Sequence[tuple[int, int]]
+) -> tuple[dict[tuple[int, int], list[Any]], dict[str, Any] | None]:
+    """The noises of each size where they are not those of the seeds; and what a recipe says of them.
+
+    Raises UserError for two wishes at once.
+    """
+    from fitv2.runtime.rng import generator
+    from fitv2.sampling.editing import noise_at_sizes, noises_between
+
+    unit, channels = pipeline.unit, pipeline.transformer.token_channels
+    grids = [(-(-height // unit), -(-width // unit)) for height, width in sizes]
+    if options.toward_seed is not None and options.one_noise:
+        raise UserError("give `toward_seed` or `one_noise`")
+    if options.toward_seed is not None:
+        made = [
+            noises_between(options.seed, options.toward_seed, options.num, grid, channels) for grid in grids
+        ]
+        way = {"seed": options.seed, "toward_seed": options.toward_seed, "num": options.num}
+        return dict(zip(sizes, made, strict=True)), way
+    if options.one_noise:
+        seeds = range(options.seed, options.seed + options.num)
+        of_seed = [noise_at_sizes(grids, channels, generator(seed)) for seed in seeds]
+        said = {"one_noise": " ".join(f"{height}x{width}" for height, width in sizes)}
+        return dict(zip(sizes, map(list, zip(*of_seed, strict=True)), strict=True)), said
+    return {}, None
 
 
 def recipes(options: Sample | Edit, pipeline: "FiTPipeline", weights: str) -> "Callable[..., Recipe]":
@@ -162,7 +197,7 @@ def again(options: Sample, source: Path, pipeline: "FiTPipeline", weights: str) 
         raise UserError("`from_metadata` says how the picture is made: leave out all other settings")
     recipe = read_recipe(source)
     if recipe.edited is not None:
-        raise UserError(f"{source} was made from another picture: see fitv2 edit")
+        raise UserError(f"{source} was made from another picture or noise: its recipe does not hold that")
     if recipe.weights != weights:
         said = f"{source} was made by other weights, of {recipe.model}: this will be another picture"
         print(f"fitv2: {said}", file=sys.stderr)
@@ -316,18 +351,20 @@ def make_all(pipeline: "FiTPipeline", jobs: Sequence[Job], options: Sample | Edi
     pipeline.transformer.cast(getattr(torch, options.precision))
     rank, world = ranks()
     leave_on_signals("; run the same command again to resume")
-    mine = list(blocks(jobs, pipeline))[rank::world]
-    count, done = sum(map(len, mine)), 0
-    # One bar for all processes: that of the first, whose share is like that of the others.
+    every = list(blocks(jobs, pipeline))
+    mine = every[rank::world]
+    others = [job for i, block in enumerate(every) if i % world != rank for job in block]
+    written, done = Written(options.out, {job.path.name for job in others}), 0
+    # One bar for all processes: that of the first, who sees what the others have written.
     with share_bar("sample", len(jobs), "image", shown=rank == 0) as progress:
         for block in mine:
 
             def report(part: float, before: int = done, size: int = len(block)) -> None:
-                progress((before + part * size) / count)
+                progress((before + part * size + written.count()) / len(jobs))
 
             make_block(pipeline, block, report)
             done += len(block)
-    if not all(is_made(job.path, job.recipe) for job in jobs):
+    if not all(is_made(job.path, job.recipe) for job in others):
         print(f"{options.out}: this share is done; another process makes the rest")
         return 0
     if options.grid:
@@ -336,6 +373,21 @@ def make_all(pipeline: "FiTPipeline", jobs: Sequence[Job], options: Sample | Edi
         write_batches(jobs, options.out)
     print(f"{len(jobs)} images in {options.out}")
     return 0
+
+
+class Written:
+    """How many of some files there are in a folder, looked up now and then."""
+
+    def __init__(self, folder: Path, names: set[str]) -> None:
+        self.folder, self.names = folder, names
+        self.found, self.looked = 0, -math.inf
+
+    def count(self) -> int:
+        """As it was at most LOOK_EVERY seconds ago."""
+        if self.names and time.monotonic() - self.looked > LOOK_EVERY:
+            there = {entry.name for entry in os.scandir(self.folder)} if self.folder.exists() else set()
+            self.found, self.looked = len(self.names & there), time.monotonic()
+        return self.found
 
 
 def blocks(jobs: Sequence[Job], pipeline: "FiTPipeline") -> Iterator[list[Job]]:

@@ -81,6 +81,10 @@ class Sample:
     """Images of each label and size, with seeds SEED, SEED+1, …"""
     seed: int = 0
     """Seed of the first image."""
+    toward_seed: int | None = None
+    """Make the NUM images on the way from the noise of SEED to that of this seed."""
+    one_noise: bool = False
+    """The images of a seed are of one noise, seen at all sizes."""
     from_metadata: Path | None = None
     """Make the picture in this PNG again: all settings are read from it, and no others may be given."""
     out: Path = Path("samples")

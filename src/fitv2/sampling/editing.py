@@ -19,6 +19,7 @@ from torch.nn.functional import adaptive_max_pool2d, interpolate, max_pool2d, pa
 from fitv2.autoencoder import Autoencoder
 from fitv2.errors import UserError
 from fitv2.limits import check_limit
+from fitv2.runtime.rng import generator as seeded
 from fitv2.tokens import Size, patchify
 
 
@@ -143,6 +144,12 @@ def between(first: Tensor, second: Tensor, share: float) -> Tensor:
         return torch.lerp(first, second, share)
     weights = torch.sin((1 - share) * angle), torch.sin(share * angle)
     return (weights[0] * first + weights[1] * second) / torch.sin(angle)
+
+
+def noises_between(first: int, last: int, count: int, grid: Size, channels: int) -> list[Tensor]:
+    """`count` noises (rows, columns, channels) on the way from that of a seed to that of another."""
+    start, end = (noise_at_sizes([grid], channels, seeded(seed))[0] for seed in (first, last))
+    return [between(start, end, i / max(1, count - 1)) for i in range(count)]
 
 
 def noise_at_sizes(grids: Sequence[Size], channels: int, generator: Generator) -> list[Tensor]:
