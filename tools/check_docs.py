@@ -8,8 +8,9 @@ Of every page (README.md, CONTRIBUTING.md and all below docs/):
 - each ```python block is compiled, and what it imports is looked up;
 - links and paths lead to files that are there, and flags in the text are options of a command;
 - blocks are run, in order, in a folder of their own with small images in it. The Python blocks of a page
-  share their names. A block that cannot run here says so in the line above it, <!-- not run: REASON -->,
-  and a page names what it takes for granted in <!-- given: tokens, models/xl -->.
+  share their names. A block that cannot run here says so in the line above it, <!-- not run: REASON -->, one
+  that takes long what is run in its place, <!-- run with: --steps 4 -->, and a page names what it takes for
+  granted in <!-- given: tokens, models/xl -->.
 
 Prints a line for each failure; the exit status is then 1. Nothing is downloaded. With --static nothing runs.
 """
@@ -54,6 +55,7 @@ class Block:
     language: str
     text: str
     not_run: str | None = None  # why
+    shorter: tuple[str, ...] = ()  # options and their values, in place of those that it has
 
 
 @dataclass
@@ -85,19 +87,22 @@ def pages(root: Path = ROOT) -> list[str]:
 
 def read_page(name: str, root: Path = ROOT) -> Page:
     """A page cut into prose and blocks."""
-    page, fence, reason = Page(name), None, None
+    page, fence, reason, shorter = Page(name), None, None, ()
     lines: list[str] = []
     for number, line in enumerate((root / name).read_text(encoding="utf-8").splitlines(), 1):
         if fence is not None:
             if line.strip() == "```":
-                page.blocks.append(Block(name, number - len(lines), fence, "\n".join(lines) + "\n", reason))
-                fence, reason = None, None
+                text = "\n".join(lines) + "\n"
+                page.blocks.append(Block(name, number - len(lines), fence, text, reason, shorter))
+                fence, reason, shorter = None, None, ()
             else:
                 lines.append(line)
         elif match := re.match(r"\s*```(\w*)", line):
             fence, lines = match[1], []
         elif match := re.match(r"<!-- not run: (.+) -->$", line):
             reason = match[1]
+        elif match := re.match(r"<!-- run with: (.+) -->$", line):
+            shorter = tuple(match[1].split())
         elif match := re.match(r"<!-- given: (.+) -->$", line):
             page.given += match[1].split(", ")
         else:
@@ -305,8 +310,18 @@ def prepare_run(folder: Path) -> None:
     train(preset("debug"), folder / "tokens", folder / "runs" / "mine")
 
 
+def prepare_photos(folder: Path) -> None:
+    """Those images in one folder, each with a caption."""
+    for i, path in enumerate(sorted((folder / "images").rglob("*.png"))):
+        target = folder / "photos" / "signs" / f"{i:02}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+        target.with_suffix(".txt").write_text("road sign\n")
+
+
 GIVEN: dict[str, Callable[[Path], None]] = {
-    "images": prepare_images, "tokens": prepare_tokens, "models/xl": prepare_model, "runs/mine": prepare_run,
+    "images": prepare_images, "photos": prepare_photos,
+    "tokens": prepare_tokens, "models/xl": prepare_model, "runs/mine": prepare_run,
 }  # fmt: skip
 
 
@@ -350,6 +365,12 @@ def run_python(block: Block, names: dict[str, Any]) -> str | None:
     return None
 
 
+def shortened(words: list[str], options: tuple[str, ...]) -> list[str]:
+    """A command with other values of its options."""
+    values = dict(zip(options[::2], options[1::2], strict=True))
+    return [values.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+
+
 def run_shell(block: Block) -> str | None:
     """Run the commands of a block in this process; the first that fails."""
     for line, words in split_commands(block):
@@ -358,7 +379,7 @@ def run_shell(block: Block) -> str | None:
             return f"{where}: {words[0]} is not run: say why above the block, <!-- not run: REASON -->"
         try:
             with quiet() as said:
-                status = commands.run(strip_launcher(words)[1:])
+                status = commands.run(shortened(strip_launcher(words)[1:], block.shorter))
         except SystemExit:  # --help
             continue
         except Exception as error:
