@@ -2,7 +2,8 @@
 
     DIFFUSERS_SOURCE=diffusers RUN_COMPILE=1 python -m pytest -o addopts= tests/test_diffusers_mixins.py
 
-Its tests of adapters name layers to_q and to_k, which FiT has in one matrix: see test_pipeline.py for those.
+Its tests of adapters name layers to_q and to_k, which FiT has in one matrix: see test_hub.py and
+test_adapters.py for those.
 """
 
 import os

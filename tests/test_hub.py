@@ -10,16 +10,17 @@ from diffusers import AutoModel
 from PIL import Image
 
 from conftest import randomized
+from fitv2.adapters import adaptable
 from fitv2.checkpoint import Card
 from fitv2.config import Sampling
 from fitv2.errors import UserError
 from fitv2.hub import describe, said_labels
 from fitv2.model import FiT
-from fitv2.pipeline import FiTPipeline, adaptable
+from fitv2.pipeline import FiTPipeline
 from fitv2.runtime.rng import generator
 
 SHAPE = {"depth": 1, "width": 32, "heads": 2, "patch_size": 4, "in_channels": 3, "num_classes": 2}
-MADE = ("model_index.json", "README.md", "pipeline.py", "transformer/config.json",
+MADE = ("model_index.json", "README.md", "pipeline.py", "transformer/README.md", "transformer/config.json",
         "transformer/diffusion_pytorch_model.safetensors")  # fmt: skip
 
 
@@ -124,10 +125,18 @@ def test_a_lora_is_loaded_ruled_and_removed(pipe, tmp_path):
     adapted = made(pipe)
     assert np.array_equal(adapted, made(other))
     assert not np.array_equal(adapted, plain)
-    pipe.transformer.disable_lora()
+    pipe.disable_lora()
     assert np.array_equal(made(pipe), plain)
     assert isinstance(pipe.transformer, FiT)
     assert adaptable(pipe.transformer) is pipe.transformer
-    pipe.transformer.enable_lora()
-    pipe.transformer.delete_adapters("mine")
+    pipe.enable_lora()
+    pipe.set_adapters("mine", 0.0)
     assert np.array_equal(made(pipe), plain)
+    pipe.set_adapters(["mine"], [1.0])
+    assert np.array_equal(made(pipe), adapted)
+    pipe.save_lora_weights(tmp_path / "again", "mine")
+    pipe.unload_lora_weights()
+    assert np.array_equal(made(pipe), plain)
+    pipe.load_lora_weights(tmp_path / "again")
+    assert np.array_equal(made(pipe), adapted)
+    pipe.unload_lora_weights()

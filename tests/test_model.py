@@ -108,7 +108,7 @@ def test_bfloat16_stays_close_to_float32(model):
 
 def test_saved_folder_rebuilds_the_model(model, tmp_path):
     model.save_pretrained(tmp_path)
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".safetensors"]
     again = FiT.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
@@ -300,3 +300,20 @@ def test_times_stay_in_float32_when_the_rest_is_cast_or_loaded_in_half(model, tm
             made = half(x, layout, t_B, label)
             assert made.dtype == torch.bfloat16
             torch.testing.assert_close(made.float(), exact, rtol=0.1, atol=0.1 * exact.abs().max().item())
+
+
+def test_what_diffusers_does_with_whole_blocks_gives_the_same(model, tmp_path):
+    """Spread over devices, of which this machine may have one, and compiled one for all."""
+    model.save_pretrained(tmp_path)
+    assert f"{model.num_parameters():,} parameters" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    inputs = (*pack_of([(2, 3), (3, 3)]), torch.tensor([0.2, 0.7]), labelled([1, 2]))
+    expected = model(*inputs).detach()
+    spread = FiT.from_pretrained(tmp_path, device_map="auto").eval()
+    torch.testing.assert_close(spread(*inputs).detach(), expected)
+    compiled = FiT.from_pretrained(tmp_path).eval()
+    compiled.compile_repeated_blocks(backend="eager", dynamic=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs), expected, atol=1e-5, rtol=1e-5)

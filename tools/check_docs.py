@@ -313,10 +313,10 @@ def prepare_run(folder: Path) -> None:
 def prepare_photos(folder: Path) -> None:
     """Those images in one folder, each with a caption."""
     for i, path in enumerate(sorted((folder / "images").rglob("*.png"))):
-        target = folder / "photos" / "signs" / f"{i:02}.png"
+        target = folder / "photos" / "icons" / f"{i:02}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
-        target.with_suffix(".txt").write_text("road sign\n")
+        target.with_suffix(".txt").write_text("address book\n")
 
 
 GIVEN: dict[str, Callable[[Path], None]] = {

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from unicodedata import normalize
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class Card:
 
 def save_model(model: FiT, card: Card, folder: Path, adapter: Mapping[str, Tensor] | None = None) -> None:
     """Write a model folder; beside the model the LoRA that is in it, if it has one, as diffusers reads it."""
-    model.save_pretrained(folder)
+    ModelMixin.save_pretrained(model, folder)  # without a README: a checkpoint needs none
     if model.early is not None:
         split_early_head(folder)
     for weights in weight_files(folder):

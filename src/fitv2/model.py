@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -23,10 +24,26 @@ from fitv2.errors import nearest
 from fitv2.kernels import gated_silu, linear_parts, rotate, scaled_sum
 from fitv2.presets import preset
 from fitv2.rope import absolute, rotation
+from fitv2.runtime.files import write_text
 from fitv2.runtime.serialization import from_dict
 from fitv2.tokens import Layout
 
 EPS = 1e-6
+README = "README.md"
+
+
+ABOUT = """\
+---
+library_name: diffusers
+tags: [fitv2, diffusers]
+---
+
+# A transformer of FiTv2
+
+{parameters:,} parameters. `fitv2.FiT.from_pretrained("THIS FOLDER")` opens it (`pip install fitv2`), and
+after `from fitv2 import FiT` diffusers' `AutoModel` too. Arguments: packed tokens, their `Layout`, times, and
+a `Condition`. FiTv2: arXiv 2410.13925.
+"""
 
 
 class TimeEmbedding(nn.Module):
@@ -231,6 +248,12 @@ class FiT(ModelMixin, ConfigMixin):
         defaults = [name for name in self.config.get("_use_default_values", []) if name not in config]
         other.register_to_config(**config, _use_default_values=defaults)
         return other
+
+    def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
+        """Save as diffusers does, with a README unless there is one."""
+        super().save_pretrained(save_directory, *arguments, **options)
+        if not (Path(save_directory) / README).exists():
+            write_text(Path(save_directory) / README, ABOUT.format(parameters=self.num_parameters()))
 
     def reset_parameters(self) -> None:
         """Xavier-uniform linear layers, N(0, 0.02) embeddings; zero modulations and output (adaLN-Zero)."""

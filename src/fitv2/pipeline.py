@@ -20,6 +20,7 @@ from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 from torch import Generator, Tensor
 
+from fitv2.adapters import LoRALoading, is_hub_name
 from fitv2.autoencoder import (
     CLASSES,
     Autoencoder,
@@ -28,7 +29,7 @@ from fitv2.autoencoder import (
     load_autoencoder,
     offline,
 )
-from fitv2.checkpoint import LORA, Card, find_model, load_model
+from fitv2.checkpoint import Card, find_model, load_model
 from fitv2.conditioning import Condition, Text
 from fitv2.config import Guidance, Positions, Sampling
 from fitv2.diffusion.flow import Flow
@@ -48,7 +49,7 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 LOGGER = logging.getLogger("fitv2")
 
 
-class FiTPipeline(DiffusionPipeline):
+class FiTPipeline(LoRALoading, DiffusionPipeline):
     """Images of any labels and sizes, all in one packed batch.
 
     Components: `transformer`, a `FiT`; `vae`, a diffusers `AutoencoderKL`, or None for a model on pixels; and
@@ -107,7 +108,7 @@ class FiTPipeline(DiffusionPipeline):
         with a `model_index.json`. The network is used for a hub name alone; with `allow_download` also for
         an autoencoder of the hub that a model names. Raises UserError for a name that is nothing of these.
         """
-        if _is_hub_name(name):
+        if is_hub_name(name):
             return super().from_pretrained(str(name), **options)
         if (Path(name) / INDEX).exists():
             check_index(Path(name))
@@ -377,23 +378,6 @@ class FiTPipeline(DiffusionPipeline):
                 create_pr=create_pr,
             ))  # fmt: skip
 
-    def load_lora_weights(
-        self, source: str | Path | dict[str, Tensor], adapter_name: str = "default", **options: Any
-    ) -> None:
-        """Add a LoRA that `save_lora_adapter` or `fitv2 train --lora` saved; needs PEFT.
-
-        `source` is a folder, a run, or its tensors; a hub name is fetched. `transformer` then has diffusers'
-        methods for adapters: `set_adapters`, `disable_lora`, `delete_adapters` and the others (`adaptable`).
-        Raises UserError for a run or a model without a LoRA.
-        """
-        if not isinstance(source, dict):
-            options = {"weight_name": LORA} | options
-            if not (_is_hub_name(source) or "subfolder" in options):
-                source = _with_lora(source, options["weight_name"])
-            source = str(source)
-        adaptable(self.transformer)
-        self.transformer.load_lora_adapter(source, prefix=None, adapter_name=adapter_name, **options)
-
     def _conditions(
         self, labels: Sequence[str | int | None], prompts: Sequence[str | None]
     ) -> list[Condition]:
@@ -418,27 +402,6 @@ class FiTPipeline(DiffusionPipeline):
         if not 0 <= index < count:
             raise UserError(f"unknown label {index}: numbers go from 0 to {count - 1}")
         return index
-
-
-def adaptable(model: FiT) -> Any:
-    """The same model, with diffusers' methods for adapters; needs PEFT.
-
-    They come only now: what diffusers has them in imports transformers, which takes seconds.
-    """
-    from diffusers.loaders.peft import PeftAdapterMixin
-
-    if not isinstance(model, PeftAdapterMixin):
-        kind = type(FiT.__name__, (type(model), PeftAdapterMixin), {"__module__": FiT.__module__})
-        model.__class__ = kind
-    return model
-
-
-def _with_lora(source: str | Path, name: str) -> Path:
-    """The folder that holds the LoRA of a run, a model or a folder. Raises UserError when there is none."""
-    folder = Path(source) if (Path(source) / name).exists() else find_model(source)
-    if not (folder / name).exists():
-        raise UserError(f"{source} has no LoRA: {folder / name} is missing")
-    return folder
 
 
 FLOWS = (
@@ -519,8 +482,3 @@ def _convert(images: list[Image.Image], output_type: str) -> Any:
         return np.stack(arrays) if same else arrays
     tensors = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
     return torch.stack(tensors) if same else tensors
-
-
-def _is_hub_name(name: str | Path) -> bool:
-    """Whether `name` can only be one of the hub: ORGANIZATION/NAME, and no such folder is here."""
-    return isinstance(name, str) and name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
