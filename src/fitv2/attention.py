@@ -69,6 +69,9 @@ def _attend_by_length(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, runs: Runs) -
     # derivative.
     plain = use_formulas() or (q_THK.device.type == "cpu" and q_THK.dtype == torch.bfloat16)
     attend = attend_formula if plain else scaled_dot_product_attention
+    if len(runs) == 1:  # to cut into one piece would copy gradients
+        q, k, v = (x.unflatten(0, runs[0]).transpose(1, 2) for x in (q_THK, k_THK, v_THK))
+        return attend(q, k, v).transpose(1, 2).flatten(0, 1)
     tokens = [images * length for images, length in runs]
     outputs = []
     for run, *qkv in zip(runs, *(x.split(tokens) for x in (q_THK, k_THK, v_THK)), strict=True):

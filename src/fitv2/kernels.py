@@ -45,6 +45,9 @@ def scaled_sum_formula(base: Tensor, x_TD: Tensor, scale_BD: Tensor, layout: Lay
     return torch.addcmul(base_TD, x_TD, layout.spread(scale_BD))
 
 
+IN_CACHE = 1 << 16  # numbers
+
+
 class _ScaledSum(torch.autograd.Function):
     """On the CPU, reading and writing every token once each way.
 
@@ -67,10 +70,12 @@ class _ScaledSum(torch.autograd.Function):
         x_grad, scale_grad = torch.empty_like(x_TD), torch.empty_like(scale_BD)
         for out, grad, scale in layout.by_length_group(x_grad, grad_TD, scale_BD):
             torch.mul(grad, scale, out=out)
-        # Image by image: a product of one image's size stays in the cache until it is summed.
-        pieces = zip(grad_TD.split(layout.lengths), x_TD.split(layout.lengths), scale_grad, strict=True)
-        for grad, x, out in pieces:
-            torch.sum(grad * x, 0, out=out)
+        # A few images at a time: their product stays in the cache until it is summed.
+        for grads, xs, outs in layout.by_length_group(grad_TD, x_TD, scale_grad):
+            few = max(1, IN_CACHE // (grads.shape[1] * grads.shape[2]))
+            pieces = zip(grads.split(few), xs.split(few), outs.split(few), strict=True)
+            for grad, x, out in pieces:
+                torch.sum(grad * x, 1, keepdim=True, out=out)
         base_grad = grad_TD if ctx.base_per_token else layout.sum_per_image(grad_TD)
         return base_grad, x_grad, scale_grad, None
 
