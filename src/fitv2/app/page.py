@@ -38,6 +38,7 @@ SHAPES = {"1:1": (1, 1), "1:2": (1, 2), "2:1": (2, 1), "1:3": (1, 3), "3:1": (3,
 THEME = gr.themes.Soft(primary_hue="orange", neutral_hue="stone", font=("system-ui", "sans-serif"))
 CSS = """
 .gradio-container {width: 100% !important; max-width: 1180px !important; margin: auto}
+#gallery .grid-wrap {max-height: none !important; height: auto !important}
 #gallery .caption-label {max-width: 60%; padding: 0 4px; font-size: 11px; opacity: 0.75}
 """
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
