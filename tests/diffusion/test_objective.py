@@ -1,6 +1,6 @@
 """What every objective promises, whatever it is: a new entry of the table is tested by being there."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -64,6 +64,31 @@ def test_every_weight_learns_from_the_loss(name):
     sample = objective.add_noise(DATA, LAYOUT, NOISE, times_of(objective))
     objective.loss(model, sample, CONDITION).total_B.sum().backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
+
+
+@every_objective
+def test_only_what_is_learned_of_an_image_counts(name):
+    """A weight for each token: all alike changes nothing, and where it is zero the output may be anything."""
+    model, objective = made(name, Training())
+    sample = objective.add_noise(DATA, LAYOUT, NOISE, times_of(objective))
+    whole = objective.loss(model, sample, CONDITION)
+    even = objective.loss(model, replace(sample, learned_T=torch.full((LAYOUT.tokens,), 0.4)), CONDITION)
+    for ours, expected in zip(even, whole, strict=True):
+        torch.testing.assert_close(ours, expected)
+    learned_T = torch.ones(LAYOUT.tokens)
+    learned_T[0] = learned_T[-1] = 0
+
+    def elsewhere(*given, **more):
+        output = model(*given, **more).clone()
+        return output + 100 * (1 - learned_T)[:, None] if len(output) == LAYOUT.tokens else output
+
+    for one, other in zip(
+        objective.loss(model, replace(sample, learned_T=learned_T), CONDITION),
+        objective.loss(elsewhere, replace(sample, learned_T=learned_T), CONDITION),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+    assert not torch.allclose(objective.loss(elsewhere, sample, CONDITION).error_B[0], whole.error_B[0])
 
 
 @every_objective
