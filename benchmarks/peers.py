@@ -9,7 +9,8 @@ positions and norms of queries and keys; JiT (2511.13720) the same and predicts 
 packed tokens of the same squares, at the same width, depth and heads. A step is forward, loss, backward,
 AdamW and the EMA. In bfloat16 a peer runs under autocast, as they train, and ours as its trainer does.
 
-Steps alternate in one process. A ratio is the peer's median over ours: above 1 ours is ahead.
+Steps alternate in one process; prints a JSON object a line. A ratio is the median of the peer's over ours:
+above 1 ours is ahead.
 """
 
 import argparse
@@ -223,9 +224,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     options = parser.parse_args()
     torch.manual_seed(0)
-    found = {name: compare(name, options) for name in options.peers}
-    told = {"threads": torch.get_num_threads(), **vars(options), "peers": found}
-    print(json.dumps(told, indent=1))
+    same = {"threads": torch.get_num_threads(), **{k: v for k, v in vars(options).items() if k != "peers"}}
+    for name in options.peers:
+        print(json.dumps({"peer": name} | compare(name, options) | same), flush=True)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,12 @@ TINY = ["--width=48", "--depth=1"]
             ],
             {"passive", "1 thread", "runs"},
         ),
+        ("evaluation.py", ["--pictures", "1", "3", "--rounds=1"], {"dtype", "floor_ms", "share_of_peak"}),
+        (
+            "peers.py",
+            ["--width=64", "--depth=1", "--batch=2", "--side=2", "--steps=1", "--warmup=0"],
+            {"ours_seconds", "peer_seconds", "ratio"},
+        ),
         ("planning.py", ["20000"], {"fill", "seconds_an_epoch", "megabytes"}),
         ("encoding.py", ["--pictures=40", "--milliseconds=1"], {"busy", "reading_alone_per_second"}),
         (
