@@ -120,7 +120,7 @@ def padded_mlp(module: SwiGLU, x_BND: Tensor) -> Tensor:
 
 
 def padded_forward(model: FiT, x_BNC: Tensor, t_B: Tensor, condition: Condition, pads: Padded) -> Tensor:
-    silu_c = silu(model.embed(t_B, condition))
+    silu_c = silu(model.embed(t_B, condition, model.dtype))
     assert model.modulation is not None
     shared = model.modulation(silu_c)
     x = model.patch_embed(x_BNC)

@@ -34,8 +34,11 @@ def scaled_sum(base: Tensor, x_TD: Tensor, scale_BD: Tensor, layout: Layout) -> 
     """
     if use_formulas():  # a compiled graph must not depend on the runs
         return scaled_sum_formula(base, x_TD, scale_BD, layout)
-    kernel = _ScaledSum if x_TD.device.type == "cpu" else _GatheredScaledSum
-    return kernel.apply(base, x_TD, scale_BD, layout)
+    if x_TD.device.type != "cpu":
+        return _GatheredScaledSum.apply(base, x_TD, scale_BD, layout)
+    if torch.is_grad_enabled():
+        return _ScaledSum.apply(base, x_TD, scale_BD, layout)
+    return _scaled_sum_by_runs(base, x_TD, scale_BD, layout)
 
 
 def scaled_sum_formula(base: Tensor, x_TD: Tensor, scale_BD: Tensor, layout: Layout) -> Tensor:
@@ -48,6 +51,13 @@ def scaled_sum_formula(base: Tensor, x_TD: Tensor, scale_BD: Tensor, layout: Lay
 IN_CACHE = 1 << 16  # numbers
 
 
+def _scaled_sum_by_runs(base: Tensor, x_TD: Tensor, scale_BD: Tensor, layout: Layout) -> Tensor:
+    out_TD = torch.empty_like(x_TD)
+    for out, start, x, scale in layout.by_length_group(out_TD, base, x_TD, scale_BD):
+        torch.addcmul(start, x, scale, out=out)
+    return out_TD
+
+
 class _ScaledSum(torch.autograd.Function):
     """On the CPU, reading and writing every token once each way.
 
@@ -58,10 +68,7 @@ class _ScaledSum(torch.autograd.Function):
     def forward(ctx: Any, base: Tensor, x_TD: Tensor, scale_BD: Tensor, layout: Layout) -> Tensor:
         ctx.save_for_backward(x_TD, scale_BD)
         ctx.layout, ctx.base_per_token = layout, len(base) == len(x_TD)
-        out_TD = torch.empty_like(x_TD)
-        for out, start, x, scale in layout.by_length_group(out_TD, base, x_TD, scale_BD):
-            torch.addcmul(start, x, scale, out=out)
-        return out_TD
+        return _scaled_sum_by_runs(base, x_TD, scale_BD, layout)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:

@@ -278,10 +278,10 @@ class FiT(ModelMixin, ConfigMixin):
         """The module of each kind of condition."""
         return {name: self.get_submodule(f"{name}_embed") for name in self.architecture.conditions}
 
-    def embed(self, t_B: Tensor, condition: Condition) -> Tensor:
-        """c: times (B,) and what the images are to show → (B, D)."""
+    def embed(self, t_B: Tensor, condition: Condition, dtype: torch.dtype) -> Tensor:
+        """c: times (B,) and what the images are to show → (B, D) in `dtype`."""
         shift = self.architecture.time_shift
-        c_BD = self.time_embed(shift * t_B / (1 + (shift - 1) * t_B), self.dtype)
+        c_BD = self.time_embed(shift * t_B / (1 + (shift - 1) * t_B), dtype)
         for name, embedder in self.embedders.items():
             c_BD = c_BD + embedder(condition.values.get(name), condition.present_B)
         return c_BD
@@ -324,10 +324,10 @@ class FiT(ModelMixin, ConfigMixin):
         target_B: Tensor | None,
         rope: Rope | None,
     ) -> tuple[Tensor, Tensor | None]:
-        rope = rope or self.architecture.rope
-        silu_c_BD = silu(self.embed(t_B, condition))
+        rope, dtype = rope or self.architecture.rope, self.dtype  # diffusers looks through all modules for it
+        silu_c_BD = silu(self.embed(t_B, condition, dtype))
         head_dim = self.architecture.width // self.architecture.heads
-        x_TD = self.patch_embed(x_TC.to(self.dtype))
+        x_TD = self.patch_embed(x_TC.to(dtype))
         if rope.kind == "absolute":
             x_TD = x_TD + absolute(layout, self.architecture.width, rope).to(x_TD.dtype)
         image_layout, joint = layout, None
@@ -341,7 +341,7 @@ class FiT(ModelMixin, ConfigMixin):
         shared_B6D = self._shared(silu_c_BD)
         for number, block in enumerate(self.blocks):
             if number == switch and target_B is not None:
-                silu_c_BD = silu(self.embed(target_B, condition))
+                silu_c_BD = silu(self.embed(target_B, condition, dtype))
                 shared_B6D = self._shared(silu_c_BD)
             inputs = x_TD, layout, shared_B6D, silu_c_BD, rotation_T1P
             if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -157,13 +157,18 @@ class Layout:
 
     def by_length_group(self, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Values per token or per image, cut into runs: (images, length or 1, …) each, as views."""
-        tokens, images = [n * length for n, length in self.length_groups], [n for n, _ in self.length_groups]
-        pieces = [value.split(tokens if len(value) == self.tokens else images) for value in values]
-        for i, (count, length) in enumerate(self.length_groups):
-            yield tuple(
-                piece[i].unflatten(0, (count, length if len(value) == self.tokens else 1))
-                for piece, value in zip(pieces, values, strict=True)
-            )
+        runs, tokens = self.length_groups, self.tokens
+        of_token = [value.shape[0] == tokens for value in values]
+        if len(runs) == 1:  # nothing to cut
+            (run,) = runs
+            both = zip(values, of_token, strict=True)
+            yield tuple(value.unflatten(0, run if each else (run[0], 1)) for value, each in both)
+            return
+        sizes = [n for n, _ in runs], [n * length for n, length in runs]
+        pieces = [value.split(sizes[each]) for value, each in zip(values, of_token, strict=True)]
+        for i, (count, length) in enumerate(runs):
+            both = zip(pieces, of_token, strict=True)
+            yield tuple(piece[i].unflatten(0, (count, length if each else 1)) for piece, each in both)
 
 
 register_dataclass(Layout, serialized_type_name="fitv2.Layout")  # as an argument of what is exported
