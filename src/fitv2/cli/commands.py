@@ -1,11 +1,12 @@
 """The command `fitv2`. Parses first and imports after, so that help and mistakes answer at once."""
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from io import TextIOWrapper
 from typing import Any
@@ -285,10 +286,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
-    logging.getLogger("fitv2").setLevel(logging.ERROR)  # commands say themselves what the pipeline does
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     try:
-        sys.exit(run(arguments))
+        with quiet_pipeline():
+            sys.exit(run(arguments))
     except Exception as error:
         if DEBUG in sys.argv:
             raise
@@ -296,6 +297,18 @@ def main() -> None:
     said = name_flags(printable(" ".join(message.split())), all_options())
     print(f"fitv2: {said}", file=sys.stderr)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def quiet_pipeline() -> Iterator[None]:
+    """Without the pipeline's own warnings: commands say themselves what it does."""
+    logger = logging.getLogger("fitv2")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def describe(error: Exception) -> tuple[str, int]:
