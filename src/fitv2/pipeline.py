@@ -6,6 +6,7 @@ The command line, previews of a training, the demo and the tools call it.
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -154,10 +155,14 @@ class FiTPipeline(LoRALoading, DiffusionPipeline):
         """Whether the model has a flow from noise to data: it is no DDPM."""
         return isinstance(objective_of(self.transformer.architecture), Flow)
 
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the tokens that cover an image of (height, width) pixels."""
+        height, width = size
+        return -(-height // self.unit), -(-width // self.unit)
+
     def is_beyond(self, size: tuple[int, int]) -> bool:
         """Whether an image of (height, width) pixels has more tokens than those trained on."""
-        height, width = size
-        return -(-height // self.unit) * -(-width // self.unit) > self.card.max_tokens
+        return math.prod(self.grid(size)) > self.card.max_tokens
 
     def said_beyond(self, sizes: Sequence[tuple[int, int]], positions: Positions) -> str:
         """How images of sizes (height, width) beyond those trained on are made, in a sentence."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import shutil
 import time
@@ -21,7 +22,7 @@ from fitv2.config import Guidance, Positions, Sampling
 from fitv2.errors import UserError
 from fitv2.pipeline import FiTPipeline
 from fitv2.runtime.rng import generator
-from fitv2.sampling.editing import between, noise_at_sizes, noises_between, place, to_mask
+from fitv2.sampling.editing import on_the_way, place, shared_noises, to_mask
 from fitv2.sampling.recipe import Recipe, save_picture
 from fitv2.sampling.saving import distinct_names, file_name
 
@@ -135,7 +136,7 @@ class Studio:
 
     def recipes(self, order: Order) -> list[Recipe]:
         """What is to be made. Raises UserError for what is out of bounds."""
-        bounds, unit = self.bounds, self.pipeline.unit
+        bounds = self.bounds
         for name, value, most in (
             *(("the height", height, bounds.max_side) for height, _ in order.sizes),
             *(("the width", width, bounds.max_side) for _, width in order.sizes),
@@ -144,7 +145,7 @@ class Studio:
         ):  # fmt: skip
             if not 1 <= value <= most or value != int(value):
                 raise UserError(f"{name} can be 1 to {most}, not {value}")
-        tokens = order.count * sum(-(-height // unit) * -(-width // unit) for height, width in order.sizes)
+        tokens = order.count * sum(math.prod(self.pipeline.grid(size)) for size in order.sizes)
         if tokens > bounds.max_tokens:
             raise UserError(
                 f"these pictures have {tokens} tokens together, and {bounds.max_tokens} is the most here:"
@@ -260,18 +261,11 @@ class Studio:
         """Arguments of the pipeline beside those of the recipes: pictures, or noises."""
         if order.toward is not None:
             return {"latents": self.way(order, recipes)}
-        unit, channels = self.pipeline.unit, self.pipeline.transformer.token_channels
-        grids = [(-(-height // unit), -(-width // unit)) for height, width in order.sizes]
-        if order.toward_seed is not None:
-            ends = order.seed, order.toward_seed
-            return {
-                "latents": [x for grid in grids for x in noises_between(*ends, order.count, grid, channels)]
-            }
-        if not order.one_noise:
+        if not order.one_noise and order.toward_seed is None:
             return order.given
-        seeds = [recipe.seed for recipe in recipes[: order.count]]
-        of_seed = [noise_at_sizes(grids, channels, generator(seed)) for seed in seeds]
-        return {"latents": [of_seed[i][size] for size in range(len(grids)) for i in range(len(seeds))]}
+        grids, channels = map(self.pipeline.grid, order.sizes), self.pipeline.transformer.token_channels
+        noises = shared_noises([*grids], channels, order.seed, order.count, order.toward_seed)
+        return {"latents": [noise for of_size in noises for noise in of_size]}
 
     def way(self, order: Order, recipes: Sequence[Recipe]) -> list[Tensor]:
         """The noises between those of two pictures, one for each recipe."""
@@ -279,8 +273,7 @@ class Studio:
         shown = {name: asked[name] for name in ("class_labels", "prompt") if name in asked}
         pair = [first, order.toward.convert("RGB").resize(first.size)] if order.toward else [first]
         ends = self.pipeline.invert(pair, **shown)
-        last = max(1, len(recipes) - 1)
-        return [between(ends[0], ends[1], i / last) for i in range(len(recipes))]
+        return on_the_way(ends[0], ends[1], len(recipes))
 
 
 def painted(picture: Image.Image, layers: Sequence[Image.Image]) -> Image.Image:

@@ -132,25 +132,18 @@ def noises_of(
 
     Raises UserError for two wishes at once.
     """
-    from fitv2.runtime.rng import generator
-    from fitv2.sampling.editing import noise_at_sizes, noises_between
+    from fitv2.sampling.editing import shared_noises
 
-    unit, channels = pipeline.unit, pipeline.transformer.token_channels
-    grids = [(-(-height // unit), -(-width // unit)) for height, width in sizes]
     if options.toward_seed is not None and options.one_noise:
         raise UserError("give `toward_seed` or `one_noise`")
+    said: dict[str, Any] = {"one_noise": " ".join(f"{height}x{width}" for height, width in sizes)}
     if options.toward_seed is not None:
-        made = [
-            noises_between(options.seed, options.toward_seed, options.num, grid, channels) for grid in grids
-        ]
-        way = {"seed": options.seed, "toward_seed": options.toward_seed, "num": options.num}
-        return dict(zip(sizes, made, strict=True)), way
-    if options.one_noise:
-        seeds = range(options.seed, options.seed + options.num)
-        of_seed = [noise_at_sizes(grids, channels, generator(seed)) for seed in seeds]
-        said = {"one_noise": " ".join(f"{height}x{width}" for height, width in sizes)}
-        return dict(zip(sizes, map(list, zip(*of_seed, strict=True)), strict=True)), said
-    return {}, None
+        said = {"seed": options.seed, "toward_seed": options.toward_seed, "num": options.num}
+    elif not options.one_noise:
+        return {}, None
+    grids, channels = [pipeline.grid(size) for size in sizes], pipeline.transformer.token_channels
+    noises = shared_noises(grids, channels, options.seed, options.num, options.toward_seed)
+    return dict(zip(sizes, noises, strict=True)), said
 
 
 def recipes(options: Sample | Edit, pipeline: "FiTPipeline", weights: str) -> "Callable[..., Recipe]":
@@ -285,14 +278,13 @@ def latents_between(
     label: int | None,
 ) -> list[dict[str, Any]]:
     """The noise of each image on the way, as arguments of the pipeline."""
-    from fitv2.sampling.editing import between
+    from fitv2.sampling.editing import on_the_way
 
     shown: dict[str, Any] = {} if label is None else {"class_labels": label}
     if prompts != (None, None):
         shown["prompt"] = [*prompts]
     ends = pipeline.invert([*pictures], sampling=options.sampling, positions=options.positions, **shown)
-    steps = max(1, options.num - 1)
-    return [{"latents": between(ends[0], ends[1], step / steps)} for step in range(options.num)]
+    return [{"latents": noise} for noise in on_the_way(ends[0], ends[1], options.num)]
 
 
 def label_of(options: Edit, pipeline: "FiTPipeline") -> int | None:
@@ -394,11 +386,12 @@ def blocks(jobs: Sequence[Job], pipeline: "FiTPipeline") -> Iterator[list[Job]]:
     """Jobs in packs, the same for any number of processes: a pack decides the last bits of its images."""
     from fitv2.sampling.generate import default_tokens_per_pack
 
-    most, unit = default_tokens_per_pack(pipeline.transformer.device), pipeline.unit
+    most = default_tokens_per_pack(pipeline.transformer.device)
     block: list[Job] = []
     filled = 0
     for job in jobs:
-        tokens = -(-job.recipe.height // unit) * -(-job.recipe.width // unit)
+        rows, columns = pipeline.grid((job.recipe.height, job.recipe.width))
+        tokens = rows * columns
         if block and filled + tokens > most:
             yield block
             block, filled = [], 0

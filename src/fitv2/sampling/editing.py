@@ -146,10 +146,24 @@ def between(first: Tensor, second: Tensor, share: float) -> Tensor:
     return (weights[0] * first + weights[1] * second) / torch.sin(angle)
 
 
-def noises_between(first: int, last: int, count: int, grid: Size, channels: int) -> list[Tensor]:
-    """`count` noises (rows, columns, channels) on the way from that of a seed to that of another."""
-    start, end = (noise_at_sizes([grid], channels, seeded(seed))[0] for seed in (first, last))
-    return [between(start, end, i / max(1, count - 1)) for i in range(count)]
+def on_the_way(first: Tensor, last: Tensor, count: int) -> list[Tensor]:
+    """`count` noises from one to another, both with them: see `between`."""
+    return [between(first, last, i / max(1, count - 1)) for i in range(count)]
+
+
+def shared_noises(
+    grids: Sequence[Size], channels: int, seed: int, count: int, toward_seed: int | None = None
+) -> list[list[Tensor]]:
+    """`count` noises (rows, columns, channels) for each size: those of seed, seed + 1, …, alike at all sizes.
+
+    With `toward_seed` those on the way from the noise of `seed` to that of the other, at each size its own.
+    """
+    if toward_seed is not None:
+        ends = (seed, toward_seed)
+        pairs = ([noise_at_sizes([grid], channels, seeded(end))[0] for end in ends] for grid in grids)
+        return [on_the_way(first, last, count) for first, last in pairs]
+    of_seed = [noise_at_sizes(grids, channels, seeded(seed + i)) for i in range(count)]
+    return [list(noises) for noises in zip(*of_seed, strict=True)]
 
 
 def noise_at_sizes(grids: Sequence[Size], channels: int, generator: Generator) -> list[Tensor]:
