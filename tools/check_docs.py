@@ -203,6 +203,10 @@ def look_up(module: str, name: str | None) -> str | None:
         return f"{module}: {error}"
     if name is None or hasattr(found, name):
         return None
+    if hasattr(found, "__path__") and importlib.util.find_spec(
+        f"{module}.{name}"
+    ):  # a module not yet imported
+        return None
     return f"{module} has no {name}"
 
 
