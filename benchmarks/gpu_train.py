@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--grad-accum-steps", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--eager-only", action="store_true", help="without torch.compile")
+    parser.add_argument("--compiled-only", action="store_true", help="with torch.compile alone")
+    parser.add_argument("--packed-only", action="store_true", help="without padding")
     options = parser.parse_args()
     base = preset(options.preset)
     model = replace(
@@ -79,8 +81,9 @@ def main() -> None:
     real = imagenet_sizes(4 * options.images, np.random.default_rng(0))
     device = default_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    for compiled in (False,) if options.eager_only else (False, True):
-        for kind, sizes in (("packed", real), ("padded", [(16, 16)] * len(real))):
+    layouts = {"packed": real} if options.packed_only else {"packed": real, "padded": [(16, 16)] * len(real)}
+    for compiled in [False] * (not options.compiled_only) + [True] * (not options.eager_only):
+        for kind, sizes in layouts.items():
             chosen = replace(base, model=model, training=replace(training, compile=compiled))
             case: dict[str, object] = {
                 "date": datetime.date.today().isoformat(),

@@ -79,7 +79,7 @@ class _ScaledSum(torch.autograd.Function):
             torch.mul(grad, scale, out=out)
         # A few images at a time: their product stays in the cache until it is summed.
         for grads, xs, outs in layout.by_length_group(grad_TD, x_TD, scale_grad):
-            few = max(1, IN_CACHE // (grads.shape[1] * grads.shape[2]))
+            few = max(1, IN_CACHE // max(1, grads.shape[1] * grads.shape[2]))
             pieces = zip(grads.split(few), xs.split(few), outs.split(few), strict=True)
             for grad, x, out in pieces:
                 torch.sum(grad * x, 1, keepdim=True, out=out)

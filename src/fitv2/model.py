@@ -29,6 +29,7 @@ from fitv2.runtime.serialization import from_dict
 from fitv2.tokens import Layout
 
 EPS = 1e-6
+LEVELS = 2  # runs of tokens of an image that have times of their own, where they have
 README = "README.md"
 
 
@@ -132,14 +133,16 @@ class Block(nn.Module):
         shared_B6D: Tensor | float,
         silu_c_BD: Tensor,
         rotation_T1P: Tensor,
+        levels: Layout | None = None,
     ) -> Tensor:
-        """(T, D) → (T, D)."""
+        """(T, D) → (T, D). With `levels` the modulation is of these runs of tokens, not of images."""
         modulation_B6D = shared_B6D + self.modulation(silu_c_BD)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_B6D.chunk(6, dim=1)
-        branch = self.attention(modulate(x_TD, shift1, scale1, layout), layout, rotation_T1P)
-        x_TD = scaled_sum(x_TD, branch, gate1, layout)
-        branch = self.mlp(modulate(x_TD, shift2, scale2, layout))
-        return scaled_sum(x_TD, branch, gate2, layout)
+        alike = layout if levels is None else levels
+        branch = self.attention(modulate(x_TD, shift1, scale1, alike), layout, rotation_T1P)
+        x_TD = scaled_sum(x_TD, branch, gate1, alike)
+        branch = self.mlp(modulate(x_TD, shift2, scale2, alike))
+        return scaled_sum(x_TD, branch, gate2, alike)
 
 
 class Head(nn.Module):
@@ -192,13 +195,14 @@ class FiT(ModelMixin, ConfigMixin):
         text_channels: int = 0,
         pooled_channels: int = 0,
         early_head: int = 0,
+        early_prediction: Prediction | None = None,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
         self.architecture = Architecture(
             depth, width, heads, prediction, path, objective, tuple(conditions), mlp_width, adaln, lora_rank,
-            qk_norm, time_shift, from_dict(Rope, rope or {}), early_head, patch_size, in_channels,
-            num_classes, text_channels, pooled_channels,
+            qk_norm, time_shift, from_dict(Rope, rope or {}), early_head, early_prediction,
+            patch_size, in_channels, num_classes, text_channels, pooled_channels,
         )  # fmt: skip
         self.token_channels = self.architecture.token_channels
         self.patch_embed = nn.Linear(self.token_channels, width)
@@ -278,12 +282,16 @@ class FiT(ModelMixin, ConfigMixin):
         """The module of each kind of condition."""
         return {name: self.get_submodule(f"{name}_embed") for name in self.architecture.conditions}
 
-    def embed(self, t_B: Tensor, condition: Condition, dtype: torch.dtype) -> Tensor:
-        """c: times (B,) and what the images are to show → (B, D) in `dtype`."""
+    def embed(self, t_B: Tensor, condition: Condition, dtype: torch.dtype, times: int = 1) -> Tensor:
+        """c: times (B,) and what the images are to show → (B, D) in `dtype`.
+
+        With several `times` of each image there are as many rows for it.
+        """
         shift = self.architecture.time_shift
         c_BD = self.time_embed(shift * t_B / (1 + (shift - 1) * t_B), dtype)
         for name, embedder in self.embedders.items():
-            c_BD = c_BD + embedder(condition.values.get(name), condition.present_B)
+            embedded_BD = embedder(condition.values.get(name), condition.present_B)
+            c_BD = c_BD + (embedded_BD if times == 1 else embedded_BD.repeat_interleave(times, 0))
         return c_BD
 
     def forward(
@@ -296,6 +304,7 @@ class FiT(ModelMixin, ConfigMixin):
         target_B: Tensor | None = None,
         early: bool = False,
         rope: Rope | None = None,
+        levels: Layout | None = None,
     ) -> Any:
         """Noisy tokens of the images of `layout` at times `t_B` → prediction.
 
@@ -306,9 +315,10 @@ class FiT(ModelMixin, ConfigMixin):
         `target_B` (B,) are the times to which any-step models are asked to lead [default: `t_B` itself]. The
         first two thirds of the blocks see `t_B`, the others and the head see `target_B` (Decoupled MeanFlow,
         arXiv 2510.24474, section 3). With `early` what the early head predicts comes too, as a second tensor.
-        `rope` are other positions than the model's own.
+        `rope` are other positions than the model's own. With `levels`, as `Layout.divide` makes them, every
+        image has two runs of tokens, and `t_B` (2B,) the time of each.
         """
-        output_TC, early_TC = self._predict(x_TC, layout, t_B, condition, target_B, rope)
+        output_TC, early_TC = self._predict(x_TC, layout, t_B, condition, target_B, rope, levels)
         if early:
             return output_TC, early_TC
         if return_dict is None:
@@ -323,34 +333,39 @@ class FiT(ModelMixin, ConfigMixin):
         condition: Condition,
         target_B: Tensor | None,
         rope: Rope | None,
+        levels: Layout | None,
     ) -> tuple[Tensor, Tensor | None]:
         rope, dtype = rope or self.architecture.rope, self.dtype  # diffusers looks through all modules for it
-        silu_c_BD = silu(self.embed(t_B, condition, dtype))
+        times = 1 if levels is None else LEVELS
+        silu_c_BD = silu(self.embed(t_B, condition, dtype, times))
         head_dim = self.architecture.width // self.architecture.heads
         x_TD = self.patch_embed(x_TC.to(dtype))
         if rope.kind == "absolute":
             x_TD = x_TD + absolute(layout, self.architecture.width, rope).to(x_TD.dtype)
-        image_layout, joint = layout, None
+        of_images, joint = layout if levels is None else levels, None
         text = condition.values.get("text") if "text" in self.architecture.conditions else None
         if isinstance(text, Text):
             joint = layout.behind(text.length_B, text.states_ME.shape[0])
             x_TD, layout = joint.join(self.embedders["text"].tokens(text), x_TD), joint.layout
+            if levels is not None:  # a text has the time of the first run
+                lengths = torch.stack([text.length_B, torch.zeros_like(text.length_B)], dim=1).flatten()
+                levels = levels.behind(lengths, text.states_ME.shape[0]).layout
         rotation_T1P = rotation(layout, head_dim, rope)
         early_TC = None
         switch = None if target_B is None else round(2 * len(self.blocks) / 3)
         shared_B6D = self._shared(silu_c_BD)
         for number, block in enumerate(self.blocks):
             if number == switch and target_B is not None:
-                silu_c_BD = silu(self.embed(target_B, condition, dtype))
+                silu_c_BD = silu(self.embed(target_B, condition, dtype, times))
                 shared_B6D = self._shared(silu_c_BD)
-            inputs = x_TD, layout, shared_B6D, silu_c_BD, rotation_T1P
+            inputs = x_TD, layout, shared_B6D, silu_c_BD, rotation_T1P, levels
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x_TD = self._gradient_checkpointing_func(block, *inputs)
             else:
                 x_TD = block(*inputs)
             if self.early is not None and number + 1 == self.architecture.early_head:
-                early_TC = self.early(x_TD if joint is None else joint.images(x_TD), image_layout, silu_c_BD)
-        return self.head(x_TD if joint is None else joint.images(x_TD), image_layout, silu_c_BD), early_TC
+                early_TC = self.early(x_TD if joint is None else joint.images(x_TD), of_images, silu_c_BD)
+        return self.head(x_TD if joint is None else joint.images(x_TD), of_images, silu_c_BD), early_TC
 
     def _shared(self, silu_c_BD: Tensor) -> Tensor | float:
         """What all blocks have in common of their modulation, (B, 6D)."""

@@ -42,6 +42,10 @@ class Layout:
         size_B2 = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
         if not len(size_B2) or size_B2.min() < 1:
             raise ValueError(f"a sequence needs at least one image, each of at least one token: {sizes}")
+        return cls._of(size_B2)
+
+    @classmethod
+    def _of(cls, size_B2: np.ndarray) -> Layout:
         lengths = size_B2.prod(axis=1)
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
         image_T = np.repeat(np.arange(len(size_B2)), lengths)
@@ -100,6 +104,21 @@ class Layout:
         names = ("size_B2", "pos_T2", "image_T", "cu_seqlens")
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
         return replace(self, **moved)
+
+    def reorder(self, order_T: Tensor) -> Layout:
+        """The same images with the tokens of each in another order: `order_T` says where each was."""
+        return replace(self, pos_T2=self.pos_T2.index_select(0, order_T))
+
+    def divide(self, share: float) -> Layout:
+        """Every image as two runs of tokens: its first, and its last, which are this share of them.
+
+        A run is as a row of an image; an image of more than one token has one in each, at least.
+        """
+        last_B = (share * self.length_B.double()).round().long()
+        last_B = last_B.clamp_min(1).minimum(self.length_B - 1)
+        length_L = torch.stack([self.length_B - last_B, last_B], dim=1).flatten()
+        runs = Layout._of(torch.stack([torch.ones_like(length_L), length_L], dim=1).numpy())
+        return runs.to(self.image_T.device)
 
     def select(self, images: Sequence[int]) -> Layout:
         """The layout of some of the images, in the given order. Raises ValueError when there are none."""

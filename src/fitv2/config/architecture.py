@@ -61,7 +61,7 @@ class Network:
     """The transformer, its conditions, and what it is trained to predict."""
 
     ADDED: ClassVar[frozenset[str]] = frozenset(
-        {"objective", "conditions", "text_channels", "pooled_channels", "early_head"}
+        {"objective", "conditions", "text_channels", "pooled_channels", "early_head", "early_prediction"}
     )
 
     depth: int
@@ -94,6 +94,9 @@ class Network:
     early_head: int = 0
     """Blocks after which a second head predicts too, for internal guidance: a third of the depth, or fewer; 0
     is none."""
+    early_prediction: Prediction | None = None
+    """What the early head predicts [default: what the model does]; data beside a velocity aligns the blocks
+    before it with the latents themselves."""
 
     def __post_init__(self) -> None:
         """UserError for a shape that no model can have."""

@@ -26,6 +26,8 @@ class Batching:
     tokens_per_step: int | None = None
     """Instead, as many images as fill so many tokens: steps of nearly equal work [default: batch-size
     images]."""
+    batch_rampup_steps: int = 0
+    """First steps, over which the images of a step grow from an eighth of batch-size to all of it."""
     crop_probability: float = 0.5
     """How often an image is taken cropped, if its tokens were stored both cropped and not."""
     grad_accum_steps: int = free(1)
@@ -49,6 +51,10 @@ class Optimization:
     What is saved is a whole model, and the change alone beside it."""
     optimizer: Optimizer = "adamw"
     """muon is for the matrices of the blocks and of texts, with AdamW for the rest."""
+    muon_iterations: int = 5
+    """Of Newton's iteration, by which Muon makes a change orthogonal."""
+    muon_every: int = 1
+    """Steps between Muon's changes, each so many times as large; gradients are averaged at every step."""
     learning_rate: float = 1e-4
     """After warm-up."""
     warmup_steps: int = 5_000
@@ -86,6 +92,9 @@ class Noising:
     """Weight by time of the error of a predicted noise or score; see `fitv2.diffusion.flow`."""
     direction_weight: float = 0.0
     """Weight of 1 - cosine of the predicted and the true velocity beside the squared error."""
+    clean_share: float = 0.0
+    """Share of the tokens of each image that are trained at a second time, nearer to the data (Self-Flow); 0
+    gives all of them one time."""
     early_weight: float = 0.25
     """Weight of the loss of an early head beside that of the model."""
     jump_share: float = 0.5

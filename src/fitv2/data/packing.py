@@ -103,11 +103,17 @@ class Sampler(ABC):
         return {name: value for name, value in self.__dict__.items() if name != "_epoch"}
 
 
-class FixedCount(Sampler):
-    """So many images a step, whatever their sizes: as the paper trains."""
+SMALLEST = 1 / 8  # share of its images that the first step of a ramp-up has
 
-    def __init__(self, images: Images, count: int, seed: int) -> None:
-        self.images, self.count, self.seed = images, count, seed
+
+class FixedCount(Sampler):
+    """So many images a step, whatever their sizes: as the paper trains.
+
+    Over the first `rampup` steps their number grows from an eighth of that.
+    """
+
+    def __init__(self, images: Images, count: int, seed: int, rampup: int = 0) -> None:
+        self.images, self.count, self.seed, self.rampup = images, count, seed, rampup
 
     def plan(self, epoch: int) -> np.ndarray:
         """A row of each image, in the epoch's order."""
@@ -115,11 +121,24 @@ class FixedCount(Sampler):
         return rng.permutation(self.images.draw(rng))
 
     def step(self, step: int) -> Step:
-        """Images step·count to (step+1)·count of an endless sequence of epochs."""
-        keys = np.arange(step * self.count, (step + 1) * self.count)
+        """The next images of an endless sequence of epochs."""
+        first, end = (images_before(number, self.count, self.rampup) for number in (step, step + 1))
+        keys = np.arange(first, end)
         epochs, places = np.divmod(keys, len(self.images.first_rows))
         rows = [self._epoch(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
         return Step(np.concatenate(rows), keys)
+
+
+def images_before(step: int, count: int, rampup: int = 0) -> int:
+    """The images of all steps before one, of so many each after the first `rampup`."""
+    return int(_rampup_starts(count, rampup)[min(step, rampup)]) + max(0, step - rampup) * count
+
+
+@lru_cache
+def _rampup_starts(count: int, rampup: int) -> np.ndarray:
+    share = SMALLEST + (1 - SMALLEST) * np.arange(rampup) / max(1, rampup)
+    counts = np.ceil(share * count).astype(np.int64)
+    return np.concatenate([[0], np.cumsum(counts)])
 
 
 class TokenBudget(Sampler):

@@ -60,6 +60,8 @@ class AnyStep(Flow):
             raise UserError("`objective` any-step needs a `depth` of 2: the last blocks see the target")
         if architecture.early_head:
             raise UserError("`early_head` is not for `objective` any-step")
+        if flow.clean_share:
+            raise UserError("`clean_share` is not for `objective` any-step: 0 leaves it out")
         return cls(flow.path_name, flow.prediction, flow.weight, flow.draw, training=training or Training())
 
     # Training
@@ -73,6 +75,13 @@ class AnyStep(Flow):
         t, target = (self._scale_time(time) for time in (torch.minimum(*drawn), torch.maximum(*drawn)))
         reach = min(1.0, (step + 1) / max(1, self.training.curriculum_steps))
         return t, torch.lerp(t, target, reach)
+
+    def add_noise(
+        self, data_TC: Tensor, layout: Layout, noise_TC: Tensor, t_B: Tensor, *more_B: Tensor
+    ) -> NoisySample:
+        """The points of the path at times `t_B`; behind these may stand where each image is to be led."""
+        sample = super().add_noise(data_TC, layout, noise_TC, t_B)
+        return replace(sample, target_B=more_B[0]) if more_B else sample
 
     def loss(self, model: Model, sample: NoisySample, condition: Condition) -> Loss:
         """log(1 + error/SOFTENING) of each image's squared error, which is reported."""

@@ -38,6 +38,10 @@ class DDPM:
             raise UserError("`early_head` is for flows, not for `path` ddpm")
         if training and training.direction_weight:
             raise UserError("`direction_weight` is for velocities, which `path` ddpm has none of")
+        if training and training.clean_share:
+            raise UserError("`clean_share` is for flows, not for `path` ddpm")
+
+    shuffles = False
 
     def draw_times(self, rng: Generator, step: int = 0) -> tuple[Tensor]:
         """A random step of the process, ()."""
@@ -51,7 +55,9 @@ class DDPM:
         """How far steps are from noise (0) to data (1)."""
         return 1 - t_B / STEPS
 
-    def add_noise(self, data_TC: Tensor, layout: Layout, noise_TC: Tensor, t_B: Tensor) -> NoisySample:
+    def add_noise(
+        self, data_TC: Tensor, layout: Layout, noise_TC: Tensor, t_B: Tensor, *more_B: Tensor
+    ) -> NoisySample:
         """√ᾱ·data + √(1−ᾱ)·noise at the steps `t_B`."""
         signal, strength = _at(KEPT.sqrt(), t_B, layout), _at((1 - KEPT).sqrt(), t_B, layout)
         return NoisySample(signal * data_TC + strength * noise_TC, layout, t_B, data_TC, noise_TC)

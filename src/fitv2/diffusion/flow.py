@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from fitv2.conditioning import Condition
 from fitv2.config import Architecture, Sampling, Training
-from fitv2.diffusion.noise import Known, Loss, NoisySample
+from fitv2.diffusion.noise import Known, Levels, Loss, NoisySample
 from fitv2.diffusion.paths import PATHS, Path, score
 from fitv2.diffusion.solvers import OnStep, no_change
 from fitv2.diffusion.transport import transport
@@ -141,6 +141,8 @@ class Flow:
     draw: Draw = field(default=logit_normal)
     direction_weight: float = 0.0
     early_weight: float = 0.0  # of the loss of an early head; 0 where there is none
+    early_prediction: str = ""  # what the early head predicts [default: what the model does]
+    clean_share: float = 0.0  # of the tokens of an image, trained at a second, cleaner time
 
     def __post_init__(self) -> None:
         """UserError for what there is not."""
@@ -152,12 +154,18 @@ class Flow:
             raise UserError(f"`loss_weight` {self.weight} is for `prediction` noise or score")
         if self.prediction == "data" and self.path_name != "linear":
             raise UserError("`prediction` data is for `path` linear")
+        if self.early_prediction not in ("", self.prediction):
+            if (self.prediction, self.early_prediction) != ("velocity", "data"):
+                raise UserError("`early_prediction` is data beside `prediction` velocity, or the same")
+            if self.path_name != "linear":
+                raise UserError("`early_prediction` data is for `path` linear")
 
     @classmethod
     def of(cls, architecture: Architecture, training: Training | None = None) -> "Flow":
         """The flow a model was made for; `training` says how its times are drawn and its loss weighted."""
         if training is None:
-            return cls(architecture.path, architecture.prediction)
+            early = architecture.early_prediction or ""
+            return cls(architecture.path, architecture.prediction, early_prediction=early)
         if training.times not in TIMES:
             raise nearest("distribution of times", training.times, TIMES)
         if architecture.early_head and not training.early_weight:
@@ -166,6 +174,7 @@ class Flow:
             architecture.path, architecture.prediction, training.loss_weight,
             TIMES[training.times](training), training.direction_weight,
             training.early_weight if architecture.early_head else 0.0,
+            architecture.early_prediction or "", training.clean_share,
         )  # fmt: skip
 
     @property
@@ -190,6 +199,11 @@ class Flow:
     name = "flow"  # of the objective: how images are made if nothing is said
     takes_jumps = False  # whether the model says where a finite step leads
 
+    @property
+    def shuffles(self) -> bool:
+        """Whether the tokens of an image are to come in any order: the last ones are the cleaner ones."""
+        return self.clean_share > 0
+
     # Training
 
     def _scale_time(self, share: Tensor) -> Tensor:
@@ -198,8 +212,12 @@ class Flow:
         return start + (stop - start) * share
 
     def draw_times(self, rng: Generator, step: int = 0) -> tuple[Tensor, ...]:
-        """A random time of training, (); the same at every step."""
-        return (self._scale_time(self.draw(rng)),)
+        """A random time of training, (), the same at every step; or two of them, the noisier first."""
+        t = self._scale_time(self.draw(rng))
+        if not self.clean_share:
+            return (t,)
+        other = self._scale_time(self.draw(rng))
+        return torch.minimum(t, other), torch.maximum(t, other)
 
     def quantiles(self, share: Tensor) -> Tensor:
         """Shares in (0, 1) as times of the paper's distribution, logit-normal (0, 1), whatever `draw` is."""
@@ -209,10 +227,20 @@ class Flow:
         """How far times are from noise (0) to data (1)."""
         return t_B
 
-    def add_noise(self, data_TC: Tensor, layout: Layout, noise_TC: Tensor, t_B: Tensor) -> NoisySample:
-        """The points x_t of the path between noise and data at times `t_B`."""
-        alpha, sigma = self.path.coefficients(layout.spread(t_B)[:, None])
-        return NoisySample(alpha * data_TC + sigma * noise_TC, layout, t_B, data_TC, noise_TC)
+    def add_noise(
+        self, data_TC: Tensor, layout: Layout, noise_TC: Tensor, t_B: Tensor, *more_B: Tensor
+    ) -> NoisySample:
+        """The points x_t of the path between noise and data at times `t_B`.
+
+        With cleaner times behind these the last tokens of each image are there: two noise levels in one
+        image (Self-Flow, arXiv 2603.06507).
+        """
+        sample = NoisySample(noise_TC, layout, t_B, data_TC, noise_TC)
+        if more_B:
+            times_L = torch.stack([t_B, *more_B], dim=1).flatten()
+            sample = replace(sample, levels=Levels(layout.divide(self.clean_share), times_L))
+        alpha, sigma = self.path.coefficients(sample.t_T1)
+        return replace(sample, x_TC=alpha * data_TC + sigma * noise_TC)
 
     def loss(self, model: Model, sample: NoisySample, condition: Condition) -> Loss:
         """The squared error of each image; beside it 1 − cosine and an early head's, where they have weights.
@@ -224,7 +252,7 @@ class Flow:
         if self.direction_weight:
             total_B = total_B + self.direction_weight * self.direction_error(output_TC, sample)
         if early_TC is not None:
-            total_B = total_B + self.early_weight * self.squared_error(early_TC, sample)
+            total_B = total_B + self.early_weight * self.early_error(early_TC, sample)
         return Loss(total_B, error_B)
 
     def held_out_errors(self, model: Model, sample: NoisySample, condition: Condition) -> dict[str, Tensor]:
@@ -232,32 +260,50 @@ class Flow:
         output_TC, early_TC = self._outputs(model, sample, condition)
         errors = {"validation": self.squared_error(output_TC, sample)}
         if early_TC is not None:
-            errors["validation_early"] = self.squared_error(early_TC, sample)
+            errors["validation_early"] = self.early_error(early_TC, sample)
         return errors
 
     def _outputs(
         self, model: Model, sample: NoisySample, condition: Condition
     ) -> tuple[Tensor, Tensor | None]:
         """What the model says, and its early head where that is trained."""
-        inputs = sample.x_TC, sample.layout, sample.t_B, condition
-        if self.early_weight:
-            output_TC, early_TC = model(*inputs, early=True)
-            return output_TC, early_TC
-        return model(*inputs), None
+        t, more = sample.t_B, {}
+        if sample.levels is not None:  # other models know no levels, and no early head
+            more["levels"], t = sample.levels
+        if not self.early_weight:
+            return model(sample.x_TC, sample.layout, t, condition, **more), None
+        output_TC, early_TC = model(sample.x_TC, sample.layout, t, condition, early=True, **more)
+        return output_TC, early_TC
 
     def squared_error(self, output_TC: Tensor, sample: NoisySample) -> Tensor:
         """Mean over each image's tokens and channels of the weighted squared error, (B,)."""
-        t_T1 = sample.layout.spread(sample.t_B)[:, None]
+        t_T1 = sample.t_T1
         error = PREDICTIONS[self.prediction].error(self.path, output_TC.float(), sample, t_T1)
-        weight_B = WEIGHTS[self.weight](self.path, sample.t_B)
-        return weight_B * sample.mean(error.square().mean(1))
+        if sample.levels is None:
+            return WEIGHTS[self.weight](self.path, sample.t_B) * sample.mean(error.square().mean(1))
+        return sample.mean((WEIGHTS[self.weight](self.path, t_T1) * error.square()).mean(1))
+
+    def early_error(self, early_TC: Tensor, sample: NoisySample) -> Tensor:
+        """The same of an early head, (B,); where it alone predicts data, that of the data at all times alike.
+
+        Then the early blocks are aligned with the latents themselves, as in SRA 2 (arXiv 2601.17830).
+        """
+        if self.early_prediction in ("", self.prediction):
+            return self.squared_error(early_TC, sample)
+        return sample.mean((early_TC.float() - sample.data_TC).square().mean(1))
+
+    def early_output(self, early_TC: Tensor, x_TC: Tensor, t_T1: Tensor) -> Tensor:
+        """What an early head predicts as the model would say it, (T, C)."""
+        if self.early_prediction in ("", self.prediction):
+            return early_TC.float()
+        return (early_TC.float() - x_TC) / (1 - t_T1).clamp_min(MIN_TIME_TO_DATA)
 
     def direction_error(self, output_TC: Tensor, sample: NoisySample) -> Tensor:
         """1 − cosine of the predicted and the true velocity, mean over each image's tokens, (B,).
 
         "FasterDiT" (arXiv 2410.10356) adds it to the squared error.
         """
-        t_T1 = sample.layout.spread(sample.t_B)[:, None]
+        t_T1 = sample.t_T1
         alpha_rate, sigma_rate = self.path.derivatives(t_T1)
         true_TC = alpha_rate * sample.data_TC + sigma_rate * sample.noise_TC
         made_TC = self.velocity(output_TC, sample.x_TC, t_T1)

@@ -12,6 +12,17 @@ from torch import Generator, Tensor
 from fitv2.tokens import Layout
 
 
+class Levels(NamedTuple):
+    """Runs of tokens with a time of their own: some of an image are cleaner than the others."""
+
+    layout: Layout  # as if every run were an image
+    t_L: Tensor
+
+    def to(self, device: torch.device) -> Levels:
+        """The runs on another device."""
+        return Levels(self.layout.to(device), self.t_L.to(device))
+
+
 @dataclass(frozen=True, eq=False)
 class NoisySample:
     """Images with noise in them. Everything is float32 whatever the model's dtype."""
@@ -23,6 +34,13 @@ class NoisySample:
     noise_TC: Tensor
     target_B: Tensor | None = None  # the time to which each is to be led, for any-step models
     learned_T: Tensor | None = None  # how much of each token is learned, 0 to 1 [default: all]
+    levels: Levels | None = None  # the times of its tokens, where an image has several; t_B is the noisiest
+
+    @property
+    def t_T1(self) -> Tensor:  # noqa: N802  a shape
+        """The time of each token."""
+        layout, times = (self.layout, self.t_B) if self.levels is None else self.levels
+        return layout.spread(times)[:, None]
 
     def to(self, device: torch.device) -> NoisySample:
         """The sample on another device."""
@@ -32,7 +50,9 @@ class NoisySample:
         target_B, learned_T = (
             None if value is None else value.to(device) for value in (self.target_B, self.learned_T)
         )
-        return NoisySample(x_TC, self.layout.to(device), t_B, data_TC, noise_TC, target_B, learned_T)
+        levels = None if self.levels is None else self.levels.to(device)
+        layout = self.layout.to(device)
+        return NoisySample(x_TC, layout, t_B, data_TC, noise_TC, target_B, learned_T, levels)
 
     def mean(self, error_T: Tensor) -> Tensor:
         """The mean error of each image's tokens, (B,); of those that are learned, weighted by how much.

@@ -24,7 +24,7 @@ class Objective(Protocol):
     """Times run from `progress` 0, noise, to 1, data; what a time is, is the objective's own business."""
 
     def draw_times(self, rng: Generator, step: int) -> tuple[Tensor, ...]:
-        """The random time () of an image at a step of training; any-step: and where it is to be led."""
+        """The random time () of an image at a step of training, and what else is drawn with it."""
 
     def quantiles(self, share: Tensor) -> Tensor:
         """Shares in (0, 1) as times whose distribution no setting changes: those of validation."""
@@ -32,8 +32,14 @@ class Objective(Protocol):
     def progress(self, t_B: Tensor) -> Tensor:
         """How far times are from noise (0) to data (1)."""
 
-    def add_noise(self, data_TC: Tensor, layout: Layout, noise_TC: Tensor, t_B: Tensor) -> NoisySample:
-        """Data with noise in it at times `t_B`."""
+    @property
+    def shuffles(self) -> bool:
+        """Whether training is to bring the tokens of each image in any order."""
+
+    def add_noise(
+        self, data_TC: Tensor, layout: Layout, noise_TC: Tensor, t_B: Tensor, *more_B: Tensor
+    ) -> NoisySample:
+        """Data with noise in it at times `t_B`; in training `more_B` is what else `draw_times` draws."""
 
     def loss(self, model: Model, sample: NoisySample, condition: Condition) -> Loss:
         """The loss of each image. It may call the model as often as it needs."""

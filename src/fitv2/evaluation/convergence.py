@@ -5,6 +5,7 @@ is a folder, so a study goes on where it was interrupted.
 """
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 
-from fitv2.config import Architecture
+from fitv2.config import Architecture, Training
 from fitv2.data.dataset import open_card
+from fitv2.data.packing import images_before
 from fitv2.data.storage import Store
 from fitv2.errors import UserError, nearest
 from fitv2.evaluation.during import TrainingJudge
@@ -37,10 +39,65 @@ FROM_PRESET = {
     "E": "ablation-e", "F": "ablation-f", "FiTv2": "fitv2-b", "fast": "fast",
 }  # fmt: skip
 VARIANTS = ("DiT", "SiT", *FROM_PRESET)
+RATE = "speed/images_per_second"
+BASELINES = ("FiT", "FiTv2")  # the first of these that there is, is what others are compared with
+
+
+def halve(model: Architecture, training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Half the steps; over the last two thirds of them the rate falls to zero."""
+    steps = training.steps // 2
+    return {}, {"steps": steps, "decay_steps": 2 * steps // 3, "sample_every": steps}
+
+
+def ramp_up(model: Architecture, training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Small steps first, and more of them, of as many images in all."""
+    more = training.evaluate_every
+    steps = training.steps + more
+    return {}, {"steps": steps, "sample_every": steps, "batch_rampup_steps": round(more / (7 / 16))}
+
+
+def add_early_head(model: Architecture, training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A second head after a third of the blocks."""
+    return {"early_head": max(1, round(model.depth / 3))}, {}
+
+
+# What may stand behind a variant's name: "fast+half+levels". Changes of its model, and of its training.
+Changes = Callable[[Architecture, Training], tuple[dict[str, Any], dict[str, Any]]]
+ADDITIONS: dict[str, Changes] = {
+    "half": halve,
+    "rampup": ramp_up,
+    "early": add_early_head,
+    "aligned": lambda model, training: (
+        {**add_early_head(model, training)[0], "early_prediction": "data"}, {}
+    ),
+    "levels": lambda model, training: ({}, {"clean_share": 0.25}),
+    "muon": lambda model, training: ({}, {"optimizer": "muon", "learning_rate": 6e-3, "beta2": 0.99}),
+    "muon-3": lambda model, training: ({}, {"muon_iterations": 3}),
+    "muon-alternate": lambda model, training: ({}, {"muon_every": 2}),
+    "squared": lambda model, training: ({}, {"direction_weight": 0.0}),
+    "logit-normal": lambda model, training: ({}, {"times": "logit-normal", "time_mean": 0.0}),
+}  # fmt: skip
 
 
 def variant(name: str, scale: Scale, tokens: Architecture) -> Preset:
-    """A variant at a scale; `tokens` has what the data decide. Raises UserError for an unknown name."""
+    """A variant at a scale, with what is added to it by "+"; `tokens` has what the data decide.
+
+    Raises UserError for an unknown name.
+    """
+    base, *added = name.split("+")
+    found = plain_variant(base, scale, tokens)
+    for addition in added:
+        if addition not in ADDITIONS:
+            raise nearest("addition to a variant", addition, ADDITIONS)
+        of_model, of_training = ADDITIONS[addition](found.model, found.training)
+        found = replace(
+            found, model=replace(found.model, **of_model), training=replace(found.training, **of_training)
+        )
+    return replace(found, about=f"{name} of the study of convergence")
+
+
+def plain_variant(name: str, scale: Scale, tokens: Architecture) -> Preset:
+    """A variant with nothing added."""
     if name not in VARIANTS:
         raise nearest("variant", name, VARIANTS)
     based_on = PRESETS[FROM_PRESET.get(name, "fit-b")]
@@ -61,24 +118,27 @@ def variant(name: str, scale: Scale, tokens: Architecture) -> Preset:
         based_on.training, steps=scale.steps, batch_size=scale.batch_size, warmup_steps=scale.steps // 40,
         decay_steps=0, ema_decay=max(0.0, 1 - 20 / scale.steps), validate_every=scale.every,
         evaluate_every=scale.every, save_every=scale.every, sample_every=scale.steps, track=(), keep=1,
+        precision="float32",  # so that machines can be compared
     )  # fmt: skip
     if name == "SiT":
         training = replace(training, times="uniform")
     if name != "fast":
         training = replace(training, learning_rate=scale.learning_rate)
-    return Preset(f"{name} of the study of convergence", replace(model, **changes), training)
+    return Preset("", replace(model, **changes), training)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A run: its distance after some steps, and what a step costs."""
+    """A run: its distance and its held-out loss after some steps, and what a step costs."""
 
     variant: str
     seed: int
-    steps: tuple[int, ...]
+    steps: tuple[float, ...]  # of as many images each as one without a ramp-up has
     distances: tuple[float, ...]
     parameters: int
     gmac: float  # of an evaluation of the longest image
+    losses: tuple[float, ...] = ()
+    seconds: float = 0.0  # a step, the median
 
     def steps_to(self, distance: float) -> float:
         """The steps to a distance, between evaluations by a line; infinite if it is not reached."""
@@ -116,7 +176,7 @@ def plan_convergence(
     """Every variant on tokens of images of any shapes, or of the same images cropped to squares."""
     runs = []
     for name in variants:
-        source = square if name in SQUARE else data
+        source = square if name.split("+")[0] in SQUARE else data
         runs.append(Planned(name, variant(name, scale, tokens_of(source)[0]), source))
     return runs
 
@@ -164,8 +224,8 @@ def run_study(
             if RECEIVED:
                 raise UserError("stopped by a signal; run the same command again to resume")
             longest = tokens_of(planned.data)[1]
-            curves.append(read_curve(planned.name, seed, out / name, chosen.model, longest))
-            report(f"{name}: {curves[-1].distances[-1]:.1f} after {curves[-1].steps[-1]} steps")
+            curves.append(read_curve(planned.name, seed, out / name, chosen, longest))
+            report(f"{name}: {curves[-1].distances[-1]:.1f} after {curves[-1].steps[-1]:.0f} steps")
     write_json(out / "curves.json", {"curves": [asdict(curve) for curve in curves], "command": command})
     write_text(out / "table.md", table(curves, command))
     draw(curves, out / "curves.png")
@@ -178,15 +238,23 @@ def gmac(architecture: Architecture, tokens: int) -> float:
         return MultiplyAdds.of(FiT(**asdict(architecture)), tokens).linear / 1e9
 
 
-def read_curve(name: str, seed: int, run: Path, model: Architecture, tokens: int) -> Curve:
+def read_curve(name: str, seed: int, run: Path, preset: Preset, tokens: int) -> Curve:
     """The curve of a run that is done."""
-    lines = [line for line in read_log(run / "log.jsonl") if DISTANCE in line]
+    log = read_log(run / "log.jsonl")
+    lines = [line for line in log if DISTANCE in line]
     if not lines:
         raise UserError(f"{run} was never judged: fewer steps than are between evaluations")
+    model, training = preset.model, preset.training
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in FiT(**asdict(model)).parameters())
-    steps, distances = (tuple(line[key] for line in lines) for key in ("step", DISTANCE))
-    return Curve(name, seed, steps, distances, parameters, gmac(model, tokens))
+    size, rampup = training.batch_size, training.batch_rampup_steps
+    steps = tuple(images_before(int(line["step"]), size, rampup) / size for line in lines)
+    judged = {line["step"] for line in lines}
+    losses = [line["validation"] for line in log if "validation" in line and line["step"] in judged]
+    rates = [line[RATE] for line in log if line.get(RATE)]
+    seconds = size / statistics.median(rates) if rates else 0.0
+    distances = tuple(line[DISTANCE] for line in lines)
+    return Curve(name, seed, steps, distances, parameters, gmac(model, tokens), tuple(losses), seconds)
 
 
 def by_variant(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
@@ -220,17 +288,19 @@ def over_seeds(values: Sequence[float]) -> Figure:
 def table(curves: Sequence[Curve], command: str) -> str:
     """Markdown: a row for each variant; ± holds 95 % of the outcomes."""
     found = by_variant(curves)
+    baseline = next((name for name in BASELINES if name in found), "the baseline")
     lines = [
-        "| | parameters | GMAC | steps | distance at the end | times fewer steps than FiT |",
-        "|---|---|---|---|---|---|",
+        "| | parameters | GMAC | steps | distance at the end | held-out loss | times fewer steps than"
+        f" {baseline} |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, runs in found.items():
         last = over_seeds([run.distances[-1] for run in runs])
-        fewer = (factor(runs, found["FiT"]) or "not reached by every seed") if "FiT" in found else ""
+        loss = over_seeds([run.losses[-1] for run in runs]) if all(run.losses for run in runs) else ""
+        fewer = (factor(runs, found[baseline]) or "not reached by every seed") if baseline in found else ""
         first = runs[0]
-        lines.append(
-            f"| {name} | {first.parameters:,} | {first.gmac:.2f} | {first.steps[-1]} | {last} | {fewer} |"
-        )
+        cost = f"{first.parameters:,} | {first.gmac:.2f} | {first.steps[-1]:.0f}"
+        lines.append(f"| {name} | {cost} | {last} | {loss} | {fewer} |")
     return "\n".join([*lines, "", f"`{command}`", ""])
 
 

@@ -29,8 +29,11 @@ class Muon(torch.optim.Optimizer):
         lr: float = 1e-3,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        iterations: int = ITERATIONS,
+        every: int = 1,
     ) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "pieces": 1})
+        self.iterations, self.every = iterations, every
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -48,7 +51,7 @@ class Muon(torch.optim.Optimizer):
         alike: dict[tuple[torch.Size, int], list[tuple[Tensor, dict[str, Any]]]] = defaultdict(list)
         for group in self.param_groups:
             for matrix in group["params"]:
-                if matrix.grad is not None:
+                if matrix.grad is not None and self._is_due(matrix, group):
                     alike[matrix.shape, group["pieces"]].append((matrix, group))
         for (shape, _), held in alike.items():
             at_once = max(1, AT_ONCE // shape.numel())
@@ -56,35 +59,44 @@ class Muon(torch.optim.Optimizer):
                 self._change(held[start : start + at_once])
         return loss
 
+    def _is_due(self, matrix: Tensor, group: dict[str, Any]) -> bool:
+        """Average a matrix's gradient; whether it is changed at this step."""
+        memory = self.state[matrix]
+        if "momentum_buffer" not in memory:
+            memory["momentum_buffer"] = torch.zeros_like(matrix)
+        memory["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+        if self.every == 1:
+            return True
+        memory["step"] = memory.get("step", torch.zeros(())) + 1
+        return int(memory["step"]) % self.every == 0
+
     def _gradient(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
         """What of a matrix is to be made orthogonal, whole and in its pieces (pieces, R, C)."""
-        memory = self.state[matrix]
-        if not memory:
-            memory["momentum_buffer"] = torch.zeros_like(matrix)
-        gradient, momentum = cast(Tensor, matrix.grad), group["momentum"]
-        average = memory["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        ahead = gradient.lerp(average, momentum)  # Nesterov's
+        average = self.state[matrix]["momentum_buffer"]
+        ahead = cast(Tensor, matrix.grad).lerp(average, group["momentum"])  # Nesterov's
         return gather(ahead).unflatten(0, (group["pieces"], -1))
 
     def _change(self, alike: Sequence[tuple[Tensor, dict[str, Any]]]) -> None:
         """Change matrices of one shape, made orthogonal together: on a GPU few kernels."""
         stacked = torch.stack([self._gradient(matrix, group) for matrix, group in alike])
         dtype = torch.bfloat16 if has_bfloat16_matmuls(stacked.device) else torch.float32
-        changes = orthogonalize(stacked.to(dtype).flatten(0, 1)).to(stacked.dtype).view_as(stacked)
+        changes = orthogonalize(stacked.to(dtype).flatten(0, 1), self.iterations)
+        changes = changes.to(stacked.dtype).view_as(stacked)
         size = 0.2 * max(stacked.shape[2:]) ** 0.5  # that of a change of AdamW: 0.2 a number
+        size *= self.every
         for (matrix, group), change in zip(alike, changes, strict=True):
             mine = local(matrix)
-            mine.mul_(1 - group["lr"] * group["weight_decay"])
+            mine.mul_(1 - self.every * group["lr"] * group["weight_decay"])
             mine.add_(part(change.flatten(0, 1), matrix), alpha=-group["lr"] * size)
 
 
-def orthogonalize(matrix_NRC: Tensor) -> Tensor:
+def orthogonalize(matrix_NRC: Tensor, iterations: int = ITERATIONS) -> Tensor:
     """The nearest matrices with singular values of about 1, (N, R, C), by Newton's iteration."""
     wide = matrix_NRC.shape[1] <= matrix_NRC.shape[2]
     x = matrix_NRC if wide else matrix_NRC.mT
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-7)
     a, b, c = COEFFICIENTS
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.mT

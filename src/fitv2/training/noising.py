@@ -15,7 +15,7 @@ from fitv2.runtime.rng import NOISING, generator
 from fitv2.runtime.workers import read_ahead
 from fitv2.tokens import PackedTokens
 
-LABEL = 1  # behind the key of an image, of the draw for its label alone
+LABEL, ORDER = 1, 2  # behind the key of an image, of the draws for its label alone and its tokens' order
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,7 @@ class Draws:
     label_chance_B: np.ndarray  # below the dropout: without its label
     noise_TC: np.ndarray
     lengths: tuple[int, ...]
+    order_T: np.ndarray | None = None  # where, within its image, each token comes from, if they are shuffled
 
     @classmethod
     def of(
@@ -46,23 +47,42 @@ class Draws:
             noises.append(torch.randn(length, channels, generator=rng))
             label_chances.append(torch.rand((), generator=generator(*key, LABEL)))
         times_BN, chance_B, label_B = (torch.stack(one).numpy() for one in (times, chances, label_chances))
-        return cls(times_BN, chance_B, label_B, torch.cat(noises).numpy(), tuple(lengths))
+        order_T = None
+        if objective.shuffles:
+            both = zip(keys, lengths, strict=True)
+            orders = [torch.randperm(length, generator=generator(*key, ORDER)) for key, length in both]
+            order_T = torch.cat(orders).numpy()
+        return cls(times_BN, chance_B, label_B, torch.cat(noises).numpy(), tuple(lengths), order_T)
 
     def select(self, images: Sequence[int]) -> "Draws":
         """Those of some of the images, in the given order."""
         chosen = np.asarray(images)
-        pieces = np.split(self.noise_TC, np.cumsum(self.lengths)[:-1])
-        noise_TC = np.concatenate([pieces[i] for i in images])
-        times_BN, chance_B, label_B = (x[chosen] for x in (self.times_BN, self.chance_B, self.label_chance_B))
-        return Draws(times_BN, chance_B, label_B, noise_TC, tuple(self.lengths[i] for i in images))
 
-    def add_noise(self, data: PackedTokens, objective: Objective) -> NoisySample:
-        """These images with their noise, where `data` is."""
-        device = data.x_TC.device
+        def of_tokens(value: np.ndarray) -> np.ndarray:
+            pieces = np.split(value, np.cumsum(self.lengths)[:-1])
+            return np.concatenate([pieces[i] for i in images])
+
+        noise_TC, order_T = of_tokens(self.noise_TC), self.order_T
+        if order_T is not None:
+            order_T = of_tokens(order_T)
+        times_BN, chance_B, label_B = (x[chosen] for x in (self.times_BN, self.chance_B, self.label_chance_B))
+        lengths = tuple(self.lengths[i] for i in images)
+        return Draws(times_BN, chance_B, label_B, noise_TC, lengths, order_T)
+
+    def add_noise(
+        self, data: PackedTokens, objective: Objective, learned_T: torch.Tensor | None = None
+    ) -> NoisySample:
+        """These images with their noise, where `data` is; of each token as much is learned as is said."""
+        x_TC, layout, device = data.x_TC, data.layout, data.x_TC.device
         noise_TC, times_BN = (torch.from_numpy(x).to(device) for x in (self.noise_TC, self.times_BN))
-        t_B, *target_B = times_BN.unbind(1)
-        sample = objective.add_noise(data.x_TC, data.layout, noise_TC, t_B)
-        return replace(sample, target_B=target_B[0]) if target_B else sample
+        if learned_T is not None:
+            learned_T = learned_T.to(device)
+        if self.order_T is not None:
+            order_T = torch.from_numpy(self.order_T).to(device) + layout.spread(layout.cu_seqlens[:-1])
+            x_TC, layout = x_TC[order_T], layout.reorder(order_T)
+            learned_T = None if learned_T is None else learned_T[order_T]
+        sample = objective.add_noise(x_TC, layout, noise_TC, *times_BN.unbind(1))
+        return sample if learned_T is None else replace(sample, learned_T=learned_T)
 
     def drop(self, condition: Condition, dropout: float, labels: bool) -> Condition:
         """The condition without that of some images; with `labels` without some of the other labels too."""

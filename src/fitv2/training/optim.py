@@ -53,7 +53,8 @@ def muon(model: FiT, config: Training) -> list[torch.optim.Optimizer]:
             groups.append({"params": [matrix], "pieces": pieces})
             chosen.add(id(matrix))
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    with_muon = [Muon(groups, weight_decay=config.weight_decay)] if groups else []
+    chosen_of = {"iterations": config.muon_iterations, "every": config.muon_every}
+    with_muon = [Muon(groups, weight_decay=config.weight_decay, **chosen_of)] if groups else []
     return [*with_muon, _adamw(rest, config)]
 
 

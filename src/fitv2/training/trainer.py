@@ -253,9 +253,7 @@ class Trainer:
 
     def noise(self, batch: Batch, draws: Draws) -> tuple[NoisySample, Condition]:
         """The images of a step with noise, and their conditions, some of them dropped."""
-        sample = draws.add_noise(batch.packed.to(self.device), self.objective)
-        if batch.learned_T is not None:
-            sample = replace(sample, learned_T=batch.learned_T.to(self.device))
+        sample = draws.add_noise(batch.packed.to(self.device), self.objective, batch.learned_T)
         labels = {"label", "text"} <= set(self.conditions)  # so that a text alone is enough
         return sample, draws.drop(batch.condition, self.config.label_dropout, labels).to(self.device)
 
@@ -461,5 +459,7 @@ def build_sampler(dataset: TokenDataset, config: Training) -> Sampler:
     """Which images a step takes."""
     images, seed = dataset.images(config.crop_probability), derive_seed(config.seed, ORDER)
     if config.tokens_per_step is not None:
+        if config.batch_rampup_steps:
+            raise UserError("`batch_rampup_steps` is for `batch_size`, not for `tokens_per_step`")
         return TokenBudget(images, config.tokens_per_step, seed)
-    return FixedCount(images, config.batch_size, seed)
+    return FixedCount(images, config.batch_size, seed, config.batch_rampup_steps)
