@@ -57,6 +57,26 @@ TINY = ["--width=48", "--depth=1"]
             ["--width=64", "--depth=1", "--batch=2", "--side=2", "--steps=1", "--warmup=0"],
             {"ours_seconds", "peer_seconds", "ratio"},
         ),
+        (
+            "variants.py",
+            [
+                "--variants",
+                "FiTv2",
+                "fast+levels",
+                "--width=32",
+                "--heads=2",
+                "--depth=1",
+                "--batch=2",
+                "--steps=1",
+            ],
+            {"variant", "milliseconds", "times_as_long"},
+        ),
+        ("muon.py", ["--preset=debug", "--rounds=1"], {"way", "milliseconds", "times_as_fast", "floor_ms"}),
+        (
+            "gpu_layouts.py",
+            ["--preset=fitv2-b", "--width=96", "--depth=1", "--images=3", "--repeats=1", "--eager-only"],
+            {"layout", "tokens_per_image", "share_of_peak"},
+        ),
         ("planning.py", ["20000"], {"fill", "seconds_an_epoch", "megabytes"}),
         ("encoding.py", ["--pictures=40", "--milliseconds=1"], {"busy", "reading_alone_per_second"}),
         (

@@ -26,11 +26,14 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
 
 
+@pytest.mark.parametrize("layout", [Layout.of(SIZES), Layout.of([(2, 7)] * 4 + [(3, 3)] * 3).divide(0.25)])
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("kind", [_ScaledSum, _GatheredScaledSum])
-def test_scaled_sum_and_its_gradients_equal_the_formula(kind, per_token):
-    layout = Layout.of(SIZES)
-    inputs = randn(38 if per_token else 4, 6, seed=1), randn(38, 6, seed=2), randn(4, 6, seed=3)
+def test_scaled_sum_and_its_gradients_equal_the_formula(kind, per_token, layout):
+    tokens, images = layout.tokens, len(layout)
+    inputs = (
+        randn(tokens if per_token else images, 6, seed=1), randn(tokens, 6, seed=2), randn(images, 6, seed=3)
+    )  # fmt: skip
     for tensor in inputs:
         tensor.requires_grad_()
     out, expected = kind.apply(*inputs, layout), scaled_sum_formula(*inputs, layout)

@@ -73,6 +73,60 @@ def test_order_in_the_pack_does_not_matter(model):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_the_order_of_the_tokens_of_an_image_does_not_matter(model):
+    x, layout = pack_of(SIZES)
+    times, labels = torch.linspace(0, 1, len(SIZES)), labelled(torch.arange(len(SIZES)))
+    orders = [torch.randperm(n, generator=generator(n)) for n in layout.lengths]
+    order = torch.cat([n + start for n, start in zip(orders, layout.cu_seqlens.tolist(), strict=False)])
+    moved = model(x[order], layout.reorder(order), times, labels)
+    torch.testing.assert_close(moved, model(x, layout, times, labels)[order], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_at_two_times_packed_and_alone_forward_and_backward(variant):
+    model = randomized(FiT(**TINY, **VARIANTS[variant])).eval()
+    sizes = [(1, 2), *SIZES[1:], (3, 5), (3, 5)]
+    (x, layout), labels = pack_of(sizes), labelled(torch.arange(len(sizes)) % 6)
+    first, second = torch.linspace(0, 0.9, len(sizes)), torch.linspace(0.1, 1, len(sizes))
+    times = torch.stack([first, second], 1).flatten()
+
+    def output(model, x, layout, times, labels):
+        return model(x, layout, times, labels, levels=layout.divide(0.25))
+
+    same = torch.stack([first, first], 1).flatten()
+    plain = model(x, layout, first, labels)
+    torch.testing.assert_close(output(model, x, layout, same, labels), plain, rtol=1e-5, atol=1e-6)
+
+    together, weights = output(model, x, layout, times, labels), list(model.parameters())
+    pieces = x.split(layout.lengths)
+    alone = [
+        output(model, piece, Layout.of([size]), times[2 * i : 2 * i + 2], labels.select([i]))
+        for i, (piece, size) in enumerate(zip(pieces, sizes, strict=True))
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    assert (together - plain).abs().max() > 1e-3
+    one, other = (
+        torch.autograd.grad(made.square().sum(), weights, allow_unused=True)
+        for made in (together, torch.cat(alone))
+    )
+    for grad, expected in zip(one, other, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_text_has_the_time_of_the_first_run(text_model):
+    layout, condition = Layout.of([(2, 3), (1, 4), (3, 3)]), with_texts((3, 0, 1))
+    x, t = torch.randn(layout.tokens, 6, generator=generator(0)), torch.rand(3, generator=generator(1))
+
+    def output(later):
+        times = torch.stack([t, later], 1).flatten()
+        return text_model(x, layout, times, condition, levels=layout.divide(0.25))
+
+    plain = text_model(x, layout, t, condition)
+    torch.testing.assert_close(output(t), plain, rtol=1e-5, atol=1e-5)
+    assert (output(t + 0.3) - plain).abs().amax(1).min() > 1e-5
+
+
 def test_a_transposed_grid_is_another_image(model):
     wide, high = Layout.of([(2, 7)]), Layout.of([(7, 2)])
     x = noise_of(wide, 6)

@@ -74,6 +74,41 @@ def test_selected_images_are_those_in_their_order():
         Layout.of(SIZES).select([])
 
 
+def test_every_image_is_divided_into_two_runs():
+    layout = Layout.of([(2, 2), (3, 4), (1, 2)])
+    runs = layout.divide(0.25)
+    assert runs.lengths == (3, 1, 9, 3, 1, 1)
+    assert runs.tokens == layout.tokens and len(runs) == 2 * len(layout)
+    assert torch.equal(runs.image_T // 2, layout.image_T)
+    assert layout.divide(0.9).lengths == (1, 3, 1, 11, 1, 1)
+    values = torch.arange(6.0)[:, None]
+    assert runs.sum_per_image(runs.spread(values))[:, 0].tolist() == [0, 1, 18, 9, 4, 5]
+    with pytest.raises(ValueError, match="an image of one token cannot be divided"):
+        Layout.of([(2, 2), (1, 1)]).divide(0.25)
+
+
+def test_images_that_are_divided_alike_are_computed_together():
+    layout = Layout.of([(3, 4)] * 5 + [(2, 2)] * 3)
+    runs = layout.divide(0.25)
+    assert runs.pair_groups == ((5, 9, 3), (3, 3, 1)) and not layout.pair_groups
+    per_token = torch.arange(runs.tokens)[:, None]
+    per_run = torch.arange(len(runs))[:, None]
+    pieces = list(runs.by_length_group(per_token, per_run))
+    assert [(len(token), token.shape[1]) for token, _ in pieces] == [(5, 9), (5, 3), (3, 3), (3, 1)]
+    for token, run in pieces:
+        assert torch.equal(runs.image_T[token[..., 0]], run[..., 0].expand(token.shape[:2]))
+    assert sorted(torch.cat([token.flatten() for token, _ in pieces]).tolist()) == list(range(runs.tokens))
+    assert torch.equal(runs.mean_per_image(runs.spread(per_run.float())), per_run.float())
+
+
+def test_tokens_in_another_order_keep_their_places():
+    layout = Layout.of([(1, 3), (2, 2)])
+    order = torch.tensor([2, 0, 1, 3, 6, 5, 4])
+    moved = layout.reorder(order)
+    assert torch.equal(moved.pos_T2, layout.pos_T2[order])
+    assert moved.lengths == layout.lengths and torch.equal(moved.image_T, layout.image_T)
+
+
 def test_a_layout_cannot_be_changed():
     with pytest.raises(AttributeError):
         Layout.of(SIZES).sizes = ()

@@ -75,15 +75,19 @@ class _ScaledSum(torch.autograd.Function):
         x_TD, scale_BD = ctx.saved_tensors
         layout = ctx.layout
         x_grad, scale_grad = torch.empty_like(x_TD), torch.empty_like(scale_BD)
+        base_grad = grad_TD
         for out, grad, scale in layout.by_length_group(x_grad, grad_TD, scale_BD):
             torch.mul(grad, scale, out=out)
         # A few images at a time: their product stays in the cache until it is summed.
         for grads, xs, outs in layout.by_length_group(grad_TD, x_TD, scale_grad):
-            few = max(1, IN_CACHE // max(1, grads.shape[1] * grads.shape[2]))
+            few = max(1, IN_CACHE // (grads.shape[1] * grads.shape[2]))
             pieces = zip(grads.split(few), xs.split(few), outs.split(few), strict=True)
             for grad, x, out in pieces:
                 torch.sum(grad * x, 1, keepdim=True, out=out)
-        base_grad = grad_TD if ctx.base_per_token else layout.sum_per_image(grad_TD)
+        if not ctx.base_per_token:
+            base_grad = torch.empty_like(scale_BD)
+            for grads, outs in layout.by_length_group(grad_TD, base_grad):
+                torch.sum(grads, 1, keepdim=True, out=outs)
         return base_grad, x_grad, scale_grad, None
 
 

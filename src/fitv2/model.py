@@ -26,10 +26,9 @@ from fitv2.presets import preset
 from fitv2.rope import absolute, rotation
 from fitv2.runtime.files import write_text
 from fitv2.runtime.serialization import from_dict
-from fitv2.tokens import Layout
+from fitv2.tokens import LEVELS, Layout
 
 EPS = 1e-6
-LEVELS = 2  # runs of tokens of an image that have times of their own, where they have
 README = "README.md"
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.export import register_dataclass
 
 Size = tuple[int, int]  # (rows, columns) of tokens
+LEVELS = 2  # runs of the tokens of an image that may have times of their own
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +43,6 @@ class Layout:
         size_B2 = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
         if not len(size_B2) or size_B2.min() < 1:
             raise ValueError(f"a sequence needs at least one image, each of at least one token: {sizes}")
-        return cls._of(size_B2)
-
-    @classmethod
-    def _of(cls, size_B2: np.ndarray) -> Layout:
         lengths = size_B2.prod(axis=1)
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
         image_T = np.repeat(np.arange(len(size_B2)), lengths)
@@ -99,6 +96,16 @@ class Layout:
         """Neighbouring images of equal length, as (images, tokens of each)."""
         return equal_neighbours(self.lengths)
 
+    @cached_property
+    def pair_groups(self) -> tuple[tuple[int, int, int], ...]:
+        """Neighbouring pairs of equal lengths, as (pairs, tokens of the first, of the second).
+
+        None where these are no fewer pieces than `length_groups`: they are, where every image is divided.
+        """
+        pairs = zip(self.lengths[::2], self.lengths[1::2], strict=len(self) % 2 == 0)
+        found = tuple((len(list(same)), *lengths) for lengths, same in groupby(pairs))
+        return found if len(self) % 2 == 0 and 2 * len(found) < len(self.length_groups) else ()
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
         """The layout on another device."""
         names = ("size_B2", "pos_T2", "image_T", "cu_seqlens")
@@ -112,12 +119,14 @@ class Layout:
     def divide(self, share: float) -> Layout:
         """Every image as two runs of tokens: its first, and its last, which are this share of them.
 
-        A run is as a row of an image; an image of more than one token has one in each, at least.
+        A run is as a row of an image, of at least one token. Raises ValueError for an image of one.
         """
+        if int(self.length_B.min()) < LEVELS:
+            raise ValueError("an image of one token cannot be divided")
         last_B = (share * self.length_B.double()).round().long()
         last_B = last_B.clamp_min(1).minimum(self.length_B - 1)
         length_L = torch.stack([self.length_B - last_B, last_B], dim=1).flatten()
-        runs = Layout._of(torch.stack([torch.ones_like(length_L), length_L], dim=1).numpy())
+        runs = Layout.of(torch.stack([torch.ones_like(length_L), length_L], dim=1).numpy())
         return runs.to(self.image_T.device)
 
     def select(self, images: Sequence[int]) -> Layout:
@@ -168,14 +177,34 @@ class Layout:
         """Average each image's tokens: (T, …) → (B, …)."""
         if value_T.is_cuda:  # one kernel in place of one for every length
             return torch.segment_reduce(value_T, "mean", offsets=self.cu_seqlens)
-        return torch.cat([value.mean(1) for (value,) in self.by_length_group(value_T)])
+        return torch.cat([value.mean(1) for (value,) in self._in_order(value_T)])
 
     def sum_per_image(self, value_T: Tensor) -> Tensor:
         """Add up each image's tokens: (T, …) → (B, …)."""
-        return torch.cat([value.sum(1) for (value,) in self.by_length_group(value_T)])
+        return torch.cat([value.sum(1) for (value,) in self._in_order(value_T)])
 
     def by_length_group(self, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Values per token or per image, cut into runs: (images, length or 1, …) each, as views."""
+        """Values per token or per image, cut into runs: (images, length or 1, …) each, as views.
+
+        Every image is in one of them; of pairs that are alike all first ones come before the second ones.
+        """
+        if not self.pair_groups:
+            yield from self._in_order(*values)
+            return
+        of_token = [value.shape[0] == self.tokens for value in values]
+        token = pair = 0
+        for count, *lengths in self.pair_groups:
+            tokens = slice(token, token := token + count * sum(lengths))
+            images = slice(pair, pair := pair + 2 * count)
+            for place, start, length in ((0, 0, lengths[0]), (1, *lengths)):
+                yield tuple(
+                    value[tokens].unflatten(0, (count, -1))[:, start : start + length] if each
+                    else value[images].unflatten(0, (count, 2))[:, place : place + 1]
+                    for value, each in zip(values, of_token, strict=True)
+                )  # fmt: skip
+
+    def _in_order(self, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The same, in order of the images."""
         runs, tokens = self.length_groups, self.tokens
         of_token = [value.shape[0] == tokens for value in values]
         if len(runs) == 1:  # nothing to cut

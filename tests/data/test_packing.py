@@ -4,7 +4,14 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from fitv2.data.packing import FixedCount, Images, TokenBudget, assign_to_packs, rebalance
+from fitv2.data.packing import (
+    FixedCount,
+    Images,
+    TokenBudget,
+    assign_to_packs,
+    images_before,
+    rebalance,
+)
 from fitv2.errors import UserError
 
 
@@ -42,6 +49,21 @@ def test_a_fixed_count_goes_on_over_the_end_of_an_epoch():
     fives = np.concatenate([by_five.step(i).rows for i in range(12)])
     assert (threes == fives).all()
     assert not (threes == np.concatenate([FixedCount(UNEVEN, 3, 4).step(i).rows for i in range(20)])).all()
+
+
+def test_a_ramp_up_takes_the_same_images_in_smaller_steps_first():
+    whole, growing = FixedCount(images(), 32, 0), FixedCount(images(), 32, 0, rampup=10)
+    steps = [growing.step(i) for i in range(40)]
+    counts = [len(step.rows) for step in steps]
+    assert counts[:10] == [4, 7, 10, 13, 16, 18, 21, 24, 27, 30]
+    assert set(counts[10:]) == {32}
+    rows = np.concatenate([step.rows for step in steps])
+    every = np.concatenate([whole.step(i).rows for i in range(40)])
+    assert (rows == every[: len(rows)]).all()
+    keys = np.concatenate([step.keys for step in steps])
+    assert (keys == np.arange(len(rows))).all()
+    assert [images_before(i, 32, 10) for i in (0, 1, 10, 12)] == [0, 4, 170, 234]
+    assert images_before(7, 32) == 7 * 32
 
 
 @pytest.mark.parametrize("budget", [4_096, 8_192, 16_384, 65_536])

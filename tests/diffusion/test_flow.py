@@ -49,6 +49,52 @@ def test_path_goes_from_noise_to_data():
     torch.testing.assert_close(last, data[2])
 
 
+def test_the_last_tokens_are_at_the_cleaner_time_where_there_are_two():
+    layout, flow = Layout.of([(2, 2), (1, 8)]), Flow(clean_share=0.25)
+    data, noise = noise_of(layout, 5), noise_of(layout, 5, first=3)
+    point = flow.add_noise(data, layout, noise, torch.tensor([0.1, 0.5]), torch.tensor([0.6, 0.9]))
+    times = torch.tensor([0.1] * 3 + [0.6] + [0.5] * 6 + [0.9] * 2)[:, None]
+    torch.testing.assert_close(point.x_TC, times * data + (1 - times) * noise)
+    assert torch.equal(point.t_T1, times)
+    assert flow.squared_error(data - noise, point).abs().max() < 1e-10
+    seen = []
+
+    def model(x_TC, layout, t, condition, levels):
+        seen.extend([t, levels.lengths])
+        return data - noise + 1
+
+    torch.testing.assert_close(flow.loss(model, point, None).total_B, torch.ones(2))
+    assert torch.equal(seen[0], torch.tensor([0.1, 0.6, 0.5, 0.9])) and seen[1] == (3, 1, 6, 2)
+
+
+def test_two_times_are_drawn_the_noisier_first():
+    rngs = [generator(i) for i in range(500)]
+    pairs = torch.tensor([[float(t) for t in Flow(clean_share=0.25).draw_times(rng)] for rng in rngs])
+    assert (pairs[:, 0] <= pairs[:, 1]).all()
+    assert pairs.mean() == pytest.approx(0.5, abs=0.02)
+    # The mean of the smaller of two of the paper's draws, by integrating their quantiles.
+    expected = float((torch.sigmoid(torch.randn(2, 100_000, generator=generator(1)))).amin(0).mean())
+    assert pairs[:, 0].mean() == pytest.approx(expected, abs=0.02)
+
+
+def test_an_early_head_may_predict_the_data_beside_a_velocity():
+    flow = Flow(early_weight=0.5, early_prediction="data")
+    point = sample(flow)
+    true = true_velocity(flow, point)
+    made = flow.early_output(point.data_TC, point.x_TC, times_of(point))
+    torch.testing.assert_close(made, true, rtol=1e-4, atol=1e-4)
+    assert torch.equal(flow.early_error(point.data_TC, point), torch.zeros(3))
+    torch.testing.assert_close(flow.early_error(point.data_TC + 2, point), torch.full((3,), 4.0))
+
+    def model(x_TC, layout, t_B, condition, early):
+        return true + 1, point.data_TC + 2
+
+    total_B, error_B = flow.loss(model, point, None)
+    torch.testing.assert_close(error_B, torch.ones(3))
+    torch.testing.assert_close(total_B, torch.full((3,), 1 + 0.5 * 4))
+    assert flow.held_out_errors(model, point, None)["validation_early"].tolist() == [4, 4, 4]
+
+
 @pytest.mark.parametrize("flow", FLOWS, ids=names)
 def test_a_perfect_output_gives_the_velocity_and_no_loss(flow):
     point = sample(flow)

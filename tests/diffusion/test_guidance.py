@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -203,6 +204,23 @@ def test_internal_guidance_beside_classifier_free_guidance_at_the_other_times(wi
     torch.testing.assert_close(made[:4], (2 * conditional - early)[:4], rtol=1e-4, atol=1e-4)
     expected = unconditional + 3 * (conditional - unconditional)
     torch.testing.assert_close(made[4:], expected[4:], rtol=1e-4, atol=1e-4)
+
+
+def test_an_early_head_that_predicts_data_guides_by_the_velocity_to_them():
+    shape = {"depth": 3, "width": 32, "heads": 2, "patch_size": 1, "in_channels": 6, "num_classes": 5}
+    model = randomized(FiT(**shape, early_head=1, early_prediction="data")).eval()
+    layout, t_B = Layout.of(SIZES), torch.tensor([0.3, 0.8])
+    x, t_T1 = noise_of(layout, 6), layout.spread(t_B)[:, None]
+    with torch.no_grad():
+        conditional, early = model(x, layout, t_B, CONDITION, early=True)
+        internal = Guidance(1.0, internal_scale=1.7, internal_interval=(0.0, 1.0))
+        made = guide(model, layout, CONDITION, internal)(x, t_B)
+        at_the_end = guide(model, layout, CONDITION, internal)(x, torch.ones(2))
+        plain = guide(model, layout, CONDITION, replace(internal, internal_scale=1.0))(x, t_B)
+    velocity = (early - x) / (1 - t_T1)
+    torch.testing.assert_close(made, conditional + 0.7 * (conditional - velocity), rtol=1e-4, atol=1e-4)
+    assert torch.equal(plain, conditional)
+    assert at_the_end.isfinite().all()
 
 
 def test_internal_guidance_needs_an_early_head(model):

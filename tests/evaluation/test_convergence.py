@@ -7,6 +7,7 @@ import pytest
 
 from conftest import held_out_set
 from fitv2.config import Architecture, Guidance, Sampling
+from fitv2.data.packing import images_before
 from fitv2.errors import UserError
 from fitv2.evaluation.convergence import (
     VARIANTS,
@@ -52,6 +53,40 @@ def test_each_variant_differs_by_what_it_is_named_for():
         variant("FiTv3", Scale(), LATENTS)
 
 
+def test_what_is_added_to_a_variant_changes_that_alone():
+    plain = variant("fast", Scale(), LATENTS)
+    for name, expected in {
+        "half": {"steps": 1000, "decay_steps": 666, "sample_every": 1000},
+        "rampup": {"steps": 2250, "batch_rampup_steps": 571, "sample_every": 2250},
+        "levels": {"clean_share": 0.25},
+        "early": {"early_head": 2},
+        "aligned": {"early_head": 2, "early_prediction": "data"},
+        "muon-3": {"muon_iterations": 3},
+        "muon-alternate": {"muon_every": 2},
+        "squared": {"direction_weight": 0.0},
+        "logit-normal": {"time_mean": 0.0},
+        "rate=3e-3": {"learning_rate": 3e-3},
+    }.items():
+        found = variant(f"fast+{name}", Scale(), LATENTS)
+        both = zip((found.model, found.training), (plain.model, plain.training), strict=True)
+        changed = {
+            key: value for one, other in both for key, value in vars(one).items() if value != vars(other)[key]
+        }
+        assert changed == expected, name
+    two = variant("FiTv2+muon+half", Scale(), LATENTS)
+    assert (two.training.optimizer, two.training.steps, two.model.depth) == ("muon", 1000, 5)
+    with pytest.raises(UserError, match="did you mean levels"):
+        variant("fast+level", Scale(), LATENTS)
+    with pytest.raises(UserError, match="rate=fast is no learning rate: write rate=3e-3"):
+        variant("fast+rate=fast", Scale(), LATENTS)
+
+
+def test_a_ramp_up_has_as_many_images():
+    with_it, without = (variant(name, Scale(), LATENTS).training for name in ("fast+rampup", "fast"))
+    images = images_before(with_it.steps, with_it.batch_size, with_it.batch_rampup_steps)
+    assert images == pytest.approx(without.steps * without.batch_size, rel=0.01)
+
+
 def curve(name, distances, seed=0):
     return Curve(name, seed, (10, 20, 30), tuple(distances), 1, 1.0)
 
@@ -88,16 +123,16 @@ TINY = Scale(width=32, heads=2, depth=4, steps=4, batch_size=4, every=2)
 
 def test_a_small_study_and_again(ground, tmp_path):
     data, reference = ground
-    runs = plan_convergence(data, data, TINY, ("DiT", "FiT", "FiTv2"))
+    runs = plan_convergence(data, data, TINY, ("DiT", "FiT", "FiTv2+levels+aligned"))
     said = []
     curves = run_study(runs, reference, tmp_path / "study", seeds=(0, 1), num=12, report=said.append)
     assert [(one.variant, one.seed) for one in curves] == [
-        (name, seed) for seed in (0, 1) for name in ("DiT", "FiT", "FiTv2")
+        (name, seed) for seed in (0, 1) for name in ("DiT", "FiT", "FiTv2+levels+aligned")
     ]
-    assert all(one.steps == (2, 4) for one in curves)
+    assert all(one.steps == (2, 4) and len(one.losses) == 2 and one.losses[1] > 0 for one in curves)
     assert len(said) == 6
     table = (tmp_path / "study" / "table.md").read_text()
-    assert "| FiTv2 |" in table
+    assert "| FiTv2+levels+aligned |" in table and "fewer steps than FiT |" in table
     assert (tmp_path / "study" / "curves.png").exists()
     again = run_study(runs, reference, tmp_path / "study", seeds=(0, 1), num=12)
     assert again == curves

@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from conftest import together
 from fitv2.errors import UserError
-from fitv2.runtime.distributed import World, fresh, join, ranks
+from fitv2.runtime.distributed import World, divide_work, fresh, join, ranks
 
 
 def test_ranks_are_those_of_torchrun(monkeypatch):
@@ -30,6 +31,26 @@ def test_a_world_of_one_needs_nobody():
         assert value.tolist() == [1, 1]
         assert world.any(True)
         assert not world.any(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_work_is_divided_and_all_have_the_whole_of_it(dtype):
+    stack = torch.arange(5.0)[:, None, None].expand(5, 2, 3).to(dtype)
+    assert torch.equal(divide_work(lambda x: x + 1, stack), stack + 1)  # alone
+
+    def work(rank):
+        done = []
+
+        def add_one(x):
+            done.append(len(x))
+            return x + 1
+
+        with join():
+            assert torch.equal(divide_work(add_one, stack), stack + 1)
+            assert torch.equal(divide_work(add_one, stack[:1]), stack[:1] + 1)
+        assert done == {0: [2, 1], 1: [2], 2: [1]}[rank]
+
+    assert together(3, work) == [None] * 3
 
 
 def test_ranks_that_torchrun_did_not_give_cannot_train_together(monkeypatch):

@@ -1,9 +1,11 @@
 import pytest
 import torch
 
+from conftest import together
 from fitv2.config import Training
 from fitv2.errors import UserError
 from fitv2.model import FiT
+from fitv2.runtime.distributed import join
 from fitv2.training.checkpointing import read_state, state_of, write_state
 from fitv2.training.muon import Muon, orthogonalize
 from fitv2.training.optim import build_optimizers
@@ -64,6 +66,59 @@ def test_matrices_of_texts_are_muon_s_and_what_is_stored_of_adamw_is_not(tmp_pat
         read_state(tmp_path / "state", model, [muon, adamw])
 
 
+def test_a_change_every_other_step_is_of_all_gradients_and_twice_as_large():
+    rng = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(4, 12, 20, generator=rng)
+    rare, often = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    every = [Muon([{"params": [rare]}], lr=1e-2, every=2), Muon([{"params": [often]}], lr=1e-2)]
+    for number, gradient in enumerate(gradients, 1):
+        before = [rare.detach().clone(), often.detach().clone()]
+        for matrix, optimizer in zip((rare, often), every, strict=True):
+            matrix.grad = gradient.clone()
+            optimizer.step()
+        if number % 2:
+            assert torch.equal(rare, before[0])
+        else:  # the average of gradients is the same, so the change is too, but for its size
+            torch.testing.assert_close(rare - before[0], 2 * (often - before[1]), rtol=1e-4, atol=1e-6)
+
+
+def test_large_matrices_are_shared_between_processes(monkeypatch):
+    monkeypatch.setattr("fitv2.training.muon.SHARED_FROM", 12)
+    shapes = [(12, 20), (12, 20), (36, 12), (11, 20), (12, 20)]
+
+    def changed():
+        rng = torch.Generator().manual_seed(0)
+        matrices = [torch.nn.Parameter(torch.randn(shape, generator=rng)) for shape in shapes]
+        for matrix in matrices:
+            matrix.grad = torch.randn(matrix.shape, generator=rng)
+        groups = [{"params": [m], "pieces": 3 if len(m) == 36 else 1} for m in matrices]
+        Muon(groups, weight_decay=0.1).step()
+        return [matrix.detach() for matrix in matrices]
+
+    alone, made = changed(), []
+    monkeypatch.setattr(
+        "fitv2.training.muon.orthogonalize", lambda x, **how: made.append(len(x)) or orthogonalize(x, **how)
+    )
+
+    def work(rank):
+        with join():
+            for one, expected in zip(changed(), alone, strict=True):
+                torch.testing.assert_close(one, expected, rtol=0, atol=1e-6)
+        assert made == [[2, 2, 1], [1, 1, 1]][rank]  # of three, of three pieces, of a small one
+
+    assert together(2, work) == [None] * 2
+
+
+def test_fewer_iterations_leave_small_singular_values_smaller():
+    u, _, vh = torch.linalg.svd(torch.randn(20, 50, generator=torch.Generator().manual_seed(0)), False)
+    matrix = (u * torch.logspace(0, -3, 20) @ vh)[None]
+    smallest = [float(torch.linalg.svdvals(orthogonalize(matrix, n)).amin()) for n in (2, 3, 5)]
+    assert 0 < 3 * smallest[0] < smallest[1] < smallest[2] / 9
+    model = FiT(depth=1, width=16, heads=2, patch_size=1, in_channels=4, num_classes=3)
+    muon, _ = build_optimizers(model, Training(optimizer="muon", muon_iterations=3, muon_every=4))
+    assert (muon.iterations, muon.every) == (3, 4)
+
+
 def test_matrices_of_one_shape_change_as_each_would_alone():
     rng = torch.Generator().manual_seed(0)
     starts, gradients = torch.randn(2, 5, 12, 20, generator=rng)
@@ -75,8 +130,8 @@ def test_matrices_of_one_shape_change_as_each_would_alone():
         Muon([{"params": [matrix]} for matrix in matrices], weight_decay=0.1).step()
         return matrices
 
-    for i, together in enumerate(changed(range(5))):
-        torch.testing.assert_close(together, changed([i])[0], rtol=0, atol=1e-6)
+    for i, among_others in enumerate(changed(range(5))):
+        torch.testing.assert_close(among_others, changed([i])[0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("adaln", ["lora", "full"])

@@ -55,7 +55,8 @@ def test_draws_of_some_images_are_those_that_they_had():
 
 
 @pytest.mark.parametrize(
-    "objective", [Flow(), DDPM(), objective_of(preset("emoji").model, preset("emoji").training)]
+    "objective",
+    [Flow(), Flow(clean_share=0.25), DDPM(), objective_of(preset("emoji").model, preset("emoji").training)],
 )
 def test_batches_and_draws_are_the_same_from_any_number_of_processes(tokens, objective):
     dataset = TokenDataset(tokens)
@@ -69,6 +70,32 @@ def test_batches_and_draws_are_the_same_from_any_number_of_processes(tokens, obj
         assert torch.equal(batch.packed.x_TC, other.packed.x_TC)
         assert np.array_equal(drawn.noise_TC, others.noise_TC)
         assert np.array_equal(drawn.times_BN, others.times_BN)
+
+
+def test_tokens_are_shuffled_within_their_image_by_its_own_key_alone():
+    data = blank([(2, 3), (1, 4), (5, 1)], 6)
+    data = PackedTokens(torch.arange(15.0)[:, None].expand(15, 6), data.layout)
+    keys = [(0, 7), (0, 8), (0, 9)]
+    two = Flow(clean_share=0.25)
+    three, one = draws(data, keys, two), draws(data.select([2]), keys[2:], two)
+    learned_T = torch.arange(15) / 15
+    together = three.add_noise(data, two, learned_T)
+    alone = one.add_noise(data.select([2]), two, learned_T[-5:])
+    for name in ("x_TC", "data_TC", "learned_T"):
+        assert torch.equal(getattr(together, name)[-5:], getattr(alone, name))
+    assert torch.equal(together.layout.pos_T2[-5:], alone.layout.pos_T2)
+    assert torch.equal(together.levels.t_L[-2:], alone.levels.t_L)
+    # Each token keeps its place, its mask and its content, within its image.
+    came_from = together.data_TC[:, 0].long()
+    assert came_from.tolist() != list(range(15)) and sorted(came_from.tolist()) == list(range(15))
+    assert torch.equal(data.layout.image_T[came_from], data.layout.image_T)
+    assert torch.equal(together.layout.pos_T2, data.layout.pos_T2[came_from])
+    assert torch.equal(together.learned_T, learned_T[came_from])
+    # One image's noise, and whether it keeps its condition, do not depend on it.
+    plain = draws(data, keys, Flow())
+    assert plain.order_T is None
+    chosen, direct = three.select([2, 0]), draws(data.select([2, 0]), keys[2::-2], two)
+    assert np.array_equal(chosen.order_T, direct.order_T)
 
 
 DEBUG = preset("debug")
@@ -95,3 +122,13 @@ def test_a_direction_is_refused_where_there_is_no_velocity():
     chosen = preset("fit-b")
     with pytest.raises(UserError, match="`direction_weight` is for velocities"):
         objective_of(chosen.model, replace(chosen.training, direction_weight=0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("fit-b", "for flows, not for `path` ddpm"), ("any-step", "not for `objective` any-step")],
+)
+def test_two_times_are_for_flows_alone(name, said):
+    chosen = preset(name)
+    with pytest.raises(UserError, match=f"`clean_share` is {said}"):
+        objective_of(chosen.model, replace(chosen.training, clean_share=0.25))

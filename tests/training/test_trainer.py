@@ -52,11 +52,15 @@ def measured(name):
     return name.startswith("speed/") or name == "memory_gib"
 
 
-@pytest.mark.parametrize(("precision", "optimizer"), [("float32", "adamw"), ("bfloat16", "muon")])
-def test_six_steps_equal_three_and_three(tokens, tmp_path, precision, optimizer):
-    whole = train(settings(steps=6, precision=precision, optimizer=optimizer), tokens, tmp_path / "whole")
-    train(settings(steps=3, precision=precision, optimizer=optimizer), tokens, tmp_path / "parts")
-    parts = train(settings(steps=6, precision=precision, optimizer=optimizer), tokens, tmp_path / "parts")
+@pytest.mark.parametrize("how", [
+    {"precision": "float32", "optimizer": "adamw"},
+    {"precision": "bfloat16", "optimizer": "muon"},
+    {"optimizer": "muon", "muon_every": 2, "clean_share": 0.25, "batch_rampup_steps": 4},
+], ids=lambda how: "-".join(map(str, how.values())))  # fmt: skip
+def test_six_steps_equal_three_and_three(tokens, tmp_path, how):
+    whole = train(settings(steps=6, **how), tokens, tmp_path / "whole")
+    train(settings(steps=3, **how), tokens, tmp_path / "parts")
+    parts = train(settings(steps=6, **how), tokens, tmp_path / "parts")
     assert [path.name for path in checkpoints(tmp_path / "parts")] == ["step-0000003", "step-0000006"]
     for one, other in zip(tensors(whole), tensors(parts), strict=True):
         assert torch.equal(one, other)
@@ -109,6 +113,17 @@ def test_a_run_folder_holds_what_people_look_for(tokens, tmp_path):
     model, card = load_model(run)
     assert card.labels == ("blue", "red")
     assert model.config.num_classes == 2
+
+
+def test_two_times_need_two_tokens(folder, tmp_path):
+    encode(folder, tmp_path / "tokens", Encoding(max_tokens=(1,), mirror=False), workers=0)
+    with pytest.raises(UserError, match="`clean_share` is for images of two tokens at least"):
+        train(settings(clean_share=0.25), tmp_path / "tokens", tmp_path / "run")
+
+
+def test_small_steps_first_are_for_a_number_of_images(tokens, tmp_path):
+    with pytest.raises(UserError, match="`batch_rampup_steps` is for `batch_size`, not for"):
+        train(settings(batch_rampup_steps=4, tokens_per_step=60), tokens, tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tokens, tmp_path):
@@ -451,6 +466,7 @@ def train_with(size, preset, tokens, run):
     ((3, 3), (2, 1), {"grad_accum_steps": 3}),
     ((2, 2), (4, 2), {"optimizer": "muon"}),
     ((4, 2), (2, 2), {"gradient_checkpointing": True}),
+    ((2, 2), (2, 1), {"clean_share": 0.25, "optimizer": "muon", "muon_every": 2}),
 ])  # fmt: skip
 def test_any_number_of_processes_trains_the_same(folder, tmp_path, first, second, how):
     """Half of a run with one number of processes and of those that share a model, half with others."""

@@ -352,7 +352,9 @@ class StudyConvergence(TrainingStudy):
     square: str
     """The same images encoded with --preprocess square, for DiT and SiT."""
     variants: tuple[str, ...] = ("DiT", "SiT", "FiT", "A", "B", "C", "D", "E", "F", "FiTv2", "fast")
-    """Which; A to F are the paper's ablation."""
+    """Which; A to F are the paper's ablation. What follows a + is added, as in fast+half+levels: half,
+    rampup, long-rampup, early, aligned, levels, muon, muon-3, muon-alternate, squared, logit-normal,
+    rate=3e-3."""
 
 
 @dataclass(frozen=True, kw_only=True)

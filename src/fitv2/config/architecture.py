@@ -106,6 +106,8 @@ class Network:
             raise UserError(f"`depth` {self.depth} and `width` {self.width} make a model of {billions}")
         if self.early_head >= self.depth:
             raise UserError(f"`early_head` is {self.early_head}; it must be below the depth, {self.depth}")
+        if self.early_prediction and not self.early_head:
+            raise UserError("`early_prediction` is for models with an `early_head`")
         if self.width % (4 * self.heads):
             raise UserError(
                 f"width {self.width} over {self.heads} heads is not a multiple of 4 channels each"

@@ -49,9 +49,9 @@ def halve(model: Architecture, training: Training) -> tuple[dict[str, Any], dict
     return {}, {"steps": steps, "decay_steps": 2 * steps // 3, "sample_every": steps}
 
 
-def ramp_up(model: Architecture, training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Small steps first, and more of them, of as many images in all."""
-    more = training.evaluate_every
+def ramp_up(times: int, model: Architecture, training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Small steps first, and as many images in all: more steps, by `times` those between evaluations."""
+    more = times * training.evaluate_every
     steps = training.steps + more
     return {}, {"steps": steps, "sample_every": steps, "batch_rampup_steps": round(more / (7 / 16))}
 
@@ -65,7 +65,8 @@ def add_early_head(model: Architecture, training: Training) -> tuple[dict[str, A
 Changes = Callable[[Architecture, Training], tuple[dict[str, Any], dict[str, Any]]]
 ADDITIONS: dict[str, Changes] = {
     "half": halve,
-    "rampup": ramp_up,
+    "rampup": partial(ramp_up, 1),
+    "long-rampup": partial(ramp_up, 3),
     "early": add_early_head,
     "aligned": lambda model, training: (
         {**add_early_head(model, training)[0], "early_prediction": "data"}, {}
@@ -79,6 +80,9 @@ ADDITIONS: dict[str, Changes] = {
 }  # fmt: skip
 
 
+RATE_ADDITION = "rate"  # with a number behind it
+
+
 def variant(name: str, scale: Scale, tokens: Architecture) -> Preset:
     """A variant at a scale, with what is added to it by "+"; `tokens` has what the data decide.
 
@@ -87,13 +91,25 @@ def variant(name: str, scale: Scale, tokens: Architecture) -> Preset:
     base, *added = name.split("+")
     found = plain_variant(base, scale, tokens)
     for addition in added:
-        if addition not in ADDITIONS:
-            raise nearest("addition to a variant", addition, ADDITIONS)
-        of_model, of_training = ADDITIONS[addition](found.model, found.training)
+        of_model, of_training = changes_of(addition)(found.model, found.training)
         found = replace(
             found, model=replace(found.model, **of_model), training=replace(found.training, **of_training)
         )
     return replace(found, about=f"{name} of the study of convergence")
+
+
+def changes_of(addition: str) -> Changes:
+    """What an addition changes; "rate=3e-3" sets the learning rate. Raises UserError for an unknown one."""
+    name, _, value = addition.partition("=")
+    if name == RATE_ADDITION:
+        try:
+            rate = float(value)
+        except ValueError as error:
+            raise UserError(f"{addition} is no learning rate: write {RATE_ADDITION}=3e-3") from error
+        return lambda model, training: ({}, {"learning_rate": rate})
+    if addition not in ADDITIONS:
+        raise nearest("addition to a variant", addition, (*ADDITIONS, RATE_ADDITION))
+    return ADDITIONS[addition]
 
 
 def plain_variant(name: str, scale: Scale, tokens: Architecture) -> Preset:

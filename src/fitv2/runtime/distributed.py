@@ -4,7 +4,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -168,6 +168,23 @@ def name_lost_process() -> Iterator[None]:
 def gather(tensor: Tensor) -> Tensor:
     """The whole of a tensor that processes share; all of them have to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def divide_work(work: Callable[[Tensor], Tensor], x_N: Tensor) -> Tensor:
+    """`work`, which changes no shape, on a stack of things that all processes have; each does a share of it.
+
+    All get the whole of it, in order; all of them have to ask.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work(x_N)
+    each = -(-len(x_N) // dist.get_world_size())
+    mine_N = x_N.new_zeros(each, *x_N.shape[1:])
+    given_N = x_N[dist.get_rank() * each :][:each]
+    if len(given_N):
+        mine_N[: len(given_N)] = work(given_N)
+    every = [torch.empty_like(mine_N) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine_N)
+    return torch.cat(every)[: len(x_N)]
 
 
 def local(tensor: Tensor) -> Tensor:

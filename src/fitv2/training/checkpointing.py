@@ -244,7 +244,7 @@ def verify_state(folder: Path, rank: int = 0, ranks: int = 1) -> None:
 
 
 # What optimizers keep of a parameter: one that has come to another of them since cannot go on.
-KEPT = {Muon: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
+KEPT = {Muon: {"momentum_buffer", "step"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
 
 
 def read_state(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -62,7 +62,7 @@ def shape_of_initial(preset: Preset, init: str | None) -> Preset:
         raise UserError("`objective` any-step makes a trained flow one of few steps: give `init`")
     theirs, chosen = read_architecture(find_model(init)), preset.model
     usual = PRESETS["any-step"].model
-    for name in {field.name for field in fields(Network)} - {"objective", "rope", "early_head"}:
+    for name in {field.name for field in fields(Network)} - {"objective", "rope", *EARLY}:
         if getattr(chosen, name) not in (getattr(usual, name), getattr(theirs, name)):
             raise UserError(f"`{name}` cannot be chosen: an any-step model has the shape of its flow, {init}")
     rope = theirs.rope if chosen.rope == Rope() else chosen.rope
@@ -72,9 +72,12 @@ def shape_of_initial(preset: Preset, init: str | None) -> Preset:
             f"the learned steps reach {steps / growing:.0%} of their length: give fewer `curriculum_steps`",
             stacklevel=2,
         )
-    return replace(preset, model=replace(theirs, objective=ANY_STEP, rope=rope, early_head=0))
+    return replace(
+        preset, model=replace(theirs, objective=ANY_STEP, rope=rope, early_head=0, early_prediction=None)
+    )
 
 
+EARLY = ("early_head", "early_prediction")
 CONDITIONS = {"conditions", "num_classes", "text_channels", "pooled_channels", "labels"}
 
 
@@ -95,7 +98,7 @@ def load_initial(name: str, architecture: Architecture, labels: tuple[str, ...])
     differing = [key for key, value in asdict(architecture).items() if theirs[key] != value]
     if card.labels != labels:
         differing.append("labels")
-    others = set(differing) - {"early_head"}
+    others = set(differing) - {*EARLY}
     if others and not ({"conditions", "num_classes"} & others and others <= CONDITIONS):
         raise UserError(f"{name} cannot start this run: it has another {', '.join(differing)}")
     if not differing:
@@ -109,7 +112,10 @@ def with_conditions(model: FiT, architecture: Architecture, other_labels: bool) 
     empty, given = made.state_dict(), model.state_dict()
     misfits = {key for key in empty if key not in given or given[key].shape != empty[key].shape}
     anew = {key.split(".")[0] for key in misfits}  # an embedding is kept whole or not at all
-    if architecture.early_head not in (0, model.architecture.early_head):
+    early, theirs = (
+        tuple(getattr(one, name) for name in EARLY) for one in (architecture, model.architecture)
+    )
+    if architecture.early_head and early != theirs:
         anew.add("early")
     if model.architecture.early_head and not architecture.early_head:
         warnings.warn("the early head of the initial model is left out", stacklevel=2)

@@ -2,16 +2,18 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 
 from fitv2.runtime.device import has_bfloat16_matmuls
-from fitv2.runtime.distributed import gather, local, part
+from fitv2.runtime.distributed import divide_work, gather, local, part
 
 # Of the quintic iteration: singular values end between 0.7 and 1.2, which serves as well as 1.
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+SHARED_FROM = 384  # rows and columns; smaller ones take longer to send than to make (benchmarks/muon.py)
 AT_ONCE = 1 << 24  # numbers that are whole and made orthogonal together, where a process holds but a part
 
 
@@ -20,7 +22,7 @@ class Muon(torch.optim.Optimizer):
 
     Steps are as large as AdamW's (arXiv 2502.16982). `torch.optim.Muon` knows no pieces, and multiplies in
     bfloat16 also where a processor emulates that at a twentieth of the speed; here that is float32.
-    Where processes share a matrix, each makes the whole of it orthogonal, and the result is the same.
+    Of several processes each makes some of the matrices orthogonal for all of them, if they are large.
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class Muon(torch.optim.Optimizer):
         """Change matrices of one shape, made orthogonal together: on a GPU few kernels."""
         stacked = torch.stack([self._gradient(matrix, group) for matrix, group in alike])
         dtype = torch.bfloat16 if has_bfloat16_matmuls(stacked.device) else torch.float32
-        changes = orthogonalize(stacked.to(dtype).flatten(0, 1), self.iterations)
+        work = partial(orthogonalize, iterations=self.iterations)
+        many = stacked.to(dtype).flatten(0, 1)
+        changes = divide_work(work, many) if min(many.shape[1:]) >= SHARED_FROM else work(many)
         changes = changes.to(stacked.dtype).view_as(stacked)
         size = 0.2 * max(stacked.shape[2:]) ** 0.5  # that of a change of AdamW: 0.2 a number
         size *= self.every

@@ -43,6 +43,7 @@ from fitv2.runtime.rng import ORDER, derive_seed
 from fitv2.runtime.signals import catch_interrupts
 from fitv2.sampling.preview import MAX_LABELS, preview
 from fitv2.text_encoder import load_text_encoder
+from fitv2.tokens import LEVELS
 from fitv2.training.best import DISTANCE, Best
 from fitv2.training.checkpointing import (
     DAMAGE,
@@ -167,6 +168,8 @@ class Trainer:
             self.card = replace(self.card, guidance=1.0)  # no more of it
         self.weights = Weights(model, self.device, self.dtype, world, self.config.fsdp_size)
         self.objective = objective_of(model.architecture, self.config)
+        if self.config.clean_share and dataset.lengths.min() < LEVELS:
+            raise UserError("`clean_share` is for images of two tokens at least")
         # Which draw: the processes that hold the first copy of the model between them.
         self.draws = world.rank < self.config.fsdp_size
         self.pipeline = (
