@@ -15,8 +15,9 @@ from pathlib import Path
 from time import perf_counter
 
 from fitv2.data.dataset import TokenDataset
-from fitv2.evaluation.convergence import tokens_of, variant
+from fitv2.evaluation.convergence import tokens_of
 from fitv2.evaluation.settings import Scale
+from fitv2.evaluation.variants import variant
 from fitv2.training.trainer import Trainer
 from loading import synthetic
 
