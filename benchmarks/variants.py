@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=12)
     options = parser.parse_args()
-    scale = Scale(options.width, options.heads, options.depth, NEVER, options.batch, every=NEVER)
+    scale = Scale(
+        options.width, options.heads, options.depth, NEVER, options.batch, every=NEVER, precision="float32"
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         data = str(Path(folder) / "tokens")
         synthetic(Path(data), 400, [(8, 8)] * 400)

@@ -114,6 +114,19 @@ def test_tokens_at_two_times_packed_and_alone_forward_and_backward(variant):
             torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_texts_at_two_times_are_as_alone(text_model):
+    sizes, lengths = [(2, 3), (1, 4), (3, 3)], (3, 0, 1)
+    layout, condition = Layout.of(sizes), with_texts(lengths)
+    x, times = torch.randn(layout.tokens, 6), torch.rand(6)
+    together = text_model(x, layout, times, condition, levels=layout.divide(0.3)).split(layout.lengths)
+    for i, (part, size) in enumerate(zip(x.split(layout.lengths), sizes, strict=True)):
+        one = Layout.of([size])
+        its = part, one, times[2 * i : 2 * i + 2], condition.select([i])
+        torch.testing.assert_close(
+            together[i], text_model(*its, levels=one.divide(0.3)), rtol=1e-5, atol=1e-5
+        )
+
+
 def test_a_text_has_the_time_of_the_first_run(text_model):
     layout, condition = Layout.of([(2, 3), (1, 4), (3, 3)]), with_texts((3, 0, 1))
     x, t = torch.randn(layout.tokens, 6, generator=generator(0)), torch.rand(3, generator=generator(1))

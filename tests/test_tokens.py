@@ -107,6 +107,7 @@ def test_tokens_in_another_order_keep_their_places():
     moved = layout.reorder(order)
     assert torch.equal(moved.pos_T2, layout.pos_T2[order])
     assert moved.lengths == layout.lengths and torch.equal(moved.image_T, layout.image_T)
+    assert torch.equal(moved.select([1]).pos_T2, layout.pos_T2[[3, 6, 5, 4]])
 
 
 def test_a_layout_cannot_be_changed():

@@ -74,7 +74,7 @@ LIMITS = {
     "steps": COUNT,
     "batch_size": Range(1, 1_048_576),
     "tokens_per_step": COUNT,
-    "batch_rampup_steps": Range(0, BILLION),
+    "batch_rampup_steps": Range(0, 10_000_000),
     "crop_probability": SHARE,
     "grad_accum_steps": Range(1, 65_536),
     "learning_rate": Range(0, 10),

@@ -315,7 +315,7 @@ class FiT(ModelMixin, ConfigMixin):
         first two thirds of the blocks see `t_B`, the others and the head see `target_B` (Decoupled MeanFlow,
         arXiv 2510.24474, section 3). With `early` what the early head predicts comes too, as a second tensor.
         `rope` are other positions than the model's own. With `levels`, as `Layout.divide` makes them, every
-        image has two runs of tokens, and `t_B` (2B,) the time of each.
+        image has two runs of tokens, and `t_B` (2B,) the time of each, as `target_B` if there is one.
         """
         output_TC, early_TC = self._predict(x_TC, layout, t_B, condition, target_B, rope, levels)
         if early:

@@ -25,6 +25,8 @@ LEVELS = 2  # runs of the tokens of an image that may have times of their own
 class Layout:
     """Which images lie in a flat sequence of tokens, and where. Token r·columns + c of an image is (r, c).
 
+    (Unless they were reordered, as training may do.)
+
     Immutable, made by `Layout.of` on the host and moved to a device once. Neighbouring images of equal
     length are computed together on the CPU, so a sequence sorted by length is fastest; any order is right.
     """
@@ -100,7 +102,7 @@ class Layout:
     def pair_groups(self) -> tuple[tuple[int, int, int], ...]:
         """Neighbouring pairs of equal lengths, as (pairs, tokens of the first, of the second).
 
-        None where these are no fewer pieces than `length_groups`: they are, where every image is divided.
+        None at all where these are no fewer pieces than `length_groups`: they are, where images are divided.
         """
         pairs = zip(self.lengths[::2], self.lengths[1::2], strict=len(self) % 2 == 0)
         found = tuple((len(list(same)), *lengths) for lengths, same in groupby(pairs))
@@ -131,7 +133,9 @@ class Layout:
 
     def select(self, images: Sequence[int]) -> Layout:
         """The layout of some of the images, in the given order. Raises ValueError when there are none."""
-        return Layout.of([self.sizes[i] for i in images]).to(self.size_B2.device)
+        pieces = self.pos_T2.split(self.lengths)
+        chosen = Layout.of([self.sizes[i] for i in images]).to(self.size_B2.device)
+        return replace(chosen, pos_T2=torch.cat([pieces[i] for i in images]))
 
     def behind(self, text_length_B: Tensor, texts: int) -> Joint:
         """The same images, each behind text of its own, (B,) and `texts` tokens in all, in one sequence.

@@ -81,8 +81,13 @@ def test_an_early_head_may_predict_the_data_beside_a_velocity():
     flow = Flow(early_weight=0.5, early_prediction="data")
     point = sample(flow)
     true = true_velocity(flow, point)
-    made = flow.early_output(point.data_TC, point.x_TC, times_of(point))
-    torch.testing.assert_close(made, true, rtol=1e-4, atol=1e-4)
+    x_TC, t_T1 = point.x_TC, times_of(point)
+    assert flow.beyond_early(true, point.data_TC, x_TC, t_T1).abs().max() < 1e-5
+    beyond = flow.beyond_early(true + 2, point.data_TC - 1, x_TC, t_T1)
+    torch.testing.assert_close(beyond, (2 + 1 / (1 - t_T1)).expand_as(beyond), rtol=1e-4, atol=1e-4)
+    late = torch.full_like(t_T1, 0.99)
+    right = (point.data_TC - x_TC) / (1 - late)  # both heads know the data: no guidance, however late
+    assert flow.beyond_early(right, point.data_TC, x_TC, late).abs().max() < 1e-4
     assert torch.equal(flow.early_error(point.data_TC, point), torch.zeros(3))
     torch.testing.assert_close(flow.early_error(point.data_TC + 2, point), torch.full((3,), 4.0))
 

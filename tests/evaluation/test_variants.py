@@ -52,6 +52,7 @@ def test_what_is_added_to_a_variant_changes_that_alone():
         "squared": {"direction_weight": 0.0},
         "logit-normal": {"time_mean": 0.0},
         "rate=3e-3": {"learning_rate": 3e-3},
+        "mean=-0.3": {"time_mean": -0.3},
     }.items():
         found = variant(f"fast+{name}", Scale(), LATENTS)
         both = zip((found.model, found.training), (plain.model, plain.training), strict=True)
@@ -61,9 +62,13 @@ def test_what_is_added_to_a_variant_changes_that_alone():
         assert changed == expected, name
     two = variant("FiTv2+muon+half", Scale(), LATENTS)
     assert (two.training.optimizer, two.training.steps, two.model.depth) == ("muon", 1000, 5)
+    with pytest.raises(UserError, match="`clean_share` is for flows"):
+        variant("FiT+levels", Scale(), LATENTS)
+    with pytest.raises(UserError, match="`muon_iterations` and `muon_every` are for `optimizer` muon"):
+        variant("FiTv2+muon-3", Scale(), LATENTS)
     with pytest.raises(UserError, match="did you mean levels"):
         variant("fast+level", Scale(), LATENTS)
-    with pytest.raises(UserError, match="rate=fast is no learning rate: write rate=3e-3"):
+    with pytest.raises(UserError, match="rate=fast: a number has to stand behind rate="):
         variant("fast+rate=fast", Scale(), LATENTS)
 
 

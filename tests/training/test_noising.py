@@ -91,9 +91,9 @@ def test_tokens_are_shuffled_within_their_image_by_its_own_key_alone():
     assert torch.equal(data.layout.image_T[came_from], data.layout.image_T)
     assert torch.equal(together.layout.pos_T2, data.layout.pos_T2[came_from])
     assert torch.equal(together.learned_T, learned_T[came_from])
-    # One image's noise, and whether it keeps its condition, do not depend on it.
     plain = draws(data, keys, Flow())
-    assert plain.order_T is None
+    assert plain.order_T is None and np.array_equal(plain.label_chance_B, three.label_chance_B)
+    torch.testing.assert_close(together.mean_time_B, data.layout.mean_per_image(together.t_T1[:, 0]))
     chosen, direct = three.select([2, 0]), draws(data.select([2, 0]), keys[2::-2], two)
     assert np.array_equal(chosen.order_T, direct.order_T)
 

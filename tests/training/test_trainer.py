@@ -126,6 +126,13 @@ def test_small_steps_first_are_for_a_number_of_images(tokens, tmp_path):
         train(settings(batch_rampup_steps=4, tokens_per_step=60), tokens, tmp_path / "run")
 
 
+def test_a_first_step_of_fewer_images_than_processes_is_refused(tokens, tmp_path):
+    chosen = settings(batch_size=8, batch_rampup_steps=4)
+    said = together(2, lambda _: train(chosen, tokens, tmp_path / "run"))
+    assert all("the first step has 1 images for 2 processes: raise `batch_size`" in one for one in said)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tokens, tmp_path):
     train(settings(steps=1), tokens, tmp_path / "run")
     trainer = Trainer(settings(steps=9), TokenDataset(tokens), tokens, tmp_path / "run", None)
@@ -466,19 +473,19 @@ def train_with(size, preset, tokens, run):
     ((3, 3), (2, 1), {"grad_accum_steps": 3}),
     ((2, 2), (4, 2), {"optimizer": "muon"}),
     ((4, 2), (2, 2), {"gradient_checkpointing": True}),
-    ((2, 2), (2, 1), {"clean_share": 0.25, "optimizer": "muon", "muon_every": 2}),
+    ((2, 2), (2, 1), {"clean_share": 0.25, "optimizer": "muon", "muon_every": 2, "grad_accum_steps": 2}),
+    ((2, 1), (1, 1), {"batch_size": 16, "batch_rampup_steps": 4}),
 ])  # fmt: skip
-def test_any_number_of_processes_trains_the_same(folder, tmp_path, first, second, how):
+def test_any_number_of_processes_trains_the_same(folder, tmp_path, first, second, how, monkeypatch):
     """Half of a run with one number of processes and of those that share a model, half with others."""
+    monkeypatch.setattr("fitv2.training.muon.SHARED_FROM", 8)  # matrices here are small
     data, run = held_out_set(folder, tmp_path), tmp_path / "run"
     chosen = lambda steps, fsdp_size=1: settings(  # noqa: E731
         steps=steps,
         fsdp_size=fsdp_size,
         validate_every=3,
         sample_every=3,
-        batch_size=8,
-        precision="float32",
-        **how,
+        **{"batch_size": 8, "precision": "float32"} | how,
     )
     train(chosen(6), data, tmp_path / "alone")
     train_with(first[0], chosen(3, first[1]), data, run)

@@ -95,8 +95,8 @@ class Network:
     """Blocks after which a second head predicts too, for internal guidance: a third of the depth, or fewer; 0
     is none."""
     early_prediction: Prediction | None = None
-    """What the early head predicts [default: what the model does]; data beside a velocity aligns the blocks
-    before it with the latents themselves."""
+    """What the early head predicts [default: what the model does]; data, for models of a velocity, aligns the
+    blocks before it with the latents themselves."""
 
     def __post_init__(self) -> None:
         """UserError for a shape that no model can have."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from fitv2.config.names import LossWeight, Optimizer, Times
+from fitv2.errors import UserError
 from fitv2.limits import check_limits
 
 
@@ -27,7 +28,8 @@ class Batching:
     """Instead, as many images as fill so many tokens: steps of nearly equal work [default: batch-size
     images]."""
     batch_rampup_steps: int = 0
-    """First steps, over which the images of a step grow from an eighth of batch-size to all of it."""
+    """First steps, over which the images of a step grow from an eighth of batch-size to all of it; at least
+    as many as there are processes."""
     crop_probability: float = 0.5
     """How often an image is taken cropped, if its tokens were stored both cropped and not."""
     grad_accum_steps: int = free(1)
@@ -52,7 +54,7 @@ class Optimization:
     optimizer: Optimizer = "adamw"
     """muon is for the matrices of the blocks and of texts, with AdamW for the rest."""
     muon_iterations: int = 5
-    """Of Newton's iteration, by which Muon makes a change orthogonal."""
+    """Newton-Schulz iterations, by which Muon makes a change orthogonal."""
     muon_every: int = 1
     """Steps between Muon's changes, each so many times as large; gradients are averaged at every step."""
     learning_rate: float = 1e-4
@@ -93,8 +95,8 @@ class Noising:
     direction_weight: float = 0.0
     """Weight of 1 - cosine of the predicted and the true velocity beside the squared error."""
     clean_share: float = 0.0
-    """Share of the tokens of each image that are trained at a second time, nearer to the data (Self-Flow); 0
-    gives all of them one time."""
+    """Share of the tokens of each image, one at least, that are trained at the later of two times, and the
+    others at the earlier one (Self-Flow's dual timesteps); 0 gives all of them one time."""
     early_weight: float = 0.25
     """Weight of the loss of an early head beside that of the model."""
     jump_share: float = 0.5
@@ -168,8 +170,10 @@ class Training(Reporting, Compute, Noising, Optimization, Batching):
     }  # fmt: skip
 
     def __post_init__(self) -> None:
-        """UserError for a number outside its range."""
+        """UserError for a number outside its range, and for settings of Muon without it."""
         check_limits(self)
+        if self.optimizer != "muon" and (self.muon_iterations, self.muon_every) != (5, 1):
+            raise UserError("`muon_iterations` and `muon_every` are for `optimizer` muon")
 
 
 FREE = frozenset(f.name for f in fields(Training) if f.metadata.get("free"))

@@ -103,7 +103,7 @@ class Sampler(ABC):
         return {name: value for name, value in self.__dict__.items() if name != "_epoch"}
 
 
-SMALLEST = 1 / 8  # share of its images that the first step of a ramp-up has
+SMALLEST = 8  # the first step of a ramp-up has this part of the images of the others
 
 
 class FixedCount(Sampler):
@@ -136,8 +136,8 @@ def images_before(step: int, count: int, rampup: int = 0) -> int:
 
 @lru_cache
 def _rampup_starts(count: int, rampup: int) -> np.ndarray:
-    share = SMALLEST + (1 - SMALLEST) * np.arange(rampup) / max(1, rampup)
-    counts = np.ceil(share * count).astype(np.int64)
+    eighths = rampup + (SMALLEST - 1) * np.arange(rampup, dtype=np.int64)  # of rampup·SMALLEST
+    counts = -(-count * eighths // max(1, SMALLEST * rampup))
     return np.concatenate([[0], np.cumsum(counts)])
 
 

@@ -142,7 +142,7 @@ class Flow:
     direction_weight: float = 0.0
     early_weight: float = 0.0  # of the loss of an early head; 0 where there is none
     early_prediction: str = ""  # what the early head predicts [default: what the model does]
-    clean_share: float = 0.0  # of the tokens of an image, trained at a second, cleaner time
+    clean_share: float = 0.0  # of the tokens of an image, trained at the later of two times
 
     def __post_init__(self) -> None:
         """UserError for what there is not."""
@@ -279,9 +279,10 @@ class Flow:
         """Mean over each image's tokens and channels of the weighted squared error, (B,)."""
         t_T1 = sample.t_T1
         error = PREDICTIONS[self.prediction].error(self.path, output_TC.float(), sample, t_T1)
-        if sample.levels is None:
-            return WEIGHTS[self.weight](self.path, sample.t_B) * sample.mean(error.square().mean(1))
-        return sample.mean((WEIGHTS[self.weight](self.path, t_T1) * error.square()).mean(1))
+        squared_T = error.square().mean(1)
+        if self.weight != "none":
+            squared_T = WEIGHTS[self.weight](self.path, t_T1[:, 0]) * squared_T
+        return sample.mean(squared_T)
 
     def early_error(self, early_TC: Tensor, sample: NoisySample) -> Tensor:
         """The same of an early head, (B,); where it alone predicts data, that of the data at all times alike.
@@ -292,11 +293,12 @@ class Flow:
             return self.squared_error(early_TC, sample)
         return sample.mean((early_TC.float() - sample.data_TC).square().mean(1))
 
-    def early_output(self, early_TC: Tensor, x_TC: Tensor, t_T1: Tensor) -> Tensor:
-        """What an early head predicts as the model would say it, (T, C)."""
+    def beyond_early(self, output_TC: Tensor, early_TC: Tensor, x_TC: Tensor, t_T1: Tensor) -> Tensor:
+        """How far the model goes beyond its early head, in what the model predicts, (T, C)."""
         if self.early_prediction in ("", self.prediction):
-            return early_TC.float()
-        return (early_TC.float() - x_TC) / (1 - t_T1).clamp_min(MIN_TIME_TO_DATA)
+            return output_TC - early_TC.float()
+        data_TC = x_TC + (1 - t_T1) * output_TC  # where its velocity leads
+        return (data_TC - early_TC.float()) / (1 - t_T1).clamp_min(MIN_TIME_TO_DATA)
 
     def direction_error(self, output_TC: Tensor, sample: NoisySample) -> Tensor:
         """1 − cosine of the predicted and the true velocity, mean over each image's tokens, (B,).

@@ -50,7 +50,7 @@ def guide(
         raise UserError("`internal_scale` is for models with an early head")
     guided = (guidance.guidance_channels or chosen.in_channels) * chosen.patch_size**2
     scale = DEFAULT_SCALE if guidance.guidance_scale is None else guidance.guidance_scale
-    early_flow = Flow.of(chosen) if chosen.early_prediction else Flow()
+    early_flow = Flow.of(chosen) if chosen.early_head else None
     both = _Both(model, layout, condition, condition.null() if negative is None else negative)
 
     def output(x_TC: Tensor, t: Tensor, target: Tensor | None = None) -> Tensor:
@@ -77,10 +77,8 @@ def guide(
         start, stop = guidance.internal_interval
         within_B = ((start <= progress_B) & (progress_B <= stop)).float()
         more_T1 = layout.spread((guidance.internal_scale - 1) * within_B)[:, None]
-        if chosen.early_prediction is None:
-            return made + more_T1 * (conditional - early.float())
-        early_TC = early_flow.early_output(early, x_TC, layout.spread(t_B)[:, None])
-        return made + more_T1 * (conditional - early_TC)
+        assert early_flow is not None
+        return made + more_T1 * early_flow.beyond_early(conditional, early, x_TC, layout.spread(t_B)[:, None])
 
     return output
 

@@ -42,6 +42,11 @@ class NoisySample:
         layout, times = (self.layout, self.t_B) if self.levels is None else self.levels
         return layout.spread(times)[:, None]
 
+    @property
+    def mean_time_B(self) -> Tensor:  # noqa: N802  a shape
+        """The mean time of each image's tokens."""
+        return self.t_B if self.levels is None else self.layout.mean_per_image(self.t_T1[:, 0])
+
     def to(self, device: torch.device) -> NoisySample:
         """The sample on another device."""
         x_TC, t_B, data_TC, noise_TC = (

@@ -159,6 +159,7 @@ def read_curve(name: str, seed: int, run: Path, preset: Preset, tokens: int) -> 
     size, rampup = training.batch_size, training.batch_rampup_steps
     steps = tuple(images_before(int(line["step"]), size, rampup) / size for line in lines)
     judged = {line["step"] for line in lines}
+    judged = judged if model.path != "ddpm" else set()  # its loss is another one
     losses = [line["validation"] for line in log if "validation" in line and line["step"] in judged]
     rates = [line[RATE] for line in log if line.get(RATE)]
     seconds = size / statistics.median(rates) if rates else 0.0

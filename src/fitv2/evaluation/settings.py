@@ -75,6 +75,8 @@ class Scale:
     """Of AdamW, the same for all; `fast` has its own."""
     every: int = 250
     """Steps between evaluations."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the matmuls in training; float32 lets machines be compared."""
 
     def __post_init__(self) -> None:
         """UserError for a number outside its range."""

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from fitv2.config import Architecture, Training
+from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError, nearest
 from fitv2.evaluation.settings import Scale
 from fitv2.presets import PRESETS, Preset
@@ -21,19 +22,22 @@ VARIANTS = ("DiT", "SiT", *FROM_PRESET)
 
 def halve(model: Architecture, training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
     """Half the steps; over the last two thirds of them the rate falls to zero."""
-    steps = training.steps // 2
+    every = training.evaluate_every
+    steps = max(every, round(training.steps / 2 / every) * every)
     return {}, {"steps": steps, "decay_steps": 2 * steps // 3, "sample_every": steps}
 
 
 def ramp_up(times: int, model: Architecture, training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
     """Small steps first, and as many images in all: more steps, by `times` those between evaluations."""
-    more = times * training.evaluate_every
+    every = training.evaluate_every
+    fit = int(training.steps * 7 / 9 / every) * every  # else the ramp-up would be longer than the training
+    more = min(times * every, fit)
     steps = training.steps + more
     return {}, {"steps": steps, "sample_every": steps, "batch_rampup_steps": round(more / (7 / 16))}
 
 
 def add_early_head(model: Architecture, training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A second head after a third of the blocks."""
+    """A second head after about a third of the blocks."""
     return {"early_head": max(1, round(model.depth / 3))}, {}
 
 
@@ -56,13 +60,13 @@ ADDITIONS: dict[str, Changes] = {
 }  # fmt: skip
 
 
-RATE_ADDITION = "rate"  # with a number behind it
+NUMBERS = {"rate": "learning_rate", "mean": "time_mean"}  # additions with a number behind them
 
 
 def variant(name: str, scale: Scale, tokens: Architecture) -> Preset:
-    """A variant at a scale, with what is added to it by "+"; `tokens` has what the data decide.
+    """A variant at a scale, with what is added to it by "+", in order; `tokens` has what the data decide.
 
-    Raises UserError for an unknown name.
+    Raises UserError for an unknown name, and for an addition that is not for that variant.
     """
     base, *added = name.split("+")
     found = plain_variant(base, scale, tokens)
@@ -71,20 +75,21 @@ def variant(name: str, scale: Scale, tokens: Architecture) -> Preset:
         found = replace(
             found, model=replace(found.model, **of_model), training=replace(found.training, **of_training)
         )
+    objective_of(found.model, found.training)
     return replace(found, about=f"{name} of the study of convergence")
 
 
 def changes_of(addition: str) -> Changes:
     """What an addition changes; "rate=3e-3" sets the learning rate. Raises UserError for an unknown one."""
     name, _, value = addition.partition("=")
-    if name == RATE_ADDITION:
+    if name in NUMBERS:
         try:
-            rate = float(value)
+            number = float(value)
         except ValueError as error:
-            raise UserError(f"{addition} is no learning rate: write {RATE_ADDITION}=3e-3") from error
-        return lambda model, training: ({}, {"learning_rate": rate})
+            raise UserError(f"{addition}: a number has to stand behind {name}=") from error
+        return lambda model, training: ({}, {NUMBERS[name]: number})
     if addition not in ADDITIONS:
-        raise nearest("addition to a variant", addition, (*ADDITIONS, RATE_ADDITION))
+        raise nearest("addition to a variant", addition, (*ADDITIONS, *NUMBERS))
     return ADDITIONS[addition]
 
 
@@ -110,7 +115,7 @@ def plain_variant(name: str, scale: Scale, tokens: Architecture) -> Preset:
         based_on.training, steps=scale.steps, batch_size=scale.batch_size, warmup_steps=scale.steps // 40,
         decay_steps=0, ema_decay=max(0.0, 1 - 20 / scale.steps), validate_every=scale.every,
         evaluate_every=scale.every, save_every=scale.every, sample_every=scale.steps, track=(), keep=1,
-        precision="float32",  # so that machines can be compared
+        precision=scale.precision,
     )  # fmt: skip
     if name == "SiT":
         training = replace(training, times="uniform")

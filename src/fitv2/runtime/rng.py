@@ -5,6 +5,7 @@ A key begins with the seed of the run, or where there is none with the purpose; 
     (seed, WEIGHTS)            initial weights
     (seed, ORDER)              which images a step takes
     (seed, NOISING, image)     time, dropout and noise of an image in training; each image has its own number
+    (seed, NOISING, image, 1 or 2)      dropout of its label alone, order of its tokens
     (VALIDATION,), (VALIDATION, row)    order and noise of held-out images
     (LATENTS, row, view, mirrored)      samples of an autoencoder's distribution
     (seed, SUBJECTS)           what the images of an evaluation are to show

@@ -113,7 +113,7 @@ def with_conditions(model: FiT, architecture: Architecture, other_labels: bool) 
     misfits = {key for key in empty if key not in given or given[key].shape != empty[key].shape}
     anew = {key.split(".")[0] for key in misfits}  # an embedding is kept whole or not at all
     early, theirs = (
-        tuple(getattr(one, name) for name in EARLY) for one in (architecture, model.architecture)
+        (one.early_head, one.early_prediction or one.prediction) for one in (architecture, model.architecture)
     )
     if architecture.early_head and early != theirs:
         anew.add("early")

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, cast, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fitv2.runtime.device import has_bfloat16_matmuls
@@ -53,23 +54,31 @@ class Muon(torch.optim.Optimizer):
         alike: dict[tuple[torch.Size, int], list[tuple[Tensor, dict[str, Any]]]] = defaultdict(list)
         for group in self.param_groups:
             for matrix in group["params"]:
-                if matrix.grad is not None and self._is_due(matrix, group):
+                if matrix.grad is None:
+                    continue
+                self._average(matrix, group)
+                if self._is_due(matrix):
                     alike[matrix.shape, group["pieces"]].append((matrix, group))
-        for (shape, _), held in alike.items():
+        for (shape, pieces), held in alike.items():
             at_once = max(1, AT_ONCE // shape.numel())
+            if dist.is_initialized():  # so that each process has one
+                at_once = max(at_once, -(-dist.get_world_size() // pieces))
             for start in range(0, len(held), at_once):
                 self._change(held[start : start + at_once])
         return loss
 
-    def _is_due(self, matrix: Tensor, group: dict[str, Any]) -> bool:
-        """Average a matrix's gradient; whether it is changed at this step."""
+    def _average(self, matrix: Tensor, group: dict[str, Any]) -> None:
         memory = self.state[matrix]
         if "momentum_buffer" not in memory:
             memory["momentum_buffer"] = torch.zeros_like(matrix)
         memory["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+
+    def _is_due(self, matrix: Tensor) -> bool:
+        """Count the step; whether a matrix is changed at it."""
         if self.every == 1:
             return True
-        memory["step"] = memory.get("step", torch.zeros(())) + 1
+        memory = self.state[matrix]
+        memory["step"] = memory.get("step", torch.zeros(())).cpu() + 1  # a checkpoint brings it on a device
         return int(memory["step"]) % self.every == 0
 
     def _gradient(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
@@ -95,7 +104,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix_NRC: Tensor, iterations: int = ITERATIONS) -> Tensor:
-    """The nearest matrices with singular values of about 1, (N, R, C), by Newton's iteration."""
+    """The nearest matrices with singular values of about 1, (N, R, C), by Newton-Schulz iterations.
+
+    The singular values are about 1 after five of them, unless they were very small.
+    """
     wide = matrix_NRC.shape[1] <= matrix_NRC.shape[2]
     x = matrix_NRC if wide else matrix_NRC.mT
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-7)

@@ -15,7 +15,7 @@ from fitv2.runtime.rng import NOISING, generator
 from fitv2.runtime.workers import read_ahead
 from fitv2.tokens import PackedTokens
 
-LABEL, ORDER = 1, 2  # behind the key of an image, of the draws for its label alone and its tokens' order
+LABEL, SHUFFLE = 1, 2  # behind the key of an image, of the draws for its label alone and its tokens' order
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Draws:
         order_T = None
         if objective.shuffles:
             both = zip(keys, lengths, strict=True)
-            orders = [torch.randperm(length, generator=generator(*key, ORDER)) for key, length in both]
+            orders = [torch.randperm(length, generator=generator(*key, SHUFFLE)) for key, length in both]
             order_T = torch.cat(orders).numpy()
         return cls(times_BN, chance_B, label_B, torch.cat(noises).numpy(), tuple(lengths), order_T)
 

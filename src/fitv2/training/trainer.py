@@ -29,7 +29,7 @@ from fitv2.checkpoint import (
 from fitv2.conditioning import Condition
 from fitv2.config import ANY_STEP, Training
 from fitv2.data.dataset import Batch, Steps, TokenDataset, verify_files
-from fitv2.data.packing import FixedCount, Sampler, TokenBudget
+from fitv2.data.packing import FixedCount, Sampler, TokenBudget, images_before
 from fitv2.diffusion.noise import NoisySample
 from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError
@@ -168,8 +168,7 @@ class Trainer:
             self.card = replace(self.card, guidance=1.0)  # no more of it
         self.weights = Weights(model, self.device, self.dtype, world, self.config.fsdp_size)
         self.objective = objective_of(model.architecture, self.config)
-        if self.config.clean_share and dataset.lengths.min() < LEVELS:
-            raise UserError("`clean_share` is for images of two tokens at least")
+        check_images(self.config, dataset, world)
         # Which draw: the processes that hold the first copy of the model between them.
         self.draws = world.rank < self.config.fsdp_size
         self.pipeline = (
@@ -242,7 +241,7 @@ class Trainer:
             its_own = draws if part is batch else draws.select(places(batch.keys, part.keys))
             sample, condition = self.noise(part, its_own)
             loss_B, error_B = self.objective.loss(self.weights.model, sample, condition)
-            self.by_time.add(self.objective.progress(sample.t_B), error_B.detach())
+            self.by_time.add(self.objective.progress(sample.mean_time_B), error_B.detach())
             not_finite.append(~loss_B.detach().isfinite())
             loss = loss_B.sum() / batch.images
             loss.backward()
@@ -450,6 +449,16 @@ class Trainer:
         except DAMAGE as error:
             return str(error)
         return None
+
+
+def check_images(config: Training, dataset: TokenDataset, world: World) -> None:
+    """UserError where images are too small, or a step has too few, for what was chosen."""
+    if config.clean_share and dataset.lengths.min() < LEVELS:
+        raise UserError("`clean_share` is for images of two tokens at least")
+    first = images_before(1, config.batch_size, config.batch_rampup_steps)
+    if config.batch_rampup_steps and first < world.size:
+        few = f"{first} images for {world.size} processes"
+        raise UserError(f"the first step has {few}: raise `batch_size` or leave out `batch_rampup_steps`")
 
 
 def some_captions(dataset: TokenDataset) -> list[str]:
