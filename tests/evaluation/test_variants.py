@@ -47,6 +47,7 @@ def test_what_is_added_to_a_variant_changes_that_alone():
         "levels": {"clean_share": 0.25},
         "early": {"early_head": 2},
         "aligned": {"early_head": 2, "early_prediction": "data"},
+        "late-decay": {"decay_steps": 400},
         "muon-3": {"muon_iterations": 3},
         "muon-alternate": {"muon_every": 2},
         "squared": {"direction_weight": 0.0},

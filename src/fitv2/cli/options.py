@@ -353,8 +353,8 @@ class StudyConvergence(TrainingStudy):
     """The same images encoded with --preprocess square, for DiT and SiT."""
     variants: tuple[str, ...] = ("DiT", "SiT", "FiT", "A", "B", "C", "D", "E", "F", "FiTv2", "fast")
     """Which; A to F are the paper's ablation. What follows a + is added, as in fast+half+levels: half,
-    rampup, long-rampup, early, aligned, levels, muon, muon-3, muon-alternate, squared, logit-normal,
-    rate=3e-3 (the learning rate), mean=-0.3 (of the times)."""
+    constant, late-decay, rampup, long-rampup, early, aligned, levels, muon, muon-3, muon-alternate,
+    squared, logit-normal, rate=3e-3 (the learning rate), mean=-0.3 (of the times)."""
 
 
 @dataclass(frozen=True, kw_only=True)

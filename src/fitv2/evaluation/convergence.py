@@ -217,7 +217,7 @@ def table(curves: Sequence[Curve], command: str) -> str:
 def draw(curves: Sequence[Curve], path: Path) -> None:
     """Distances over steps, and over multiply-adds; a band from the lowest to the highest seed."""
     from matplotlib.figure import Figure as Canvas
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
     canvas = Canvas(figsize=(13, 5), layout="constrained")
     steps_axes, cost_axes = canvas.subplots(1, 2, sharey=True)
@@ -233,7 +233,8 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     cost_axes.set(xlabel="multiply-adds of training, 10⁹ × images of a step")
     for axes in (steps_axes, cost_axes):
         axes.grid(alpha=0.3, which="both")
-        axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(ScalarFormatter())
     steps_axes.legend()
     with atomic_file(path) as scratch:

@@ -45,6 +45,8 @@ def add_early_head(model: Architecture, training: Training) -> tuple[dict[str, A
 Changes = Callable[[Architecture, Training], tuple[dict[str, Any], dict[str, Any]]]
 ADDITIONS: dict[str, Changes] = {
     "half": halve,
+    "constant": lambda model, training: ({}, {"decay_steps": 0}),
+    "late-decay": lambda model, training: ({}, {"decay_steps": training.steps // 5}),
     "rampup": partial(ramp_up, 1),
     "long-rampup": partial(ramp_up, 3),
     "early": add_early_head,
