@@ -71,6 +71,7 @@ TINY = ["--width=48", "--depth=1"]
             ],
             {"variant", "milliseconds", "times_as_long"},
         ),
+        ("start.py", ["--module=fitv2.limits", "--rounds=1"], {"plain_seconds", "seconds", "ratio"}),
         ("muon.py", ["--preset=debug", "--rounds=1"], {"way", "milliseconds", "times_as_fast", "floor_ms"}),
         (
             "gpu_layouts.py",

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from PIL import Image
 from conftest import encoded_picture, fitv2, randomized
 from fitv2.autoencoder import Pixels
 from fitv2.checkpoint import Card, save_model
-from fitv2.cli.commands import COMMANDS
+from fitv2.cli.commands import COMMANDS, WORK_IN
 from fitv2.conditioning import Condition
 from fitv2.config import RESTART, Guidance, Sampling
 from fitv2.model import FiT
@@ -180,6 +181,11 @@ def test_every_command_has_help(command, capsys):
     status, out, _ = fitv2(capsys, *command.split(), "--help")
     assert status == 0
     assert "--" in out
+
+
+def test_the_work_of_every_command_is_somewhere():
+    assert WORK_IN.keys() == COMMANDS.keys()
+    assert all(importlib.util.find_spec(name) for name in WORK_IN.values())
 
 
 def test_help_names_commands_and_presets(capsys):

@@ -45,6 +45,7 @@ from fitv2.cli.progress import bar, share_bar, stages_bar, training_bar
 from fitv2.config import Architecture, Network
 from fitv2.errors import UserError, in_one_line, nearest, printable
 from fitv2.presets import PRESETS, Preset, preset
+from fitv2.runtime.imports import import_quickly
 from fitv2.runtime.signals import RECEIVED, leave_on_signals
 
 FINISHED_WITH_SKIPS = 3  # exit status: all done, but images were left out
@@ -212,6 +213,16 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "demo": (Demo, demo),
 }
 
+# Where the work of a command is. It is imported at once, before the command goes on.
+WORK_IN = {
+    "encode": "fitv2.encoding.encode", "train": "fitv2.training.trainer", "sample": "fitv2.pipeline",
+    "edit": "fitv2.pipeline", "app": "fitv2.pipeline", "convert": "fitv2.checkpoint",
+    "export": "fitv2.checkpoint", "inspect": "fitv2.encoding.inspect",
+    "evaluate": "fitv2.evaluation.evaluate", "study sizes": "fitv2.pipeline",
+    "study solvers": "fitv2.pipeline", "study convergence": "fitv2.evaluation.convergence",
+    "study scaling": "fitv2.evaluation.convergence", "flops": "fitv2.model", "demo": "fitv2.cli.demo",
+}  # fmt: skip
+
 
 def checking(names: Iterable[str], total: int) -> Iterable[str]:
     """A bar over the files of a dataset."""
@@ -277,7 +288,9 @@ def run(arguments: list[str]) -> int:
     name, rest = split_command(arguments)
     kind, command = COMMANDS[name]
     default = train_defaults(rest) if kind is Train else None
-    return command(parse(kind, rest, default))
+    options = parse(kind, rest, default)
+    import_quickly(WORK_IN[name])
+    return command(options)
 
 
 def main() -> None:
