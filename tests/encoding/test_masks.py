@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from dataclasses import replace
 from unicodedata import normalize
 
@@ -22,7 +23,7 @@ from fitv2.diffusion.flow import Flow
 from fitv2.encoding import images
 from fitv2.encoding.encode import encode
 from fitv2.encoding.kinds import open_source
-from fitv2.encoding.manifest import list_images
+from fitv2.encoding.manifest import list_images, read_mask
 from fitv2.errors import UserError
 from fitv2.training.noising import Draws
 from fitv2.training.validation import HeldOut
@@ -84,7 +85,20 @@ def said(folder):
     return fill(folder, files | {"m/one.png": MASK, "metadata.jsonl": table})
 
 
-@pytest.mark.parametrize("kind", [table, saved, beside, said])
+def archive(folder, *names):
+    """A tar of pictures and masks of these names; of three pictures, the first and last with masks."""
+    file = io.BytesIO()
+    names = names or ("1.png", "1.mask.png", "2.png", "3.mask.png", "3.png")
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name in names:
+            content = MASK if "mask" in name.lower() else PICTURE
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return fill(folder, {"x.tar": file.getvalue()})
+
+
+@pytest.mark.parametrize("kind", [table, saved, beside, said, archive])
 def test_masks_lie_where_people_put_them(kind, tmp_path):
     out = tmp_path / "set"
     report = encode(kind(tmp_path / "source"), out, Encoding(mask_column="mask"), workers=0)
@@ -211,9 +225,12 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_without_the_option_masks_are_no_masks(tmp_path):
-    encode(beside(tmp_path / "source"), tmp_path / "set", workers=0)
-    assert not TokenDataset(tmp_path / "set").masked.any()
+@pytest.mark.parametrize("kind", [beside, archive])
+def test_without_the_option_masks_are_no_masks(kind, tmp_path):
+    encode(kind(tmp_path / "source"), tmp_path / "set", workers=0)
+    dataset = TokenDataset(tmp_path / "set")
+    assert dataset.card.pictures == {"train": 3}
+    assert not dataset.masked.any()
 
 
 def test_views_are_masked_as_they_are_resized_and_cropped(tmp_path):
@@ -257,10 +274,23 @@ def test_a_mask_that_is_not_there_is_said(tmp_path):
     assert first == {"source": "1.png", "reason": "its mask gone.png is missing"}
 
 
-def test_masks_are_not_looked_for_in_archives_or_in_no_column(tmp_path):
-    fill(tmp_path / "tars", {"x.tar": bytes(10240)})
-    with pytest.raises(UserError, match="`mask_column` is for tables and folders of images"):
-        open_source(str(tmp_path / "tars"), mask_column="mask")
+@pytest.mark.parametrize(
+    "names",
+    [("1.jpg", "1.mask.png", "2.jpg"), ("1.Mask.png", "1.jpg", "2.jpg"), ("1.jpg", "1_mask.png", "2.jpg"),
+     ("1.image.png", "1.mask.png", "2.image.png"), ("images/1.jpg", "masks/1.png", "images/2.jpg")],
+    ids=lambda names: "_".join(names).replace("/", "-"),
+)  # fmt: skip
+def test_masks_in_archives_are_named_in_many_ways(names, tmp_path):
+    manifest = list_images(open_source(str(archive(tmp_path, *names)), mask_column="mask"))
+    found = [manifest.picture(row) for row in range(manifest.table.num_rows)]
+    assert [bool(picture.mask) for picture in found] == [True, False]
+    assert read_mask(manifest, found[0], (64, 32)).tobytes() == LEFT.tobytes()
+    assert read_mask(manifest, found[1], (64, 32)) is None
+
+
+def test_masks_that_are_in_no_archive_and_in_no_column_are_missed(tmp_path):
+    with pytest.raises(UserError, match="has no mask of any image for `mask_column` trimap"):
+        encode(archive(tmp_path / "tars"), tmp_path / "out", Encoding(mask_column="trimap"), workers=0)
     with pytest.raises(UserError, match="has no column trimap, but image, mask, label"):
         encode(table(tmp_path / "table"), tmp_path / "out", Encoding(mask_column="trimap"), workers=0)
 

@@ -51,6 +51,9 @@ class Said:
     of_labels: bool  # whether any has a column of labels
 
 
+NOTHING_SAID = Said({}, {}, {}, set(), of_labels=False)
+
+
 def list_folders(source: Source) -> Listing:
     """The images of a folder and where their labels are from; it has no list of labels."""
     said = read_metadata(source)
@@ -85,7 +88,7 @@ def in_folders(source: Source, said: Said | None = None) -> Iterator[ImageRef]:
     The caption of a.png is that of a.txt beside it, or as `said`. Raises UserError when the folders can mean
     two things.
     """
-    said = said or Said({}, {}, {}, set(), of_labels=False)
+    said = said or NOTHING_SAID
     names = {path: readable(source.name(path)) for path in image_files(source)}
     above = {path: tuple(name.split("/")[:-1]) for path, name in names.items()}
     about = about_others(names.values())

@@ -13,7 +13,7 @@ from fitv2.data.storage import filesystem
 from fitv2.encoding.folders import METADATA, list_folders, read_file
 from fitv2.encoding.parquet import datasets_row, list_datasets, list_parquet, parquet_row
 from fitv2.encoding.sources import IMAGES, ImageRef, Listing, Source, files_below, root_of
-from fitv2.encoding.webdataset import list_tars, tar_member
+from fitv2.encoding.webdataset import list_tars, mask_in_tar, tar_member
 from fitv2.errors import UserError, reading
 
 
@@ -25,7 +25,7 @@ class Kind:
     # Labels, where it says them; images; and where the labels are from, which may be left out.
     list: Callable[[Source], Listing | tuple[tuple[str, ...], Iterable[ImageRef]]]
     read: Callable[[str, ImageRef], bytes]  # the bytes of one image, given the source's URL
-    mask: Callable[[ImageRef], ImageRef] | None = None  # where the mask of an image lies, if any can have one
+    mask: Callable[[ImageRef], ImageRef]  # where the mask of an image lies that has one
 
 
 def mask_in_row(picture: ImageRef) -> ImageRef:
@@ -40,7 +40,7 @@ def mask_in_file(picture: ImageRef) -> ImageRef:
 
 KINDS = {
     "parquet": Kind((".parquet",), list_parquet, parquet_row, mask_in_row),
-    "tars": Kind((".tar",), list_tars, tar_member),
+    "tars": Kind((".tar",), list_tars, tar_member, mask_in_tar),
     "images": Kind(tuple(IMAGES), list_folders, read_file, mask_in_file),
     "datasets": Kind((), list_datasets, datasets_row, mask_in_row),
 }
@@ -106,8 +106,6 @@ def detect_kind(source: Source) -> Source:
         raise UserError(
             f"`image_column`, `label_column` and `caption_column` are for tables; {url} holds {what}"
         )
-    if source.mask_column and held and KINDS[held[0]].mask is None:
-        raise UserError(f"`mask_column` is for tables and folders of images; {url} holds {held[0]}")
     if held in ([], ["images"]):  # with all else that lies beside them
         return replace(source, kind="images")
     return replace(source, kind=held[0], files=by_kind[held[0]])

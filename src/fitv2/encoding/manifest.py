@@ -157,7 +157,7 @@ def summarize(
     captions = sum(bool(picture.caption) for picture in pictures)
     if captions:
         yield f"{captions} pictures have a caption, {len(pictures) - captions} have none"
-    if source.mask_column and source.kind == "images":
+    if source.mask_column and source.kind in ("images", "tars"):
         yield f"{sum(bool(picture.mask) for picture in pictures)} pictures have a mask"
     elif source.mask_column:
         yield f"masks from column {source.mask_column}"
@@ -204,10 +204,9 @@ def read_mask(
     """
     if not picture.mask:
         return None
-    place = KINDS[manifest.kind].mask
-    assert place is not None  # else no image of the kind has one
+    place = KINDS[manifest.kind].mask(picture)
     try:
-        return load_mask(io.BytesIO(content_of(manifest, place(picture))), size, hold)
+        return load_mask(io.BytesIO(content_of(manifest, place)), size, hold)
     except NoImage:
         return None
     except UnusableImage as error:

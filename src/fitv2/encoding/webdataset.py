@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
 
 from fitv2.data.storage import filesystem, read_range
-from fitv2.encoding.folders import MOST_BYTES
+from fitv2.encoding.folders import MOST_BYTES, NOTHING_SAID, masks_of
 from fitv2.encoding.images import UnusableImage
 from fitv2.encoding.parquet import label_texts
 from fitv2.encoding.rules import (
@@ -36,7 +36,7 @@ from fitv2.encoding.sources import (
     starts_as_image,
     what_it_is,
 )
-from fitv2.errors import in_one_line
+from fitv2.errors import UserError, in_one_line
 from fitv2.text_encoder import caption_of
 
 MOST_TEXT = 1 << 20  # bytes of a label's file
@@ -88,6 +88,7 @@ class Archive:
     name: str
     path: bytes
     samples: dict[str, Sample] = field(default_factory=dict)  # by name up to the first dot
+    masks: dict[str, Member] = field(default_factory=dict)  # by the name of the picture that each is of
     others: list[tuple[str, str]] = field(default_factory=list)  # members that are not used, and why
     broken: str = ""  # what is wrong with it
 
@@ -107,8 +108,8 @@ def list_tars(source: Source) -> Listing:
 
     The label is that of NAME.cls or of "label" in NAME.json; where no image has one, the member's folder, or
     the archive, if each is of a class. An archive that breaks off gives what it holds before, and an image
-    that is BROKEN; images beside the picture of a sample are UNUSED. Raises UserError when folders can mean
-    two things.
+    that is BROKEN; images beside the picture of a sample are UNUSED, but for its mask. Raises UserError when
+    folders can mean two things, and where masks were asked for and there are none.
     """
     system, _ = filesystem(source.url)
     archives = []
@@ -117,6 +118,10 @@ def list_tars(source: Source) -> Listing:
         with system.open(path, "rb") as file:
             read_archive(archive, file)
         archives.append(archive)
+    for archive in archives:
+        set_masks_apart(archive, source.mask_column)
+    if source.mask_column and not any(archive.masks for archive in archives):
+        raise UserError(f"{source.url} has no mask of any image for `mask_column` {source.mask_column}")
     stated = any(sample.labels for archive in archives for sample in archive.samples.values())
     folders = Folders(
         source.url, (_above(m) for a in archives for s in a.samples.values() for m in s.pictures)
@@ -189,6 +194,33 @@ def _add(file: IO[bytes], member: Member, archive: Archive) -> None:
         archive.others.append((member.name, no_image(member.name)))
 
 
+def set_masks_apart(archive: Archive, column: str | None) -> None:
+    """Find the masks of an archive's pictures, which are no pictures themselves then.
+
+    That of a.jpg is named as in a folder of images, such as a.mask.png or masks/a.png; a.mask.png is also
+    that of a.image.png, of the same sample.
+    """
+    if not column:
+        return
+    samples = archive.samples.values()
+    members = {member.name: member for sample in samples for member in sample.pictures}
+    named = masks_of(members, NOTHING_SAID, column)
+    for sample in samples:
+        whole = [m.name for m in sample.pictures if _parts(m)[:-1] == [column.casefold()]]
+        for member in sample.pictures if whole else ():
+            if member.name not in whole:
+                named.setdefault(member.name, whole[0])
+    archive.masks = {name: members[mask] for name, mask in named.items() if mask in members}
+    apart = set(named.values())
+    for sample in samples:
+        sample.pictures = [member for member in sample.pictures if member.name not in apart]
+
+
+def _parts(member: Member) -> list[str]:
+    """What follows the name of its sample: mask and png of a.mask.png."""
+    return posixpath.basename(member.name).casefold().split(".")[1:]
+
+
 def _starts_as_image(file: IO[bytes], member: Member) -> bool:
     file.seek(member.at)
     return starts_as_image(file.read(min(HEAD_BYTES, member.size)))
@@ -237,10 +269,21 @@ def _images(archive: Archive, folders: Folders, stated: bool, named: str | None)
             ref = ImageRef(
                 place.split or by_name, sample.said_of(member, sample.labels) if stated else label, source,
                 archive.path, member.at, member.size, caption=sample.said_of(member, sample.captions),
+                mask=_place_of(archive.masks.get(member.name)),
             )  # fmt: skip
             yield ref._replace(at=UNUSED, detail=reason) if reason else ref
     if archive.broken:
         yield ImageRef(by_name, "", archive.name, archive.path, BROKEN, detail=archive.broken)
+
+
+def _place_of(mask: Member | None) -> bytes:
+    return b"%d %d" % (mask.at, mask.size) if mask else b""
+
+
+def mask_in_tar(picture: ImageRef) -> ImageRef:
+    """The mask of an image in an archive: other bytes of it."""
+    at, size = map(int, picture.mask.split())
+    return picture._replace(at=at, size=size)
 
 
 def tar_member(url: str, picture: ImageRef) -> bytes:
