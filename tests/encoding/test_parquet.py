@@ -1,24 +1,18 @@
-import os
-
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from conftest import encoded_picture
-from fitv2.encoding.images import UnusableImage
 from fitv2.encoding.kinds import open_source
 from fitv2.encoding.parquet import (
     columns_of,
-    datasets_row,
     datasets_tables,
-    image_bytes,
     in_tables,
     label_texts,
-    parquet_row,
     parquet_tables,
 )
+from fitv2.encoding.rows import datasets_row, parquet_row
 from fitv2.errors import UserError
 
 PICTURES = [encoded_picture(16 + 16 * i, 16, i) for i in range(7)]
@@ -42,20 +36,6 @@ def test_parquet_of_the_hub_has_its_classes_named(tmp_path):
     assert [parquet_row(source.url, p) for p in pictures] == PICTURES
 
 
-def test_rows_are_found_in_their_row_group(tmp_path):
-    table = pa.table({"jpg": PICTURES, "cls": [f"l{i}" for i in range(7)], "source": list("abcdefg")})
-    pq.write_table(table, tmp_path / "x.parquet", row_group_size=3)
-    source = open_source(str(tmp_path))
-    _, pictures = in_tables(parquet_tables(source))
-    pictures = list(pictures)
-    assert [(p.label, p.source, p.group, p.at) for p in pictures][2:4] == [
-        ("l2", "c", 0, 2),
-        ("l3", "d", 1, 0),
-    ]
-    order = np.random.default_rng(0).permutation(7)
-    assert [parquet_row(source.url, pictures[i]) for i in order] == [PICTURES[i] for i in order]
-
-
 @pytest.mark.parametrize("said", [["flickr"] * 7, [None, *"abcdef"], list(range(7))])
 def test_a_column_source_names_the_pictures_only_if_it_tells_them_apart(tmp_path, said):
     pq.write_table(pa.table({"jpg": PICTURES, "source": said}), tmp_path / "x.parquet")
@@ -73,38 +53,6 @@ def test_a_folder_of_datasets(tmp_path):
     assert names == ("x", "y", "z")
     assert [p.split for p in pictures] == ["train"] * 7 + ["validation"] * 2 + ["hard"]
     assert [datasets_row(source.url, p) for p in pictures] == PICTURES + PICTURES[:2] + PICTURES[3:4]
-
-
-def test_pictures_that_a_dataset_holds_by_path(tmp_path):
-    folder = tmp_path / "set"
-    folder.mkdir()
-    for place in (folder, tmp_path):
-        (place / "p.png").write_bytes(PICTURES[0])
-    for path in ("p.png", str(folder / "p.png"), "./../set/p.png"):
-        assert image_bytes({"bytes": None, "path": path}, str(folder)) == PICTURES[0]
-    (folder / "link.png").symlink_to(tmp_path / "p.png")
-    for path in (
-        "../p.png",
-        str(tmp_path / "p.png"),
-        "link.png",
-        "/etc/passwd",
-        "/dev/zero",
-        "/proc/self/environ",
-    ):
-        with pytest.raises(UnusableImage, match="outside the folder of the collection"):
-            image_bytes({"bytes": None, "path": path}, str(folder))
-    os.mkfifo(folder / "pipe.png")
-    with pytest.raises(UnusableImage, match="a pipe, a device or a folder"):
-        image_bytes({"bytes": None, "path": "pipe.png"}, str(folder))
-    with pytest.raises(UnusableImage, match="cannot be read: No such file"):
-        image_bytes({"bytes": None, "path": "gone.png"}, str(folder))
-    with pytest.raises(UnusableImage, match="not looked for elsewhere"):
-        image_bytes({"bytes": None, "path": "p.png"}, None)
-    for nothing in (None, {"bytes": None, "path": None}):
-        with pytest.raises(UnusableImage, match="empty"):
-            image_bytes(nothing, None)
-    with pytest.raises(UnusableImage, match="holds int"):
-        image_bytes(3, None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from fitv2.data.storage import filesystem
 from fitv2.encoding.folders import METADATA, list_folders, read_file
-from fitv2.encoding.parquet import datasets_row, list_datasets, list_parquet, parquet_row
+from fitv2.encoding.parquet import list_datasets, list_parquet
+from fitv2.encoding.rows import datasets_row, parquet_row
 from fitv2.encoding.sources import IMAGES, ImageRef, Listing, Source, files_below, root_of
 from fitv2.encoding.webdataset import list_tars, mask_in_tar, tar_member
 from fitv2.errors import UserError, reading
