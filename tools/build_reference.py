@@ -138,18 +138,21 @@ def cli_page() -> str:
     for name, (kind, _) in COMMANDS.items():
         about = inspect.cleandoc(kind.__doc__ or "").splitlines()
         lines += [f"## fitv2 {name}", "", *about, ""]
-        group = None
+        groups: dict[str, list[Option]] = {}
         for option in options(kind):
-            if option.group != group:
-                group = option.group
-                lines += ["", group] if group and lines[-1] else [group] if group else []
-                lines += [""] if group else []
-                lines += ["| option | value | default | |", "|---|---|---|---|"]
-            free = name == "train" and option.name.split(",")[0].strip("-").replace("-", "_") in FREE
-            mark = " ↻" if free else ""
-            lines.append(f"| `{option.name}`{mark} | {option.takes} | {option.default} | {option.text} |")
-        lines.append("")
+            groups.setdefault(option.group, []).append(option)
+        for group, held in groups.items():
+            lines += [group, ""] if group else []
+            lines += ["| option | value | default | |", "|---|---|---|---|"]
+            lines += [row_of(option, name == "train") for option in held]
+            lines.append("")
     return "\n".join(lines)
+
+
+def row_of(option: Option, of_training: bool) -> str:
+    """A line of a table of options."""
+    free = of_training and option.name.split(",")[0].strip("-").replace("-", "_") in FREE
+    return f"| `{option.name}`{' ↻' * free} | {option.takes} | {option.default} | {option.text} |"
 
 
 def parameters(preset: Preset) -> int:

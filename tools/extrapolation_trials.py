@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("reference")
     parser.add_argument("out", type=Path)
     parser.add_argument("--num", type=int, default=200)
+    parser.add_argument("--solver", help="as of fitv2 sample")
     parser.add_argument("--steps", type=int, help="of the solver")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--size", action="append", default=[])
@@ -117,7 +118,7 @@ def main() -> None:
             continue
         folder = chosen.out / name.replace(" ", "_").replace("^", "-").replace(",", "")
         settings = Evaluation(num=chosen.num, precision=chosen.precision)
-        how = How(sampling=Sampling(steps=chosen.steps), positions=positions)
+        how = How(sampling=Sampling(chosen.solver, chosen.steps), positions=positions)
         result = evaluate(chosen.model, chosen.reference, folder, settings, how, sizes)
         if result is None:
             continue

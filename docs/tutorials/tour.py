@@ -2,7 +2,7 @@
 # # A tour of FiTv2
 # Pictures of any shape from the shipped model, several in one call. It runs on a CPU in about a minute.
 #
-# Install the package (`pip install .` in a clone), and start this with `jupyter lab`.
+# Install the package (`pip install '.[text]' jupyterlab` in a clone), and start this with `jupyter lab`.
 
 # %%
 from PIL import Image, ImageDraw

@@ -183,6 +183,13 @@ def test_every_command_has_help(command, capsys):
     assert "--" in out
 
 
+def test_who_stops_reading_is_told_nothing():
+    command = f"for _ in 1 2 3 4 5; do {sys.executable} -m fitv2 encode --help | head -1; done"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+    assert result.stdout.count("usage: fitv2 encode") == 5
+
+
 def test_the_work_of_every_command_is_somewhere():
     assert WORK_IN.keys() == COMMANDS.keys()
     assert all(importlib.util.find_spec(name) for name in WORK_IN.values())

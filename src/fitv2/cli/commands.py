@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import select
 import signal
 import sys
 import warnings
@@ -273,7 +274,8 @@ def overview() -> str:
         "`fitv2 COMMAND --help` lists a command's options. With --debug an error shows where it arose.",
     ]
     lines += ["", "presets:"]
-    lines += [f"  {name:12}{value.about}" for name, value in PRESETS.items()]
+    longest = max(map(len, PRESETS))
+    lines += [f"  {name:{longest}}  {value.about}" for name, value in PRESETS.items()]
     return "\n".join(lines)
 
 
@@ -302,14 +304,28 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     try:
         with quiet_pipeline():
-            sys.exit(run(arguments))
+            status = run(arguments)
+        sys.stdout.flush()
+        sys.exit(status)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            sys.exit(128 + signal.SIGPIPE)  # as of other programs in front of `head`
         if DEBUG in sys.argv:
             raise
         message, status = describe(error)
     said = name_flags(printable(" ".join(message.split())), all_options())
     print(f"fitv2: {said}", file=sys.stderr)
     sys.exit(status)
+
+
+def nobody_reads() -> bool:
+    """Whether those who read what is printed have left. Then nothing is printed any more."""
+    look = select.poll()
+    look.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in look.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 @contextlib.contextmanager
