@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw
 
 from fitv2 import FiTPipeline
 from fitv2.figures import Captioned, contact_sheet
 from fitv2.runtime.rng import generator
-from fitv2.sampling.editing import between, noise_at_sizes, place
+from fitv2.sampling.editing import noise_at_sizes, on_the_way, place
 
 
 def main(out: Path) -> None:
@@ -31,21 +30,24 @@ def main(out: Path) -> None:
     rows: list[list[Captioned]] = [[("a picture", cat)]]
     rows[0] += [(f"dog face, strength {s}", dog) for s, dog in zip(strengths, dogs, strict=True)]
 
-    mask = Image.new("L", cat.size)
-    ImageDraw.Draw(mask).rectangle((0, 0, cat.width, 56), fill="white")
-    prompts = ["dog face", "crown", "panda"]
-    made = make(3, prompt=prompts, image=[cat] * 3, mask_image=[mask] * 3)
-    rows.append([("a mask", mask), *zip(prompts, made, strict=True)])
+    (owls,) = make(1, prompt="two owls side by side", height=80, width=160)
+    mask = Image.new("L", owls.size)
+    ImageDraw.Draw(mask).rectangle((80, 0, 160, 80), fill="white")
+    prompts = ["owl and fox side by side", "owl and red apple side by side", "owl and penguin side by side"]
+    made = make(3, prompt=prompts, image=[owls] * 3, mask_image=[mask] * 3)
+    rows.append([("another picture", owls), ("a mask", mask), *zip(prompts, made, strict=True)])
 
     canvas, around = place(cat, (128, 256), (0, 0))
     prompts = ["two cat faces side by side", "cat face and dog face side by side"]
     made = make(2, prompt=prompts, image=[canvas] * 2, mask_image=[around] * 2)
     rows.append([*zip(prompts, made, strict=True)])
 
-    first, second = (torch.randn(8, 8, channels, generator=generator(seed)) for seed in (1, 2))
-    latents = [between(first, second, step / 5) for step in range(6)]
-    made = make(6, prompt=["red apple"] * 6, latents=latents)
-    rows.append([(f"red apple, {step}/5 between two noises", made[step]) for step in range(6)])
+    ends = make(2, prompt=["dog face", "fox"])
+    first, last = pipe.invert(ends, prompt=["dog face", "fox"])
+    noises = on_the_way(first, last, count=4)
+    between = make(4, prompt=["dog face", "dog face", "fox", "fox"], latents=noises)
+    rows.append([("one picture", ends[0]), *((f"{step}/3 of the way", between[step]) for step in range(4)),
+                 ("the other", ends[1])])  # fmt: skip
 
     grids = [(8, 8), (6, 10), (10, 6), (5, 12), (12, 5)]
     sizes = [(rows_ * pipe.unit, columns * pipe.unit) for rows_, columns in grids]

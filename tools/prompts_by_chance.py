@@ -35,7 +35,7 @@ def main(model: str, out: str) -> None:
         height=[height for height, _ in sizes], width=[width for _, width in sizes], prompt=prompts,
         generator=[generator(seed) for seed in range(60)],
     )  # fmt: skip
-    cells = [(prompt[:18], image) for prompt, image in zip(prompts, images, strict=True)]
+    cells = [(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
     rows = [cells[i : i + 10] for i in range(0, 50, 10)] + [cells[50:55], cells[55:]]
     contact_sheet(rows, f"Prompts by chance, by {model}").save(out)
 

@@ -114,9 +114,10 @@ def split_early_head(folder: Path) -> None:
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
         held = load_file(path)
-        early = {name: held.pop(name) for name in list(held) if name.startswith("early.")}
+        # Copies: `held` is the file itself, which older versions of safetensors overwrite in place.
+        early = {name: held.pop(name).clone() for name in list(held) if name.startswith("early.")}
         if early:
-            save_file(held, path, {"format": "pt"})
+            save_file({name: tensor.clone() for name, tensor in held.items()}, path, {"format": "pt"})
         found |= early
         parts |= dict.fromkeys(held, path.name) | dict.fromkeys(early, EARLY_HEAD)
     save_file(found, folder / EARLY_HEAD, {"format": "pt"})
@@ -300,7 +301,8 @@ def find_model(name: str | Path) -> Path:
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first. Only complete ones carry this name."""
-    return sorted(path for path in run.glob("checkpoints/step-*") if NAME.fullmatch(path.name))
+    found = (path for path in run.glob("checkpoints/step-*") if NAME.fullmatch(path.name))
+    return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

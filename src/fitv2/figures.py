@@ -13,28 +13,50 @@ from fitv2.runtime.files import atomic_file
 Captioned = tuple[str, Image.Image]
 
 
+GAP, LINE = 14, 16  # pixels between images, and of a line below one
+
+
 def contact_sheet(rows: Sequence[Sequence[Captioned]], title: str = "", zoom: int = 1) -> Image.Image:
-    """Rows of captioned images on white, each row as high as its highest image."""
-    font, small, gap = ImageFont.load_default(20), ImageFont.load_default(13), 14
-    widest = max(
-        sum(max(im.width * zoom, int(small.getlength(text))) + gap for text, im in row) for row in rows
-    )
-    top = gap + (36 if title else 0)
-    height = top + sum(max(im.height for _, im in row) * zoom + 20 + gap for row in rows)
-    sheet = Image.new("RGB", (max(widest, int(font.getlength(title)) + gap) + gap, height), "white")
+    """Rows of captioned images on white, each row as high as its highest image.
+
+    A caption is as wide as its image: a longer one has several lines.
+    """
+    font, small = ImageFont.load_default(20), ImageFont.load_default(13)
+    cells = [[_Cell(image, text, small, zoom) for text, image in row] for row in rows]
+    widest = max(sum(cell.width + GAP for cell in row) for row in cells)
+    top = GAP + (36 if title else 0)
+    height = top + sum(max(cell.height for cell in row) + GAP for row in cells)
+    sheet = Image.new("RGB", (max(widest, int(font.getlength(title)) + GAP) + GAP, height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, gap), title, "black", font)
-    for row in rows:
-        left = gap
-        for text, image in row:
-            big = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC)
-            sheet.paste(big, (left, top))
-            outline = (left - 1, top - 1, left + big.width, top + big.height)
+    draw.text((GAP, GAP), title, "black", font)
+    for row in cells:
+        left = GAP
+        for cell in row:
+            sheet.paste(cell.image, (left, top))
+            outline = (left - 1, top - 1, left + cell.image.width, top + cell.image.height)
             draw.rectangle(outline, outline="#dddddd")
-            draw.text((left, top + big.height + 3), text, "#555555", small)
-            left += max(big.width, int(small.getlength(text))) + gap
-        top += max(image.height for _, image in row) * zoom + 20 + gap
+            for number, line in enumerate(cell.lines):
+                draw.text((left, top + cell.image.height + 3 + LINE * number), line, "#555555", small)
+            left += cell.width + GAP
+        top += max(cell.height for cell in row) + GAP
     return sheet
+
+
+class _Cell:
+    """An image, enlarged, and the lines below it."""
+
+    def __init__(self, image: Image.Image, text: str, font: Any, zoom: int) -> None:
+        size = image.width * zoom, image.height * zoom
+        self.image = image.resize(size, Image.Resampling.BICUBIC)
+        self.lines: list[str] = []
+        for word in text.split():
+            longer = f"{self.lines[-1]} {word}" if self.lines else word
+            if self.lines and font.getlength(longer) <= max(size[0], 64):
+                self.lines[-1] = longer
+            else:
+                self.lines.append(word)
+        self.width = max([size[0], *(int(font.getlength(line)) for line in self.lines)])
+        self.height = size[1] + 4 + LINE * len(self.lines)
 
 
 HELD_OUT = {

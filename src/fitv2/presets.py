@@ -157,8 +157,8 @@ PRESETS = {
         ),
     ),
     "fast-latents": Preset(
-        "8M parameters on latents of labels, with the recipe that halved the steps of a model of 1.3M; not measured at this"
-        " size (docs/results/convergence.md).",
+        "8M parameters on latents of labels, with the recipe that halved the steps of a model of 1.3M; not"
+        " measured at this size (docs/results/convergence.md).",
         Architecture(
             depth=8, width=256, heads=4, patch_size=2, in_channels=8, num_classes=19, early_head=3,
         ),

@@ -211,3 +211,5 @@ def test_what_a_flow_alone_can_have_is_refused():
             DDPM(Architecture(**tiny, **changes))
     with pytest.raises(UserError, match="`direction_weight` is for velocities"):
         DDPM(noise, Training(direction_weight=0.5))
+    with pytest.raises(UserError, match="`loss_weight` is for flows"):
+        DDPM(noise, Training(loss_weight="velocity"))

@@ -1,6 +1,8 @@
 """The best model of a run is kept."""
 
 import json
+import shutil
+import time
 
 import pytest
 import torch
@@ -70,13 +72,39 @@ def test_another_judge_begins_anew(tokens, tmp_path):
     assert json.loads((run / "best" / "best.json").read_text())["step"] == 2
 
 
-def test_what_a_killed_process_left_is_removed(tokens, tmp_path):
+def test_what_a_killed_process_left_takes_its_place(tokens, tmp_path):
     run = tmp_path / "run"
     train(settings(steps=1, evaluate_every=1), tokens, run, judge=judged([1]))
-    (run / "best").rename(run / "best-2")
+    (run / "best").rename(run / "best-1")  # killed between the two: it is the only one
+    (run / "best-backup").mkdir()
+    (run / "best-2.png").touch()
     train(settings(steps=2, evaluate_every=1), tokens, run, judge=judged([2]))
-    assert json.loads((run / "best" / "best.json").read_text())["step"] == 2
-    assert not (run / "best-2").exists()
+    assert json.loads((run / "best" / "best.json").read_text())["step"] == 1
+    assert not (run / "best-1").exists()
+    assert (run / "best-backup").exists()  # somebody's own
+
+
+def test_what_a_killed_process_left_of_a_lost_step_is_removed(tokens, tmp_path):
+    run = tmp_path / "run"
+    train(settings(steps=1, evaluate_every=1), tokens, run, judge=judged([3]))
+    shutil.copytree(run / "best", run / "best-7")
+    train(settings(steps=2, evaluate_every=1), tokens, run, judge=judged([4]))
+    assert json.loads((run / "best" / "best.json").read_text())["step"] == 1
+    assert not (run / "best-7").exists()
+
+
+def test_the_others_wait_for_a_judge_however_long_it_takes(tokens, tmp_path):
+    def slow(pipeline):
+        time.sleep(6)
+        return {"judge/distance": 1.0}
+
+    def work(rank):
+        slow.identity = "judge"
+        wanted = settings(steps=2, evaluate_every=2, batch_size=8, stall_minutes=0.05)
+        train(wanted, tokens, tmp_path / "run", judge=slow)
+
+    assert together(2, work) == [None, None]
+    assert json.loads((tmp_path / "run" / "best" / "best.json").read_text())["step"] == 2
 
 
 def test_samples_that_are_not_finite_do_not_end_the_training(tokens, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conftest import randomized
-from fitv2.checkpoint import Card, checkpoints, load_model
+from fitv2.checkpoint import Card, checkpoints, load_model, newest_checkpoint
 from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.runtime.distributed import World
@@ -41,6 +41,13 @@ def test_the_newest_are_kept_and_milestones_for_good(tmp_path):
     assert names(tmp_path) == ["step-0000030", "step-0000060", "step-0000070"]
     save(Saver(tmp_path, CARD, World(), 1, None), 80)
     assert names(tmp_path) == ["step-0000080"]
+
+
+def test_a_step_of_eight_digits_is_newer_than_one_of_seven(tmp_path):
+    save(Saver(tmp_path, CARD, World(), 1, None), 9_999_999, 10_000_000)
+    assert names(tmp_path) == ["step-10000000"]
+    (tmp_path / "checkpoints" / "step-9999999").mkdir()
+    assert newest_checkpoint(tmp_path).name == "step-10000000"
 
 
 def test_a_checkpoint_holds_a_model(tmp_path):

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from conftest import held_out_set, together
 from fitv2.checkpoint import load_model, save_model
+from fitv2.conditioning import Text
 from fitv2.config import Encoding, Guidance, Rope
 from fitv2.data.dataset import TokenDataset
 from fitv2.encoding.encode import encode
@@ -18,7 +20,7 @@ from fitv2.errors import UserError
 from fitv2.pipeline import FiTPipeline
 from fitv2.presets import preset
 from fitv2.runtime.rng import generator
-from fitv2.training.initialize import shape_of_initial
+from fitv2.training.initialize import give_texts, shape_of_initial
 from fitv2.training.run_folder import read_log
 from fitv2.training.trainer import Trainer, train
 
@@ -213,10 +215,27 @@ def test_an_any_step_model_has_the_shape_of_its_flow_and_positions_of_ones_choic
     chosen, rope = any_step(), Rope("ntk", train_side=4)
     with pytest.raises(UserError, match="`depth` cannot be chosen"):
         train(replace(chosen, model=replace(chosen.model, depth=5)), tokens, tmp_path / "a", init=str(flow))
+    with pytest.raises(UserError, match="`early_head` is not for `objective` any-step"):
+        shape_of_initial(replace(chosen, model=replace(chosen.model, early_head=1)), str(flow))
     scaled = replace(chosen, model=replace(chosen.model, rope=rope))
     assert shape_of_initial(scaled, str(flow)).model.rope == rope
     with pytest.warns(UserWarning, match="reach 40% of their length"):
         shape_of_initial(any_step(steps=2, curriculum_steps=5), str(flow))
+
+
+def test_variants_of_an_image_may_have_captions_of_their_own(tokens):
+    class Encoder:
+        name, channels, pooled_channels = "none", 4, 4
+
+        def encode(self, captions):
+            return Text.of([(torch.randn(2, 4), torch.randn(4)) for _ in captions])
+
+    dataset = TokenDataset(tokens)
+    rows = np.arange(len(dataset.lengths))
+    dataset.captions = lambda rows: [f"row {row}" for row in rows]
+    dataset.store = SimpleNamespace(is_local=False)  # nothing is kept beside the tokens
+    give_texts(dataset, Encoder())
+    assert len(dataset.texts.captions) == len(rows) > len(dataset.first_rows)
 
 
 def test_a_run_keeps_the_guidance_of_the_model_that_it_starts_from(tokens, flow, tmp_path):

@@ -124,6 +124,9 @@ def test_two_times_need_two_tokens(folder, tmp_path):
 def test_small_steps_first_are_for_a_number_of_images(tokens, tmp_path):
     with pytest.raises(UserError, match="`batch_rampup_steps` is for `batch_size`, not for"):
         train(settings(batch_rampup_steps=4, tokens_per_step=60), tokens, tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+    with pytest.warns(UserWarning, match="steps grow to 3 of 8 images: give fewer `batch_rampup_steps`"):
+        train(settings(steps=2, batch_size=8, batch_rampup_steps=8), tokens, tmp_path / "run")
 
 
 def test_a_first_step_of_fewer_images_than_processes_is_refused(tokens, tmp_path):

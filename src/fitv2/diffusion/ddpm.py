@@ -38,6 +38,8 @@ class DDPM:
             raise UserError("`early_head` is for flows, not for `path` ddpm")
         if training and training.direction_weight:
             raise UserError("`direction_weight` is for velocities, which `path` ddpm has none of")
+        if training and training.loss_weight != "none":
+            raise UserError("`loss_weight` is for flows, not for `path` ddpm")
         if training and training.clean_share:
             raise UserError("`clean_share` is for flows, not for `path` ddpm")
 

@@ -45,6 +45,8 @@ class World:
     """The device that messages are sent from."""
     patience: timedelta = field(default_factory=lambda: timedelta(minutes=10))
     """How long one waits for the others."""
+    patient: dist.ProcessGroup | None = None
+    """For waiting longer than that."""
 
     @property
     def first(self) -> bool:
@@ -77,6 +79,14 @@ class World:
         """Until all processes have come as far."""
         self.any(False)
 
+    def wait_long(self) -> None:
+        """The same while one does what takes as long as it takes, such as judging samples: up to a day.
+
+        One that ends meanwhile is seen at once, one that hangs is not.
+        """
+        if self.patient is not None:
+            dist.barrier(self.patient)
+
 
 @contextmanager
 def join(stall_minutes: float = 10) -> Iterator[World]:
@@ -102,7 +112,8 @@ def join(stall_minutes: float = 10) -> Iterator[World]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     with name_lost_process():
         group = dist.new_group(backend="gloo", timeout=patience)
-        yield World(rank, size, group, device, patience)
+        patient = dist.new_group(backend="gloo", timeout=max(patience, timedelta(days=1)))
+        yield World(rank, size, group, device, patience, patient)
     # Not after an error: NCCL would wait for the others, who may wait for this one. They see it end.
     dist.destroy_process_group()
 

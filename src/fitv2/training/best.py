@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fitv2.training.weights import Weights
 
 DISTANCE = "judge/distance"  # the figure by which models are compared; lower is better
 FOLDER, ABOUT = "best", "best.json"
+FOUND = re.compile(rf"{FOLDER}-(\d+)")  # one that is to take its place
 
 
 class Best:
@@ -42,12 +44,21 @@ class Best:
         with atomic_folder(found) as scratch:
             save_model(model, card, scratch, adapter)
             write_json(scratch / ABOUT, {"step": step, DISTANCE: distance, "judge": self.judge})
+        self._put(found)
+
+    def _put(self, found: Path) -> None:
+        """Put a whole model in the place of the best. A process killed meanwhile leaves both or `found`."""
         shutil.rmtree(self.folder, ignore_errors=True)
         found.rename(self.folder)
 
     def forget_after(self, step: int) -> None:
-        """Remove a model of a step that the run has not reached, and what a killed process left."""
-        for left in self.folder.parent.glob(f"{FOLDER}-*"):
-            shutil.rmtree(left)
+        """Remove a model of a step that the run has not reached, and finish what a killed process left."""
+        found = {path: FOUND.fullmatch(path.name) for path in self.folder.parent.glob(f"{FOLDER}-*")}
+        steps = sorted((int(name[1]), path) for path, name in found.items() if name and path.is_dir())
+        for its_step, path in steps:
+            if its_step > step:
+                shutil.rmtree(path)
+            else:
+                self._put(path)  # whole, and better than what was there
         if self.about().get("step", 0) > step:
             shutil.rmtree(self.folder)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fitv2.checkpoint import find_model, load_model, read_architecture
@@ -61,6 +62,8 @@ def shape_of_initial(preset: Preset, init: str | None) -> Preset:
     if init is None:
         raise UserError("`objective` any-step makes a trained flow one of few steps: give `init`")
     theirs, chosen = read_architecture(find_model(init)), preset.model
+    if chosen.early_head:
+        raise UserError("`early_head` is not for `objective` any-step")
     usual = PRESETS["any-step"].model
     for name in {field.name for field in fields(Network)} - {"objective", "rope", *EARLY}:
         if getattr(chosen, name) not in (getattr(usual, name), getattr(theirs, name)):
@@ -131,7 +134,7 @@ def with_conditions(model: FiT, architecture: Architecture, other_labels: bool) 
 
 def give_texts(dataset: TokenDataset, encoder: TextEncoder) -> None:
     """Have a dataset's captions encoded, or read where they were before. Raises UserError if it has none."""
-    captions = dataset.captions(dataset.first_rows)
+    captions = dataset.captions(np.arange(len(dataset.lengths)))
     folder = Path(dataset.store.url) if dataset.store.is_local else None
     dataset.use_texts(TextCache(encoder, captions, folder))
 

@@ -169,6 +169,7 @@ class Trainer:
         self.weights = Weights(model, self.device, self.dtype, world, self.config.fsdp_size)
         self.objective = objective_of(model.architecture, self.config)
         check_images(self.config, dataset, world)
+        self.steps = Steps(dataset, build_sampler(dataset, self.config), world.rank, world.size)
         # Which draw: the processes that hold the first copy of the model between them.
         self.draws = world.rank < self.config.fsdp_size
         self.pipeline = (
@@ -200,7 +201,6 @@ class Trainer:
         if self.config.compile:
             compile_blocks(self.weights.model)
         self.by_time = ByTime(self.device)
-        self.steps = Steps(dataset, build_sampler(dataset, self.config), world.rank, world.size)
         reading = Reading(self.steps, self.objective, self.config.seed)
         self.batches = drawn_batches(reading, self.step, self.config.workers)
 
@@ -300,8 +300,10 @@ class Trainer:
             self.log(self.validate())
         if step % config.save_every == 0 or step % (config.milestone_every or math.inf) == 0:
             self.save()
-        if step % config.sample_every == 0 and self.draws:
-            self.draw()
+        if step % config.sample_every == 0:
+            if self.draws:
+                self.draw()
+            self.world.wait_long()
         if step % config.evaluate_every == 0 and self.judge:
             self.evaluate(self.judge)
         self.saver.look()
@@ -364,6 +366,7 @@ class Trainer:
             except FloatingPointError as error:
                 warnings.warn(f"samples of step {self.step} are not judged: {error}", stacklevel=2)
             self.log(values)
+        self.world.wait_long()
         self.best.consider(self.step, values.get(DISTANCE, math.inf), self.card, self.weights)
 
     def log(self, values: dict[str, float]) -> None:
@@ -459,6 +462,11 @@ def check_images(config: Training, dataset: TokenDataset, world: World) -> None:
     if config.batch_rampup_steps and first < world.size:
         few = f"{first} images for {world.size} processes"
         raise UserError(f"the first step has {few}: raise `batch_size` or leave out `batch_rampup_steps`")
+    if config.batch_rampup_steps > config.steps:
+        last = images_before(config.steps + 1, config.batch_size, config.batch_rampup_steps)
+        last -= images_before(config.steps, config.batch_size, config.batch_rampup_steps)
+        said = f"steps grow to {last} of {config.batch_size} images: give fewer `batch_rampup_steps`"
+        warnings.warn(said, stacklevel=2)
 
 
 def some_captions(dataset: TokenDataset) -> list[str]:
