@@ -135,7 +135,15 @@ def test_a_lora_is_loaded_ruled_and_removed(pipe, tmp_path):
     pipe.set_adapters(["mine"], [1.0])
     assert np.array_equal(made(pipe), adapted)
     pipe.save_lora_weights(tmp_path / "again", "mine")
+    assert (pipe.get_list_adapters(), pipe.get_active_adapters()) == (["mine"], ["mine"])
+    with pytest.raises(UserError, match="unknown adapter 'mien': did you mean mine"):
+        pipe.set_adapters("mien")
+    with pytest.raises(UserError, match="there is an adapter mine already"):
+        pipe.load_lora_weights(tmp_path, adapter_name="mine")
+    with pytest.raises(UserError, match="unload_lora_weights"):
+        pipe.save_pretrained(tmp_path / "whole")
     pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "whole")
     assert np.array_equal(made(pipe), plain)
     pipe.load_lora_weights(tmp_path / "again")
     assert np.array_equal(made(pipe), adapted)

@@ -226,6 +226,34 @@ def test_arguments_by_the_names_of_diffusers(pipe, caplog):
     assert np.array_equal(scaled, made(positions=Positions("ntk")))
     made()
     assert "16x24: more than the 16 tokens trained on; positions are left as they are; grown" in caplog.text
+    caplog.clear()
+    noise = torch.randn(4, 6, 48, generator=generator(1))
+    made(latents=noise)  # is made at once
+    assert caplog.text.endswith("positions are left as they are\n")
+    with pytest.raises(UserError, match="`restart` is for images that grow"):
+        made(latents=noise, positions=Positions(restart=0.5))
+    with pytest.raises(UserError, match=r"`num_inference_steps` is 2\.5"):
+        made(num_inference_steps=2.5)
+
+
+def test_no_guidance_may_be_zero_as_with_diffusers(pipe):
+    plain, none = (
+        pipe(1, 16, 16, generator=seeds(1), guidance_scale=scale, **QUICK).images[0].tobytes()
+        for scale in (1.0, 0.0)
+    )
+    assert plain == none
+
+
+def test_a_name_that_neither_disk_nor_hub_knows_is_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="there is no folder runs/missing here, and the hub does not give it"):
+        FiTPipeline.from_pretrained("runs/missing")
+
+
+def test_what_was_allowed_stays_allowed(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    assert FiTPipeline.from_pretrained(tmp_path, allow_download=True).allow_download
+    assert not FiTPipeline.from_pretrained(tmp_path).allow_download
 
 
 def test_a_shipped_model_opens_in_another_dtype_as_a_saved_one_does(tmp_path):

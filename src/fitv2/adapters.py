@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fitv2.checkpoint import LORA, find_model
-from fitv2.errors import UserError
+from fitv2.errors import UserError, in_one_line, nearest
 from fitv2.model import FiT
 
 
@@ -33,7 +34,10 @@ class LoRALoading:
                 source = folder_with_lora(source, options["weight_name"])
             source = str(source)
         adaptable(self.transformer)
-        self.transformer.load_lora_adapter(source, prefix=None, adapter_name=adapter_name, **options)
+        if adapter_name in self.get_list_adapters():
+            raise UserError(f"there is an adapter {adapter_name} already: give another `adapter_name`")
+        with reading_hub(source) if isinstance(source, str) and is_hub_name(source) else nullcontext():
+            self.transformer.load_lora_adapter(source, prefix=None, adapter_name=adapter_name, **options)
 
     def save_lora_weights(self, save_directory: str | Path, adapter_name: str = "default") -> None:
         """Write an adapter as diffusers does, pytorch_lora_weights.safetensors."""
@@ -42,7 +46,31 @@ class LoRALoading:
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
         """Use these adapters, each with a weight [default: 1]."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        known = self.get_list_adapters()
+        for name in names:
+            if name not in known:
+                raise nearest("adapter", name, known)
         adaptable(self.transformer).set_adapters(names, adapter_weights)
+
+    def get_list_adapters(self) -> list[str]:
+        """The names of all adapters."""
+        return list(getattr(self.transformer, "peft_config", {}))
+
+    def get_active_adapters(self) -> list[str]:
+        """Those in use."""
+        return list(adaptable(self.transformer).active_adapters()) if self.get_list_adapters() else []
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Remove some."""
+        adaptable(self.transformer).delete_adapters(adapter_names)
+
+    def fuse_lora(self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None) -> None:
+        """Add adapters to the weights that they change, which is as fast as none."""
+        adaptable(self.transformer).fuse_lora(lora_scale=lora_scale, adapter_names=adapter_names)
+
+    def unfuse_lora(self) -> None:
+        """Take them out of the weights again."""
+        adaptable(self.transformer).unfuse_lora()
 
     def disable_lora(self) -> None:
         """Leave all adapters aside."""
@@ -76,6 +104,17 @@ def folder_with_lora(source: str | Path, name: str) -> Path:
     if not (folder / name).exists():
         raise UserError(f"{source} has no LoRA: {folder / name} is missing")
     return folder
+
+
+@contextmanager
+def reading_hub(name: str | Path) -> Iterator[None]:
+    """Turn what the hub's library says of a name into a UserError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"there is no folder {name} here, and the hub does not give it: {in_one_line(error, 100)}"
+        ) from error
 
 
 def is_hub_name(name: str | Path) -> bool:

@@ -291,11 +291,11 @@ def find_model(name: str | Path) -> Path:
         return newest / "ema"
     if (path / CARD).exists():
         return path
+    shipped = sorted(folder.name for folder in SHIPPED.glob("*/"))
+    if str(name) in shipped:  # also where there is a folder so named, of pictures for one
+        return SHIPPED / str(name)
     if path.exists():
         raise UserError(f"{path} is no model: it has neither a {CARD} nor a run.json")
-    shipped = sorted(folder.name for folder in SHIPPED.glob("*/"))
-    if str(name) in shipped:
-        return SHIPPED / str(name)
     raise nearest("model", str(name), shipped)
 
 

@@ -21,7 +21,7 @@ from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 from torch import Generator, Tensor
 
-from fitv2.adapters import LoRALoading, is_hub_name
+from fitv2.adapters import LoRALoading, is_hub_name, reading_hub
 from fitv2.autoencoder import (
     CLASSES,
     Autoencoder,
@@ -107,14 +107,13 @@ class FiTPipeline(LoRALoading, DiffusionPipeline):
 
         `name` is a shipped model (`clipart`), a run folder, a model folder, or a folder or hub name
         with a `model_index.json`. The network is used for a hub name alone; with `allow_download` also for
-        an autoencoder of the hub that a model names. Raises UserError for a name that is nothing of these.
+        an autoencoder or a text encoder of the hub that a model names. Raises UserError for a name that is
+        nothing of these.
         """
-        if is_hub_name(name):
-            return super().from_pretrained(str(name), **options)
-        if (Path(name) / INDEX).exists():
-            check_index(Path(name))
-            with offline(not allow_download):
-                return super().from_pretrained(str(name), **options)
+        if is_hub_name(name) or (Path(name) / INDEX).exists():
+            made = cls._from_diffusers(str(name), allow_download, options)
+            made.allow_download = allow_download
+            return made
         dtype = options.pop("torch_dtype", None) or options.pop("dtype", None)
         given = {name: options.pop(name) for name in ("vae", "scheduler") if name in options}
         if options:
@@ -127,6 +126,16 @@ class FiTPipeline(LoRALoading, DiffusionPipeline):
             if made.vae is not None:
                 made.vae.to(dtype)
         return made
+
+    @classmethod
+    def _from_diffusers(cls, name: str, allow_download: bool, options: dict[str, Any]) -> FiTPipeline:
+        """What diffusers saved, in a folder or on the hub."""
+        if is_hub_name(name):
+            with reading_hub(name):
+                return super().from_pretrained(name, **options)
+        check_index(Path(name))
+        with offline(not allow_download):
+            return super().from_pretrained(name, **options)
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -164,13 +173,13 @@ class FiTPipeline(LoRALoading, DiffusionPipeline):
         """Whether an image of (height, width) pixels has more tokens than those trained on."""
         return math.prod(self.grid(size)) > self.card.max_tokens
 
-    def said_beyond(self, sizes: Sequence[tuple[int, int]], positions: Positions) -> str:
+    def said_beyond(self, sizes: Sequence[tuple[int, int]], positions: Positions, grows: bool = True) -> str:
         """How images of sizes (height, width) beyond those trained on are made, in a sentence."""
         own, trained = self.transformer.architecture.rope, self.card.max_tokens
         rope = positions.apply(own, self.card.square[0], self.unit)
         how = {"none": "left as they are"}.get(rope.extrapolation, f"scaled by {rope.extrapolation}")
         scale = "" if rope.attention_scale == "none" else f", attention by {rope.attention_scale}"
-        restart = positions.restart_time(self.is_flow)
+        restart = positions.restart_time(self.is_flow) if grows else 0.0
         grown = f"; grown from {trained} at time {restart:g}" if restart else ""
         named = [f"{height}x{width}" for height, width in dict.fromkeys(sizes)]
         which = ", ".join(named[:3]) + ("…" if len(named) > 3 else "")
@@ -223,6 +232,10 @@ class FiTPipeline(LoRALoading, DiffusionPipeline):
             raise nearest("output_type", output_type, OUTPUT_TYPES)
         sampling = replace(options.pop("sampling", Sampling()))
         if num_inference_steps is not None:
+            if not isinstance(num_inference_steps, int):
+                raise UserError(
+                    f"`num_inference_steps` is {num_inference_steps!r}; it must be a whole number"
+                )
             sampling = replace(sampling, steps=num_inference_steps)
         guidance = options.pop("guidance", Guidance(self.config.guidance_scale))
         if guidance_scale is not None:
@@ -244,6 +257,7 @@ class FiTPipeline(LoRALoading, DiffusionPipeline):
                 **options,
             )
         )
+        self.maybe_free_model_hooks()  # after `enable_model_cpu_offload`
         images = _convert(made, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -300,11 +314,19 @@ class FiTPipeline(LoRALoading, DiffusionPipeline):
             latents=latents,
         )  # fmt: skip
         requests = self._requests(wanted, generator)
-        beyond = [request.pixels for request in requests if self.is_beyond(request.pixels)]
+        growth = Growth(self.card.max_tokens, positions.restart_time(self.is_flow))
+        if positions.restart and any(request.noise is not None for request in requests):
+            raise UserError(
+                "`restart` is for images that grow; those from noise of one's own are made at once"
+            )
+        beyond = [request for request in requests if self.is_beyond(request.pixels)]
         if beyond:
-            LOGGER.warning("%s", self.said_beyond(beyond, positions))
+            grows = any(request.way(growth, self.unit)[0] for request in beyond)
+            LOGGER.warning("%s", self.said_beyond([one.pixels for one in beyond], positions, grows))
         if guidance.guidance_scale is None:
             guidance = replace(guidance, guidance_scale=self.card.guidance)
+        if guidance.guidance_scale == 0:  # as diffusers' users say that they want none
+            guidance = replace(guidance, guidance_scale=1.0)
         if negative_prompt is not None and guidance.guidance_scale == 1:
             LOGGER.warning("`negative_prompt` has no effect without guidance: give `guidance_scale` above 1")
         if sampling.solver is None and self.scheduler is not None:
@@ -318,7 +340,7 @@ class FiTPipeline(LoRALoading, DiffusionPipeline):
             pixels = generate(
                 self._scaled(positions), self.autoencoder, requests, guidance, sampling,
                 tokens_per_pack=tokens_per_pack,
-                growth=Growth(self.card.max_tokens, positions.restart_time(self.is_flow)),
+                growth=growth,
                 progress=report.move,
                 watch=watch and see,
                 change=report.end_step if callback_on_step_end else None,
@@ -360,6 +382,10 @@ class FiTPipeline(LoRALoading, DiffusionPipeline):
         """Save all parts as diffusers does, with a README and the line by which diffusers itself opens it."""
         if options.pop("push_to_hub", False):
             raise UserError("to put it on the hub, call push_to_hub")
+        if getattr(self.transformer, "peft_config", None):
+            raise UserError(
+                "adapters are loaded: call save_lora_weights for one, unload_lora_weights before the rest"
+            )
         self.register_modules(scheduler=self.scheduler)  # diffusers overlooks one that was None before
         super().save_pretrained(save_directory, *arguments, **options)
         write_papers(Path(save_directory), self.transformer, self.card, self.unit)

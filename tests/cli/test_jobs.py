@@ -79,6 +79,25 @@ def test_a_part_is_made_anew(pixel_model, photo, here, capsys):
     assert (status, "was made from another picture or noise" in said) == (2, True)
 
 
+def test_strokes_on_a_transparent_layer_are_a_mask(pixel_model, photo, here, capsys):
+    strokes = Image.new("RGBA", (16, 12), (0, 0, 0, 0))
+    strokes.paste((255, 255, 255, 255), (0, 0, 16, 6))
+    strokes.save(here / "layer.png")
+    made = []
+    for mask in ("mask.png", "layer.png"):
+        options = ("edit", pixel_model, photo, "--label", "red", "--mask", mask, "--num", 1, *QUICK)
+        assert fitv2(capsys, *options, "--out", f"by {mask}")[0] == 0
+        (name,) = files(here / f"by {mask}")
+        made.append(Image.open(here / f"by {mask}" / name).tobytes())
+    assert made[0] == made[1]
+
+
+def test_growth_is_said_of_what_grows(pixel_model, here, capsys):
+    command = ("sample", pixel_model, "--label", "red", "--size", "24x24", *QUICK)
+    assert "grown from 16" in fitv2(capsys, *command)[2]
+    assert "grown" not in fitv2(capsys, *command, "--one-noise", "--out", "own")[2]
+
+
 def test_a_picture_on_a_larger_canvas(pixel_model, photo, here, capsys):
     options = ("--label", "red", "--canvas", "16x32", "--at", 2, 9, "--num", 1, *QUICK)
     assert fitv2(capsys, "edit", pixel_model, photo, *options)[0] == 0

@@ -71,6 +71,21 @@ def test_what_is_there_is_not_made_again_and_what_differs_is(pixel_model, here, 
     assert not set(files(here / "out").values()) & set(whole.values())
 
 
+def test_a_picture_of_another_prompt_is_not_written_over(here, capsys):
+    command = ("sample", "emoji-any-step", "--size", "32x32", "--steps", 1, "--out", "made")
+    assert fitv2(capsys, *command, "--prompt", "fox!")[0] == 0
+    before = files(here / "made")
+    status, _, said = fitv2(capsys, *command, "--prompt", "fox?")
+    assert (status, "shows something else, 'fox!': give another --out" in said) == (2, True)
+    assert files(here / "made") == before
+
+
+def test_a_folder_of_pictures_may_be_named_as_the_model(here, capsys):
+    command = ("sample", "emoji-any-step", "--prompt", "fox", "--size", "32x32", "--steps", 1)
+    for _ in range(2):
+        assert fitv2(capsys, *command, "--out", "emoji-any-step")[0] == 0
+
+
 def test_a_sheet_and_a_batch_for_adm_s_evaluator(pixel_model, here, capsys):
     assert fitv2(capsys, "sample", pixel_model, "--size", "8x8", "--size", "4x12", *QUICK, "--grid", "--npz",
                  "--out", "out")[0] == 0  # fmt: skip

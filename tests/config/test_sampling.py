@@ -71,3 +71,29 @@ def test_a_noisy_solver_takes_ten_times_as_many_steps(sampling, expected):
     assert Sampling().resolve("any-step") == ("any-step", 4)
     assert Sampling(steps=2).resolve("any-step") == ("any-step", 2)
     assert Sampling("ab2").resolve("any-step") == ("ab2", 25)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "said"),
+    [
+        (Sampling("euler-maruyama", shift=2.0), "`shift` does nothing with `solver` euler-maruyama"),
+        (Sampling("dopri5", shift=2.0), "`shift` does nothing with `solver` dopri5"),
+        (Sampling("heun", rtol=0.1), "`rtol` does nothing with `solver` heun"),
+        (Sampling(eta=1.0), "`eta` does nothing with `solver` ab2"),
+        (Sampling("unipc", last_step="euler"), "`last_step` does nothing with `solver` unipc"),
+    ],
+    ids=str,
+)
+def test_settings_that_a_solver_does_not_read_are_refused(sampling, said):
+    with pytest.raises(UserError, match=said):
+        sampling.resolve()
+
+
+def test_settings_that_a_solver_reads_are_taken():
+    for sampling in (
+        Sampling("euler-maruyama", diffusion="linear", last_step="none"), Sampling("dopri5", atol=1e-3),
+        Sampling("ddim", eta=0.5), Sampling("dpm++", shift=2.0), Sampling(shift=2.0),
+    ):  # fmt: skip
+        sampling.resolve()
+    with pytest.raises(UserError, match="`eta` does nothing with `solver` any-step"):
+        Sampling(eta=1.0).resolve("any-step")

@@ -3,8 +3,9 @@
 import pytest
 
 from fitv2.checkpoint import Card
+from fitv2.config import Guidance
 from fitv2.errors import UserError
-from fitv2.evaluation.judged import choose_subjects, is_model, shown_by
+from fitv2.evaluation.judged import How, choose_subjects, is_model, open_judged, shown_by
 from fitv2.evaluation.reference import About
 from fitv2.evaluation.settings import Evaluation
 from fitv2.model import FiT
@@ -53,3 +54,9 @@ def test_a_model_of_labels_is_compared_by_labels():
 ])  # fmt: skip
 def test_names_of_models(name, whether):
     assert is_model(name) == whether
+
+
+def test_settings_of_models_are_refused_for_pictures(tmp_path):
+    for name in (str(tmp_path), "made.npz"):
+        with pytest.raises(UserError, match="has pictures: settings of guidance, solver and positions are"):
+            open_judged(name, Evaluation(), How(Guidance(2.0)), allow_download=False)

@@ -200,3 +200,17 @@ def test_what_is_transparent_becomes_white():
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     assert torch.equal(to_pixels(clear), torch.ones(3, 2, 2))
     assert to_mask(Image.new("L", (2, 2), 127)).any().item() is False
+
+
+def test_a_mask_is_black_where_it_is_transparent_and_may_be_of_zeros_and_ones():
+    strokes = Image.new("RGBA", (4, 2), (255, 255, 255, 0))
+    strokes.paste((255, 255, 255, 255), (0, 0, 1, 2))
+    expected = torch.tensor([[True, False, False, False]] * 2)
+    assert torch.equal(to_mask(strokes), expected)
+    assert torch.equal(to_mask(Image.fromarray(expected.numpy().astype("uint8"))), expected)
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_of_32_bits_are_refused(mode):
+    with pytest.raises(UserError, match="32 bits a pixel has no known range"):
+        to_pixels(Image.new(mode, (2, 2), 200))

@@ -1,5 +1,6 @@
 """What a pipeline is called with, as requests."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -47,6 +48,15 @@ def test_generators_alone_say_how_many_images_there_are():
         requests(2, class_labels=[0, 1, 2])
 
 
+@pytest.mark.parametrize(("given", "said"), [
+    (42, "`generator` is a torch.Generator or a list of them, not a int"),
+    ([1, 2], "2 generators for 2 images"),
+])  # fmt: skip
+def test_what_is_no_generator_is_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        Wanted(class_labels=[0, 0]).requests(given, conditions, 32, 8)
+
+
 def test_latents_of_one_image_are_one_value():
     assert len(listed(torch.zeros(2, 3, 4))) == 1
     assert len(listed(torch.zeros(3))) == 3
@@ -57,6 +67,10 @@ def test_latents_of_one_image_are_one_value():
     ({"class_labels": [0, 1], "height": [8, 8, 8]}, "there are 2 of class_labels, 3 of height: give one"),
     ({"height": 100_000}, "`size` is 100000"),
     ({"height": True}, "height is True"),
+    ({"height": "64"}, "height is 64; it must be a whole number"),
+    ({"image": torch.zeros(3, 8, 8)}, "a picture is a PIL image, not a Tensor"),
+    ({"image": Image.new("RGB", (8, 8)), "mask_image": np.zeros((8, 8))}, "a PIL image, not a ndarray"),
+    ({"prompt": 5}, "a prompt is a text, not a int"),
     ({"height": 16_000, "width": 16_000}, "an image of 16000x16000 pixels has 4000000 tokens"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(wanted, said):

@@ -123,7 +123,9 @@ def editing_tab(studio: Studio) -> None:
             with gr.Row(visible=False) as amount:
                 strength = gr.Slider(0.05, 1, STRENGTH, step=0.05, label="How much is made anew")
             with gr.Row(visible=False) as second:
-                toward = gr.Image(type="pil", label="The other picture", height=200, elem_id="toward")
+                toward = gr.Image(
+                    type="pil", image_mode=None, label="The other picture", height=200, elem_id="toward"
+                )
             what.change(
                 lambda what: [gr.update(visible=what == each) for each in (AROUND, ALL, BETWEEN)], what,
                 [canvas, amount, second], api_visibility="private", queue=False,
@@ -300,7 +302,8 @@ def notes(studio: Studio, order: Order) -> Iterator[str]:
     if beyond:
         own = order.extrapolation == BY_ITSELF
         positions = Positions() if own else Positions(order.extrapolation)
-        yield f"{studio.pipeline.said_beyond(beyond, positions)}."
+        own_noise = order.toward is not None or order.one_noise or order.toward_seed is not None
+        yield f"{studio.pipeline.said_beyond(beyond, positions, grows=not own_noise)}."
 
 
 def captioned(shown: Shown, order: Order) -> Sequence[tuple[str | Image.Image, str]]:

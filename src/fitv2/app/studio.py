@@ -22,7 +22,14 @@ from fitv2.config import Guidance, Positions, Sampling
 from fitv2.errors import UserError
 from fitv2.pipeline import FiTPipeline
 from fitv2.runtime.rng import generator
-from fitv2.sampling.editing import on_the_way, place, shared_noises, to_mask
+from fitv2.sampling.editing import (
+    eight_bits,
+    on_background,
+    on_the_way,
+    place,
+    shared_noises,
+    to_mask,
+)
 from fitv2.sampling.recipe import Recipe, save_picture
 from fitv2.sampling.saving import distinct_names, file_name
 
@@ -270,9 +277,11 @@ class Studio:
     def way(self, order: Order, recipes: Sequence[Recipe]) -> list[Tensor]:
         """The noises between those of two pictures, one for each recipe."""
         first, asked = order.given["image"], recipes[0].arguments
-        shown = {name: asked[name] for name in ("class_labels", "prompt") if name in asked}
-        pair = [first, order.toward.convert("RGB").resize(first.size)] if order.toward else [first]
-        ends = self.pipeline.invert(pair, **shown)
+        shown: dict[str, Any] = {name: asked[name] for name in ("class_labels", "prompt") if name in asked}
+        other = order.toward and on_background(eight_bits(order.toward), "white").convert("RGB")
+        pair = [first, other.resize(first.size)] if other else [first]
+        how: dict[str, Any] = {"sampling": recipes[0].sampling, "positions": recipes[0].positions}
+        ends = self.pipeline.invert(pair, **how, **shown)
         return on_the_way(ends[0], ends[1], len(recipes))
 
 

@@ -28,6 +28,17 @@ class Job:
     given: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the pipeline: `image` and its like."""
 
+    @property
+    def start(self) -> float:
+        """The time from which on it is made, 0 noise to 1 data."""
+        from fitv2.sampling.requests import STRENGTH
+
+        if "image" not in self.given:
+            return 0.0
+        usual = STRENGTH if self.given.get("mask_image") is None else 1.0
+        strength = self.given.get("strength")
+        return 1.0 - (usual if strength is None else strength)
+
 
 def plan(options: Sample, pipeline: "FiTPipeline", weights: str) -> list[Job]:
     """Every label or prompt at every size, `num` of each."""
@@ -148,7 +159,7 @@ def plan_edits(options: Edit, pipeline: "FiTPipeline", weights: str) -> list[Job
     if options.toward_prompt is not None:
         raise UserError("`toward_prompt` goes with `toward`")
     picture = open_picture(options.picture, options.size)
-    mask = open_picture(options.mask, options.size) if options.mask else None
+    mask = open_picture(options.mask, options.size, "black") if options.mask else None
     edited: dict[str, Any] = {
         "picture": sha256(options.picture), "strength": options.strength, "size": options.size,
     }  # fmt: skip
@@ -234,14 +245,17 @@ def edit_name(options: Edit, recipe: "Recipe") -> str:
     return file_name(distinct_names((said,))[0], (recipe.height, recipe.width), recipe.seed)
 
 
-def open_picture(path: Path, size: str | None) -> "Image":
-    """An image file, upright, brought to a size if one is given. Raises UserError for what is none."""
+def open_picture(path: Path, size: str | None, background: str = "white") -> "Image":
+    """An image file, upright, brought to a size if one is given; what is transparent shows the background.
+
+    Raises UserError for what is none.
+    """
     from PIL import Image
 
     from fitv2.encoding.images import UnusableImage, load_rgb, parse_size
 
     try:
-        image = load_rgb(path)
+        image = load_rgb(path, background=background)
     except (UnusableImage, OSError) as error:
         raise UserError(f"{path} is no picture that can be read: {error}") from error
     if size is None:

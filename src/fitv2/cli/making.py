@@ -1,5 +1,6 @@
 """The commands that make images: `sample`, `edit`, `app`."""
 
+import contextlib
 import math
 import os
 import secrets
@@ -7,6 +8,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from fitv2.cli.jobs import Job, again, plan, plan_edits, plan_way
 from fitv2.cli.options import App, Edit, Sample
 from fitv2.cli.progress import share_bar
+from fitv2.errors import UserError
 from fitv2.runtime.signals import leave_on_signals
 
 if TYPE_CHECKING:
     from fitv2.pipeline import FiTPipeline
-    from fitv2.sampling.recipe import Recipe
 
 SHEET = 8, 200  # images in a row of a sheet, and at most in all
 LOOK_EVERY = 2.0  # seconds
@@ -33,7 +35,7 @@ def sample(options: Sample) -> int:
         options = replace(options, precision=jobs[0].recipe.precision)
     else:
         jobs = plan(options, pipeline, weights)
-    say_what_is_done(pipeline, [job.recipe for job in jobs])
+    say_what_is_done(pipeline, jobs)
     return make_all(pipeline, jobs, options)
 
 
@@ -44,7 +46,7 @@ def edit(options: Edit) -> int:
         jobs = plan_edits(options, pipeline, weights)
     else:
         jobs = plan_way(options, options.toward, pipeline, weights)
-    say_what_is_done(pipeline, [job.recipe for job in jobs])
+    say_what_is_done(pipeline, jobs)
     return make_all(pipeline, jobs, options)
 
 
@@ -82,15 +84,18 @@ def open_pipeline(options: Sample | Edit) -> "tuple[FiTPipeline, str]":
 # What to make ------------------------------------------------------------------------------------
 
 
-def say_what_is_done(pipeline: "FiTPipeline", wanted: "Sequence[Recipe]") -> None:
+def say_what_is_done(pipeline: "FiTPipeline", jobs: Sequence[Job]) -> None:
     """Say how images of sizes beyond those trained on are made, and what has no effect."""
+    wanted = [job.recipe for job in jobs]
     first = wanted[0]
     if first.negative_prompt is not None and first.guidance.guidance_scale == 1:
         said = "--negative-prompt has no effect without guidance: give --guidance-scale above 1"
         print(f"fitv2: {said}", file=sys.stderr)
     sizes = dict.fromkeys((recipe.height, recipe.width) for recipe in wanted)
     if beyond := [size for size in sizes if pipeline.is_beyond(size)]:
-        print(f"fitv2: {pipeline.said_beyond(beyond, wanted[0].positions)}", file=sys.stderr)
+        restart = first.positions.restart_time(pipeline.is_flow)
+        grows = any("latents" not in job.given and job.start < restart for job in jobs)
+        print(f"fitv2: {pipeline.said_beyond(beyond, first.positions, grows)}", file=sys.stderr)
 
 
 # Making it ---------------------------------------------------------------------------------------
@@ -103,6 +108,7 @@ def make_all(pipeline: "FiTPipeline", jobs: Sequence[Job], options: Sample | Edi
     from fitv2.runtime.distributed import ranks
     from fitv2.sampling.recipe import is_made
 
+    check_nothing_is_lost(jobs)
     pipeline.transformer.cast(getattr(torch, options.precision))
     rank, world = ranks()
     leave_on_signals("; run the same command again to resume")
@@ -128,6 +134,22 @@ def make_all(pipeline: "FiTPipeline", jobs: Sequence[Job], options: Sample | Edi
         write_batches(jobs, options.out)
     print(f"{len(jobs)} images in {options.out}")
     return 0
+
+
+def check_nothing_is_lost(jobs: Sequence[Job]) -> None:
+    """UserError where a picture of another prompt or label has the name of one that is to be made."""
+    from fitv2.sampling.recipe import read_recipe
+
+    for job in jobs:
+        with contextlib.suppress(UserError):  # no picture of ours, or none yet
+            there = read_recipe(job.path)
+            if (there.prompt, there.label) == (job.recipe.prompt, job.recipe.label):
+                continue
+            shown = there.prompt or there.label
+            break
+    else:
+        return
+    raise UserError(f"{job.path} shows something else, {shown!r}: give another `out`")
 
 
 class Written:
@@ -194,7 +216,7 @@ def draw_grid(jobs: Sequence[Job], path: Path) -> None:
     from fitv2.runtime.files import atomic_file
 
     across, most = SHEET
-    several = len({job.recipe.seed for job in jobs}) > 1
+    several = max(Counter(job.caption for job in jobs).values()) > 1
     rows = []
     for _, run in groupby(
         jobs[:most], lambda job: (job.recipe.height, job.recipe.width, job.caption if several else "")

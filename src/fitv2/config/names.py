@@ -38,7 +38,14 @@ else:  # the one list of each is the registry itself
         *(f"fitv2.diffusion.solvers:{t}" for t in ("FIXED", "MULTISTEP", "ADAPTIVE", "STOCHASTIC", "JUMPS")),
         "fitv2.diffusion.scheduled:SCHEDULERS", "fitv2.diffusion.ddpm:SCHEDULERS",
     )  # fmt: skip
-NOISY_SOLVERS = (*keys_of("fitv2.diffusion.solvers:STOCHASTIC"), *keys_of("fitv2.diffusion.ddpm:SCHEDULERS"))
+
+
+def solvers_of(*tables: str) -> tuple[str, ...]:
+    """The solvers of our own in these tables."""
+    return tuple(name for table in tables for name in keys_of(f"fitv2.diffusion.solvers:{table}"))
+
+
+NOISY_SOLVERS = (*solvers_of("STOCHASTIC"), *keys_of("fitv2.diffusion.ddpm:SCHEDULERS"))
 
 ANY_STEP = "any-step"  # objective and solver
 # By objective, solver and steps if nothing is said: docs/results/solvers.md and any-step.md.

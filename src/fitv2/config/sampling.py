@@ -3,7 +3,7 @@
 Nothing heavy is imported here: the command line builds its help from these.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
 from fitv2.config.architecture import Rope
@@ -14,6 +14,8 @@ from fitv2.config.names import (
     OwnAttentionScale,
     OwnExtrapolation,
     Solver,
+    keys_of,
+    solvers_of,
 )
 from fitv2.errors import UserError
 from fitv2.limits import check_limits
@@ -113,6 +115,15 @@ class Positions:
         )
 
 
+# By setting, the solvers that read it, where not all do.
+READ_BY = {
+    "shift": solvers_of("FIXED", "MULTISTEP", "JUMPS") + keys_of("fitv2.diffusion.scheduled:SCHEDULERS"),
+    **dict.fromkeys(("rtol", "atol"), solvers_of("ADAPTIVE")),
+    **dict.fromkeys(("diffusion", "diffusion_norm", "last_step", "last_step_size"), solvers_of("STOCHASTIC")),
+    "eta": ("ddim",),
+}
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a trained model's flow is followed."""
@@ -145,8 +156,18 @@ class Sampling:
         check_limits(self)
 
     def resolve(self, objective: str = "flow") -> tuple[str, int]:
-        """Solver and steps; where they were not chosen, those that models with this objective use."""
+        """Solver and steps; where they were not chosen, those that models with this objective use.
+
+        Raises UserError for a setting that the solver does not read.
+        """
         solver, steps = DEFAULT_SOLVERS.get(objective, DEFAULT_SOLVERS["flow"])
         if self.solver not in (None, solver):
             solver, steps = self.solver, 250 if self.solver in NOISY_SOLVERS else 25
+        for field in fields(self):
+            if (
+                solver not in READ_BY.get(field.name, (solver,))
+                and getattr(self, field.name) != field.default
+            ):
+                named = solver if isinstance(solver, str) else type(solver).__name__
+                raise UserError(f"`{field.name}` does nothing with `solver` {named}")
         return solver, self.steps or steps

@@ -113,6 +113,8 @@ Judged = JudgedModel | JudgedBatch | JudgedCollection
 
 def open_judged(name: str, settings: Evaluation, how: How, allow_download: bool) -> Judged:
     """What a name means. Raises UserError when it is nothing of these."""
+    if how != How() and (name.endswith(".npz") or not is_model(name)):
+        raise UserError(f"{name} has pictures: settings of guidance, solver and positions are for models")
     if name.endswith(".npz"):
         return JudgedBatch(Path(name))
     if is_model(name):
@@ -128,8 +130,10 @@ def open_judged(name: str, settings: Evaluation, how: How, allow_download: bool)
 def is_model(name: str) -> bool:
     """Whether a name is that of a model, else of pictures."""
     path = Path(name)
+    if any((path / file).exists() for file in ("run.json", CARD, INDEX)):
+        return True
     if path.exists():
-        return any((path / file).exists() for file in ("run.json", CARD, INDEX))
+        return False
     return (SHIPPED / name).is_dir() or not any(mark in name for mark in ("*", ":", "."))
 
 

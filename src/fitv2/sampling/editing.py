@@ -95,21 +95,31 @@ def to_pixels(image: Image.Image) -> Tensor:
     """
     if not isinstance(image, Image.Image):
         raise UserError(f"a picture is a PIL image, not a {type(image).__name__}")
-    image = eight_bits(image)
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    levels = torch.from_numpy(np.array(image.convert("RGB")))
+    levels = torch.from_numpy(np.array(on_background(eight_bits(image), "white").convert("RGB")))
     return levels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_mask(image: Image.Image) -> Tensor:
-    """A picture of a mask as (H, W), bool: white is made anew, as with diffusers' inpainting."""
-    return torch.from_numpy(np.array(eight_bits(image).convert("L"))) > 127
+    """A picture of a mask as (H, W), bool: white is made anew, as with diffusers' inpainting.
+
+    What is transparent is black. A mask of 0 and 1 is meant as black and white.
+    """
+    levels = np.array(on_background(eight_bits(image), "black").convert("L"))
+    return torch.from_numpy(levels) > (0 if levels.max() == 1 else 127)
+
+
+def on_background(image: Image.Image, colour: str) -> Image.Image:
+    """An image with what is transparent in one colour."""
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """An image of 16 bits in 8; Pillow would cut its values off."""
+    """An image of 16 bits in 8; Pillow would cut its values off. Raises UserError for 32 bits."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise UserError("a picture of 32 bits a pixel has no known range: convert it to 8 bits first")
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))

@@ -89,6 +89,12 @@ class Wanted:
         labels, heights, widths, prompts, negatives, images, masks, strengths, noises = broadcast(
             len(generator) if isinstance(generator, Sequence) else 1, **vars(self)
         )
+        for picture in (*images, *masks):
+            if not (picture is None or isinstance(picture, Image.Image)):
+                raise UserError(f"a picture is a PIL image, not a {type(picture).__name__}")
+        for text in (*prompts, *negatives):
+            if not (text is None or isinstance(text, str)):
+                raise UserError(f"a prompt is a text, not a {type(text).__name__}")
         own = [(side, side) if image is None else (image.height, image.width) for image in images]
         sizes = [
             (
@@ -147,7 +153,8 @@ def listed(value: Any) -> list[Any]:
 
 
 def _pixels(name: str, value: Any) -> int:
-    if isinstance(value, bool) or value != value // 1 or value < 1:  # NaN differs from itself
+    known = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not known or value != value // 1 or value < 1:  # NaN differs from itself
         raise UserError(f"{name} is {value}; it must be a whole number of pixels")
     check_limit("size", int(value))
     return int(value)
@@ -163,11 +170,15 @@ def _check_tokens(request: Request, unit: int) -> None:
 
 
 def generators_for(generator: Generator | Sequence[Generator] | None, count: int) -> list[Generator]:
-    """A generator for each image."""
-    if generator is not None and not isinstance(generator, Generator):
-        if len(generator) != count:
+    """A generator for each image, on the CPU: one of another device gives it a seed. Raises UserError."""
+    if isinstance(generator, list | tuple):
+        if not all(isinstance(one, Generator) for one in generator) or len(generator) != count:
             raise UserError(f"{len(generator)} generators for {count} images: give one, or one for each")
-        return list(generator)
+        return [one if one.device.type == "cpu" else generators_for(one, 1)[0] for one in generator]
+    if generator is not None and not isinstance(generator, Generator):
+        raise UserError(
+            f"`generator` is a torch.Generator or a list of them, not a {type(generator).__name__}"
+        )
     device = "cpu" if generator is None else generator.device
     seeds = torch.randint(1 << 62, (count,), generator=generator, device=device).tolist()
     return [Generator().manual_seed(seed) for seed in seeds]
