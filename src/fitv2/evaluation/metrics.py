@@ -227,7 +227,10 @@ def with_errors(
     parts = shuffled(count) % groups
     without = [whole]  # one picture tells no error
     if count > 1:
-        without = [figures((parts != group).nonzero().flatten()) for group in range(groups)]
+        try:
+            without = [figures((parts != group).nonzero().flatten()) for group in range(groups)]
+        except UserError as error:  # of the pictures without a group
+            raise UserError(f"{count} pictures are too few to tell the error of a figure: give more") from error
     made = {}
     for name, value in whole.items():
         of_group = torch.tensor([one[name] for one in without]).double()
