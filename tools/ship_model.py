@@ -14,8 +14,11 @@ from pathlib import Path
 import torch
 
 from fitv2.checkpoint import SHIPPED, export_model, load_model
+from fitv2.config import ANY_STEP
+from fitv2.figures import loss_curve
+from fitv2.training.run_folder import read_log
 
-RECORD = ("run.json", "log.jsonl", "loss.png")
+RECORD = ("run.json", "log.jsonl")
 
 
 def main(run: Path, name: str, guidance: float, step: int | None) -> None:
@@ -29,6 +32,8 @@ def main(run: Path, name: str, guidance: float, step: int | None) -> None:
     record.mkdir(parents=True, exist_ok=True)
     for file in RECORD:
         shutil.copyfile(run / file, record / file)
+    any_step = model.architecture.objective_name == ANY_STEP
+    loss_curve(read_log(run / "log.jsonl"), record / "loss.png", f"Loss of {name}", other_loss=any_step)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {size / 1e6:.1f} MB; record in {record}")
 

@@ -66,30 +66,37 @@ HELD_OUT = {
 }
 
 
-def loss_curve(lines: Sequence[dict[str, Any]], out: Path, title: str) -> None:
-    """Plot `loss` and `validation` of the lines of a log against `step`."""
+def loss_curve(lines: Sequence[dict[str, Any]], out: Path, title: str, *, other_loss: bool = False) -> None:
+    """Plot `loss` and what was measured of held-out images, of the lines of a log, against `step`.
+
+    With `other_loss` the two are not comparable, as those of an any-step model, and have axes of their own.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(8, 6.5 if other_loss else 4.5), layout="constrained")
+    panels = figure.subplots(2 if other_loss else 1, sharex=True, squeeze=False)[:, 0]
     train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     if train:
         steps, losses = zip(*train, strict=True)
-        axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training, each line of the log")
         window = max(1, len(losses) // 40)
         means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
-        axes.plot(steps, means, color="#08519c", label=f"training, mean of the last {window}")
-    held_out = {name: [(line["step"], line[name]) for line in lines if name in line] for name in HELD_OUT}
-    for name, points in held_out.items():
-        label, color = HELD_OUT[name]
+        if window > 1:
+            panels[0].plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training, lines of the log")
+        said = f"training, mean of the last {window}" if window > 1 else "training, lines of the log"
+        panels[0].plot(steps, means, color="#08519c", label=said)
+    for name, (label, color) in HELD_OUT.items():
+        points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, label=label)
-    axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:.2g}")
-    axes.grid(alpha=0.3, which="both")
-    if train or any(held_out.values()):
-        axes.legend()
+            panels[-1].plot(*zip(*points, strict=True), "o-", color=color, markersize=3, label=label)
+    panels[0].set(title=title, ylabel="loss")
+    panels[-1].set(xlabel="step", ylabel="squared error" if other_loss else "loss")
+    for axes in panels:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:.3g}")
+        axes.grid(alpha=0.3, which="both")
+        if axes.lines:
+            axes.legend()
     with atomic_file(out) as partial:
         figure.savefig(partial, dpi=120)
 

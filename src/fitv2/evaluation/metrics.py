@@ -230,7 +230,8 @@ def with_errors(
         try:
             without = [figures((parts != group).nonzero().flatten()) for group in range(groups)]
         except UserError as error:  # of the pictures without a group
-            raise UserError(f"{count} pictures are too few to tell the error of a figure: give more") from error
+            said = f"{count} pictures are too few to tell the error of a figure: give more"
+            raise UserError(said) from error
     made = {}
     for name, value in whole.items():
         of_group = torch.tensor([one[name] for one in without]).double()

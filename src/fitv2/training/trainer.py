@@ -129,7 +129,9 @@ def train(
             trainer.save()
             trainer.saver.finish()
         if world.first:
-            loss_curve(read_log(run / "log.jsonl"), run / "loss.png", f"Loss of {run.name}")
+            any_step = preset.model.objective == ANY_STEP
+            lines = read_log(run / "log.jsonl")
+            loss_curve(lines, run / "loss.png", f"Loss of {run.name}", other_loss=any_step)
         world.wait()
     newest = newest_checkpoint(run)
     if newest is None:
