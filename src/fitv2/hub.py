@@ -2,11 +2,20 @@
 
 from pathlib import Path
 
+from fitv2.autoencoder import CLASSES
 from fitv2.checkpoint import Card
+from fitv2.errors import UserError
 from fitv2.model import FiT
 from fitv2.runtime.files import write_text
+from fitv2.runtime.serialization import read_json
 
 README, CODE = "README.md", "pipeline.py"
+INDEX = "model_index.json"
+FLOWS = (
+    "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+)  # fmt: skip
+COMPONENTS = {"transformer": (FiT.__name__,), "vae": (*CLASSES, None), "scheduler": (*FLOWS, None)}
 # diffusers takes a class that is not its own from such a file, if it is trusted in so many words.
 ONE_LINE = """\
 \"""For `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)`; the code is in the package fitv2.\"""
@@ -73,3 +82,21 @@ def said_labels(labels: tuple[str, ...], most: int = 20) -> str:
     """Some of the labels, and how many more there are."""
     more = f", and {len(labels) - most} more" if len(labels) > most else ""
     return f"Labels: {', '.join(labels[:most])}{more}."
+
+
+def check_index(folder: Path, pipeline: str) -> None:
+    """UserError unless a folder's model_index.json names parts of ours: diffusers imports whatever it names.
+
+    And what a config.json that is only a string would have diffusers look for on the hub. `pipeline` is the
+    name of our class.
+    """
+    index = read_json(folder / INDEX)
+    for config in folder.glob("*/config.json"):
+        read_json(config)
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and name != "labels"}
+    for name, value in parts.items():
+        known = name in COMPONENTS and len(value) == 2 and value[1] in COMPONENTS[name]
+        if not known or value[0] not in ("fitv2.model", "fitv2", "diffusers", None):
+            raise UserError(f"{folder / INDEX} names the part {name} {value}, which is none of this pipeline")
+    if index.get("_class_name") != pipeline:
+        raise UserError(f"{folder / INDEX} is that of another pipeline, {index.get('_class_name')}")

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -23,7 +22,6 @@ from torch import Generator, Tensor
 
 from fitv2.adapters import LoRALoading, is_hub_name, reading_hub
 from fitv2.autoencoder import (
-    CLASSES,
     Autoencoder,
     DiffusersAutoencoder,
     Pixels,
@@ -36,17 +34,16 @@ from fitv2.config import Guidance, Positions, Sampling
 from fitv2.diffusion.flow import Flow
 from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError, nearest
-from fitv2.hub import write_papers
+from fitv2.hub import INDEX, check_index, write_papers
 from fitv2.model import FiT
-from fitv2.runtime.serialization import read_json
 from fitv2.sampling.generate import generate
 from fitv2.sampling.generate import invert as invert_requests
 from fitv2.sampling.growth import Growth
+from fitv2.sampling.outputs import OUTPUT_TYPES, convert, to_image
+from fitv2.sampling.reporting import Reporting
 from fitv2.sampling.requests import Request, Wanted
 from fitv2.text_encoder import TextEncoder, caption_of, load_text_encoder
 
-INDEX = "model_index.json"
-OUTPUT_TYPES = ("pil", "np", "pt")
 LOGGER = logging.getLogger("fitv2")
 
 
@@ -133,7 +130,7 @@ class FiTPipeline(LoRALoading, DiffusionPipeline):
         if is_hub_name(name):
             with reading_hub(name):
                 return super().from_pretrained(name, **options)
-        check_index(Path(name))
+        check_index(Path(name), FiTPipeline.__name__)
         with offline(not allow_download):
             return super().from_pretrained(name, **options)
 
@@ -258,7 +255,7 @@ class FiTPipeline(LoRALoading, DiffusionPipeline):
             )
         )
         self.maybe_free_model_hooks()  # after `enable_model_cpu_offload`
-        images = _convert(made, output_type)
+        images = convert(made, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def stream(
@@ -336,7 +333,7 @@ class FiTPipeline(LoRALoading, DiffusionPipeline):
             if watch:
                 watch(first, lambda: [to_image(made) for made in show()])
 
-        with _Progress(self, progress, callback_on_step_end) as report:
+        with Reporting(self, progress, callback_on_step_end) as report:
             pixels = generate(
                 self._scaled(positions), self.autoencoder, requests, guidance, sampling,
                 tokens_per_pack=tokens_per_pack,
@@ -433,83 +430,3 @@ class FiTPipeline(LoRALoading, DiffusionPipeline):
         if not 0 <= index < count:
             raise UserError(f"unknown label {index}: numbers go from 0 to {count - 1}")
         return index
-
-
-FLOWS = (
-    "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-)  # fmt: skip
-COMPONENTS = {"transformer": (FiT.__name__,), "vae": (*CLASSES, None), "scheduler": (*FLOWS, None)}
-
-
-def check_index(folder: Path) -> None:
-    """UserError unless a folder's model_index.json names parts of ours: diffusers imports whatever it names.
-
-    And what a config.json that is only a string would have diffusers look for on the hub.
-    """
-    index = read_json(folder / INDEX)
-    for config in folder.glob("*/config.json"):
-        read_json(config)
-    parts = {name: value for name, value in index.items() if isinstance(value, list) and name != "labels"}
-    for name, value in parts.items():
-        known = name in COMPONENTS and len(value) == 2 and value[1] in COMPONENTS[name]
-        if not known or value[0] not in ("fitv2.model", "fitv2", "diffusers", None):
-            raise UserError(f"{folder / INDEX} names the part {name} {value}, which is none of this pipeline")
-    if index.get("_class_name") != FiTPipeline.__name__:
-        raise UserError(f"{folder / INDEX} is that of another pipeline, {index.get('_class_name')}")
-
-
-class _Progress:
-    """Tells the share done, by the caller's function or the pipeline's bar; and the caller of each step."""
-
-    def __init__(
-        self, pipeline: FiTPipeline, progress: Callable[[float], None] | None, on_step_end: Any = None
-    ) -> None:
-        self.pipeline, self.progress, self.on_step_end = pipeline, progress, on_step_end
-        self.bar: Any = None
-        self.step, self.share = 0, 0.0
-
-    def __enter__(self) -> _Progress:
-        if not self.progress:
-            self.bar = self.pipeline.progress_bar(total=100)
-        return self
-
-    def move(self, share: float) -> None:
-        """Tell how much is done."""
-        self.share = share
-        if self.progress:
-            self.progress(share)
-        else:
-            self.bar.update(round(100 * share) - self.bar.n)
-
-    def end_step(self, latents: list[Tensor]) -> Sequence[Tensor] | None:
-        """Call the caller after a step; the tokens that go on, where it gives some."""
-        changed = self.on_step_end(self.pipeline, self.step, self.share, {"latents": latents})
-        self.step += 1
-        if changed is not None and not isinstance(changed, dict):
-            raise UserError(f"`callback_on_step_end` gave a {type(changed).__name__}, not a dictionary")
-        return None if changed is None else changed.get("latents")
-
-    def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """Pixels (3, H, W) in [−1, 1] as an image.
-
-    Rounded to the nearest of 256 levels: truncation would darken by half a level.
-    """
-    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(levels.permute(1, 2, 0).numpy())
-
-
-def _convert(images: list[Image.Image], output_type: str) -> Any:
-    if output_type == "pil":
-        return images
-    arrays = [np.asarray(image, dtype=np.float32) / 255 for image in images]
-    same = len({array.shape for array in arrays}) == 1
-    if output_type == "np":
-        return np.stack(arrays) if same else arrays
-    tensors = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
-    return torch.stack(tensors) if same else tensors

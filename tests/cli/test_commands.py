@@ -15,10 +15,11 @@ from fitv2.cli.commands import COMMANDS, WORK_IN
 from fitv2.conditioning import Condition
 from fitv2.config import RESTART, Guidance, Sampling
 from fitv2.model import FiT
-from fitv2.pipeline import FiTPipeline, to_image
+from fitv2.pipeline import FiTPipeline
 from fitv2.presets import PRESETS
 from fitv2.runtime.rng import generator
 from fitv2.sampling.generate import generate
+from fitv2.sampling.outputs import to_image
 from fitv2.sampling.requests import Request
 
 

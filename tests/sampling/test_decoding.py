@@ -2,8 +2,8 @@ import numpy as np
 import torch
 
 from fitv2.autoencoder import Pixels, load_autoencoder
-from fitv2.pipeline import to_image
 from fitv2.sampling.decoding import crop_evenly, decode, encode
+from fitv2.sampling.outputs import to_image
 from fitv2.tokens import Layout, PackedTokens, unpack
 
 

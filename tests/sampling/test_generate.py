@@ -8,9 +8,9 @@ from fitv2.conditioning import Condition
 from fitv2.config import Guidance, Sampling
 from fitv2.errors import UserError
 from fitv2.model import FiT
-from fitv2.pipeline import to_image
 from fitv2.runtime.rng import generator
 from fitv2.sampling.generate import cut_into_packs, generate
+from fitv2.sampling.outputs import to_image
 from fitv2.sampling.requests import Request
 
 UNIT = 4  # pixels a token of these models

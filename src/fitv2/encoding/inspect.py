@@ -14,10 +14,10 @@ from fitv2.data.format import DatasetCard
 from fitv2.data.storage import Store
 from fitv2.errors import printable
 from fitv2.figures import contact_sheet, dataset_plots
-from fitv2.pipeline import to_image
 from fitv2.runtime.device import default_device
 from fitv2.runtime.files import atomic_file
 from fitv2.sampling.decoding import decode
+from fitv2.sampling.outputs import to_image
 from fitv2.tokens import unpack
 
 MOST_LABELS = 40  # lines of a table

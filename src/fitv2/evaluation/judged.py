@@ -14,7 +14,8 @@ from fitv2.errors import UserError
 from fitv2.evaluation.pictures import Batch, Made, Pictures, Subject, draw_labels
 from fitv2.evaluation.reference import About, Collection, size_name
 from fitv2.evaluation.settings import Evaluation
-from fitv2.pipeline import INDEX, FiTPipeline
+from fitv2.hub import INDEX
+from fitv2.pipeline import FiTPipeline
 from fitv2.runtime.device import default_device
 from fitv2.runtime.files import sha256
 from fitv2.runtime.rng import SUBJECTS, generator
