@@ -27,9 +27,8 @@ from fitv2.checkpoint import (
     step_of,
 )
 from fitv2.conditioning import Condition
-from fitv2.config import ANY_STEP, Training
+from fitv2.config import ANY_STEP
 from fitv2.data.dataset import Batch, Steps, TokenDataset, verify_files
-from fitv2.data.packing import FixedCount, Sampler, TokenBudget, images_before
 from fitv2.diffusion.noise import NoisySample
 from fitv2.diffusion.objective import objective_of
 from fitv2.errors import UserError
@@ -39,11 +38,9 @@ from fitv2.presets import Preset
 from fitv2.runtime.device import default_device, has_bfloat16_matmuls
 from fitv2.runtime.distributed import World, join, ranks
 from fitv2.runtime.files import atomic_file, only_writer, unused
-from fitv2.runtime.rng import ORDER, derive_seed
 from fitv2.runtime.signals import catch_interrupts
 from fitv2.sampling.preview import MAX_LABELS, preview
 from fitv2.text_encoder import load_text_encoder
-from fitv2.tokens import LEVELS
 from fitv2.training.best import DISTANCE, Best
 from fitv2.training.checkpointing import (
     DAMAGE,
@@ -53,6 +50,7 @@ from fitv2.training.checkpointing import (
     state_of,
     verify_state,
 )
+from fitv2.training.feeding import build_sampler, check_images
 from fitv2.training.initialize import give_texts, initialize, shape_of_initial
 from fitv2.training.noising import Draws, Reading, drawn_batches, places
 from fitv2.training.optim import build_optimizers, learning_rate
@@ -456,32 +454,7 @@ class Trainer:
         return None
 
 
-def check_images(config: Training, dataset: TokenDataset, world: World) -> None:
-    """UserError where images are too small, or a step has too few, for what was chosen."""
-    if config.clean_share and dataset.lengths.min() < LEVELS:
-        raise UserError("`clean_share` is for images of two tokens at least")
-    first = images_before(1, config.batch_size, config.batch_rampup_steps)
-    if config.batch_rampup_steps and first < world.size:
-        few = f"{first} images for {world.size} processes"
-        raise UserError(f"the first step has {few}: raise `batch_size` or leave out `batch_rampup_steps`")
-    if config.batch_rampup_steps > config.steps:
-        last = images_before(config.steps + 1, config.batch_size, config.batch_rampup_steps)
-        last -= images_before(config.steps, config.batch_size, config.batch_rampup_steps)
-        said = f"steps grow to {last} of {config.batch_size} images: give fewer `batch_rampup_steps`"
-        warnings.warn(said, stacklevel=2)
-
-
 def some_captions(dataset: TokenDataset) -> list[str]:
     """Captions for a sheet of samples, always the same."""
     known = sorted({caption for caption in dataset.captions(dataset.first_rows) if caption})
     return [known[i] for i in np.linspace(0, len(known) - 1, min(MAX_LABELS, len(known))).astype(int)]
-
-
-def build_sampler(dataset: TokenDataset, config: Training) -> Sampler:
-    """Which images a step takes."""
-    images, seed = dataset.images(config.crop_probability), derive_seed(config.seed, ORDER)
-    if config.tokens_per_step is not None:
-        if config.batch_rampup_steps:
-            raise UserError("`batch_rampup_steps` is for `batch_size`, not for `tokens_per_step`")
-        return TokenBudget(images, config.tokens_per_step, seed)
-    return FixedCount(images, config.batch_size, seed, config.batch_rampup_steps)
