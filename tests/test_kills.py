@@ -366,7 +366,7 @@ def test_a_signal_during_imports_is_one_line(command, tmp_path, number):
 
 @pytest.mark.slow
 def test_signals_from_the_first_moment_on(command, tmp_path):
-    tally, delays = Counter(), np.geomspace(0.02, 6, 24)
+    tally, delays = Counter(), np.geomspace(0.02, 4, 24)
     for place, delay in enumerate(delays):
         chosen = command(COMMANDS[place % len(COMMANDS)])
         stop_at_start(chosen, delay, STOPS[1 + place // 2 % 2], tmp_path, tally)

@@ -26,7 +26,7 @@ class Kind:
     # Labels, where it says them; images; and where the labels are from, which may be left out.
     list: Callable[[Source], Listing | tuple[tuple[str, ...], Iterable[ImageRef]]]
     read: Callable[[str, ImageRef], bytes]  # the bytes of one image, given the source's URL
-    mask: Callable[[ImageRef], ImageRef]  # where the mask of an image lies that has one
+    mask: Callable[[ImageRef], ImageRef] | None = None  # where the mask of an image lies, if any can have one
 
 
 def mask_in_row(picture: ImageRef) -> ImageRef:
@@ -107,6 +107,8 @@ def detect_kind(source: Source) -> Source:
         raise UserError(
             f"`image_column`, `label_column` and `caption_column` are for tables; {url} holds {what}"
         )
+    if source.mask_column and held and KINDS[held[0]].mask is None:
+        raise UserError(f"`mask_column` is not for {held[0]}, which {url} holds")
     if held in ([], ["images"]):  # with all else that lies beside them
         return replace(source, kind="images")
     return replace(source, kind=held[0], files=by_kind[held[0]])

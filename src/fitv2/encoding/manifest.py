@@ -204,9 +204,10 @@ def read_mask(
     """
     if not picture.mask:
         return None
-    place = KINDS[manifest.kind].mask(picture)
+    place = KINDS[manifest.kind].mask
+    assert place is not None  # else no image of the kind has one
     try:
-        return load_mask(io.BytesIO(content_of(manifest, place)), size, hold)
+        return load_mask(io.BytesIO(content_of(manifest, place(picture))), size, hold)
     except NoImage:
         return None
     except UnusableImage as error:
