@@ -1,6 +1,5 @@
 """The commands that make images: `sample`, `edit`, `app`."""
 
-import contextlib
 import math
 import os
 import secrets
@@ -138,18 +137,21 @@ def make_all(pipeline: "FiTPipeline", jobs: Sequence[Job], options: Sample | Edi
 
 def check_nothing_is_lost(jobs: Sequence[Job]) -> None:
     """UserError where a picture of another prompt or label has the name of one that is to be made."""
+    for job in jobs:
+        shown = shown_in(job.path)
+        if shown not in (None, job.recipe.prompt or job.recipe.label):
+            raise UserError(f"{job.path} shows something else, {shown!r}: give another `out`")
+
+
+def shown_in(path: Path) -> str | None:
+    """The prompt or label of a picture that was made; None for another file, or none."""
     from fitv2.sampling.recipe import read_recipe
 
-    for job in jobs:
-        with contextlib.suppress(UserError):  # no picture of ours, or none yet
-            there = read_recipe(job.path)
-            if (there.prompt, there.label) == (job.recipe.prompt, job.recipe.label):
-                continue
-            shown = there.prompt or there.label
-            break
-    else:
-        return
-    raise UserError(f"{job.path} shows something else, {shown!r}: give another `out`")
+    try:
+        recipe = read_recipe(path)
+    except (UserError, OSError):
+        return None
+    return recipe.prompt or recipe.label
 
 
 class Written:
