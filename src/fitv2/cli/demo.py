@@ -52,8 +52,8 @@ PROMPTS: Rows = [
 ]
 
 SHAPES: Rows = [
-    [Wanted("grinning face", size, f"{size[0]}x{size[1]}") for size in sizes]
-    for sizes in (((96, 96), (128, 128), (80, 160)), ((64, 208), (160, 80), (208, 64)))
+    [Wanted("green salad", size, f"{size[0]}x{size[1]}") for size in sizes]
+    for sizes in (((96, 96), (128, 128), (160, 80), (208, 64)), ((80, 160), (64, 208)))
 ]
 
 WAYS = {
