@@ -51,7 +51,7 @@ class Train:
     reference: Path | None = None
     """Judge samples beside this folder `reference` of an evaluation, and keep the best model in OUT/best."""
     allow_download: bool = False
-    """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
+    """Fetch an autoencoder or a text encoder that is of the hub and not on this machine."""
     model: Annotated[Network, tyro.conf.OmitArgPrefixes] = field(
         default_factory=lambda: PRESETS["clipart"].model
     )
@@ -94,7 +94,7 @@ class Sample:
     npz: bool = False
     """Also write those of each size as OUT/HEIGHTxWIDTH.npz, for ADM's evaluator."""
     allow_download: bool = False
-    """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
+    """Fetch an autoencoder or a text encoder that is of the hub and not on this machine."""
     precision: Precision = "float32"
     """Of the transformer. Where there are bfloat16 products they are two to three times as fast."""
     guidance: Annotated[Guidance, tyro.conf.OmitArgPrefixes] = field(default_factory=Guidance)
@@ -144,7 +144,7 @@ class Edit:
     grid: bool = False
     """Also draw all of them on one sheet, OUT/grid.png."""
     allow_download: bool = False
-    """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
+    """Fetch an autoencoder or a text encoder that is of the hub and not on this machine."""
     precision: Precision = "float32"
     """As of `fitv2 sample`."""
     guidance: Annotated[Guidance, tyro.conf.OmitArgPrefixes] = field(default_factory=Guidance)
@@ -175,7 +175,7 @@ class App:
     out: Path | None = None
     """Pictures go into a new folder in this one [default: they are kept for an hour]."""
     allow_download: bool = False
-    """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
+    """Fetch an autoencoder or a text encoder that is of the hub and not on this machine."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class Inspect:
     seed: int = 0
     """Which images."""
     allow_download: bool = False
-    """Fetch the autoencoder from the hub, if it is one of the hub and not on this machine."""
+    """Fetch an autoencoder or a text encoder that is of the hub and not on this machine."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class Evaluate:
     size: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """HEIGHTxWIDTH in pixels; repeat for several [default: the largest square trained on]."""
     allow_download: bool = False
-    """Fetch what is of the hub and not on this machine: an autoencoder, Inception, DINOv2."""
+    """Fetch what is of the hub and not on this machine: an autoencoder, a text encoder, Inception, DINOv2."""
     evaluation: Annotated[Evaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=Evaluation)
     guidance: Annotated[Guidance, tyro.conf.OmitArgPrefixes] = field(default_factory=Guidance)
     positions: Annotated[Positions, tyro.conf.OmitArgPrefixes] = field(default_factory=Positions)
@@ -283,7 +283,7 @@ class StudySizes:
     groups: tuple[Literal["trained", "beyond", "post-trained"], ...] = ("trained", "beyond")
     """Sizes: those of a 16x16 model are 16x16, 10x20, 8x24; 20x20, 14x28, 10x30; 32x32, 20x40, 16x48."""
     allow_download: bool = False
-    """Fetch what is of the hub and not on this machine: an autoencoder, Inception, DINOv2."""
+    """Fetch what is of the hub and not on this machine: an autoencoder, a text encoder, Inception, DINOv2."""
     evaluation: Annotated[Evaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=Evaluation)
     guidance: Annotated[Guidance, tyro.conf.OmitArgPrefixes] = field(default_factory=Guidance)
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
