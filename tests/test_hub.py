@@ -109,6 +109,34 @@ def test_what_goes_to_the_hub_is_what_is_saved(pipe, monkeypatch):
         pipe.save_pretrained("x", push_to_hub=True)
 
 
+def test_a_lora_is_fused_with_the_weights_taken_out_again_and_deleted(pipe, tmp_path):
+    from peft import LoraConfig
+
+    def made():
+        sampling = Sampling(steps=2)
+        return np.asarray(pipe("red", 8, 8, generator=[generator(0)], sampling=sampling).images[0], int)
+
+    def differ(one, other):
+        return np.abs(one - other).max() > 1  # of 255: adding up in another order rounds
+
+    plain, other = made(), randomized(FiT(**SHAPE))
+    config = LoraConfig(r=2, target_modules=["qkv", "gate_up"], init_lora_weights=False)
+    adaptable(other).add_adapter(config, "mine")
+    other.save_lora_adapter(tmp_path, adapter_name="mine")
+    pipe.load_lora_weights(tmp_path, adapter_name="mine")
+    adapted = made()
+    assert differ(adapted, plain)
+    pipe.fuse_lora()
+    assert not differ(made(), adapted)
+    pipe.unfuse_lora()
+    assert not differ(made(), adapted)
+    pipe.delete_adapters("mine")
+    assert pipe.get_active_adapters() == []
+    assert not differ(made(), plain)
+    pipe.unload_lora_weights()
+    assert np.array_equal(made(), plain)
+
+
 def test_a_lora_is_loaded_ruled_and_removed(pipe, tmp_path):
     from peft import LoraConfig
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class LoRALoading:
         adaptable(self.transformer)
         if adapter_name in self.get_list_adapters():
             raise UserError(f"there is an adapter {adapter_name} already: give another `adapter_name`")
-        with reading_hub(source) if isinstance(source, str) and is_hub_name(source) else nullcontext():
+        with reading_hub(source):
             self.transformer.load_lora_adapter(source, prefix=None, adapter_name=adapter_name, **options)
 
     def save_lora_weights(self, save_directory: str | Path, adapter_name: str = "default") -> None:
@@ -107,16 +107,18 @@ def folder_with_lora(source: str | Path, name: str) -> Path:
 
 
 @contextmanager
-def reading_hub(name: str | Path) -> Iterator[None]:
-    """Turn what the hub's library says of a name into a UserError of one line."""
+def reading_hub(name: Any) -> Iterator[None]:
+    """Turn what the hub's library says, if `name` is one of the hub, into a UserError of one line."""
     try:
         yield
     except OSError as error:
+        if not is_hub_name(name):
+            raise
         raise UserError(
             f"there is no folder {name} here, and the hub does not give it: {in_one_line(error, 100)}"
         ) from error
 
 
-def is_hub_name(name: str | Path) -> bool:
+def is_hub_name(name: Any) -> bool:
     """Whether `name` can only be one of the hub: ORGANIZATION/NAME, and no such folder is here."""
     return isinstance(name, str) and name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()

@@ -127,11 +127,10 @@ class FiTPipeline(LoRALoading, DiffusionPipeline):
     @classmethod
     def _from_diffusers(cls, name: str, allow_download: bool, options: dict[str, Any]) -> FiTPipeline:
         """What diffusers saved, in a folder or on the hub."""
-        if is_hub_name(name):
-            with reading_hub(name):
-                return super().from_pretrained(name, **options)
-        check_index(Path(name), FiTPipeline.__name__)
-        with offline(not allow_download):
+        of_hub = is_hub_name(name)
+        if not of_hub:
+            check_index(Path(name), FiTPipeline.__name__)
+        with reading_hub(name), offline(not (of_hub or allow_download)):
             return super().from_pretrained(name, **options)
 
     @property
@@ -381,7 +380,7 @@ class FiTPipeline(LoRALoading, DiffusionPipeline):
             raise UserError("to put it on the hub, call push_to_hub")
         if getattr(self.transformer, "peft_config", None):
             raise UserError(
-                "adapters are loaded: call save_lora_weights for one, unload_lora_weights before the rest"
+                "adapters are loaded: save_lora_weights saves one; call unload_lora_weights for the rest"
             )
         self.register_modules(scheduler=self.scheduler)  # diffusers overlooks one that was None before
         super().save_pretrained(save_directory, *arguments, **options)

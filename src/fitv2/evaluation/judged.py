@@ -114,14 +114,15 @@ Judged = JudgedModel | JudgedBatch | JudgedCollection
 
 def open_judged(name: str, settings: Evaluation, how: How, allow_download: bool) -> Judged:
     """What a name means. Raises UserError when it is nothing of these."""
-    if how != How() and (name.endswith(".npz") or not is_model(name)):
-        raise UserError(f"{name} has pictures: settings of guidance, solver and positions are for models")
-    if name.endswith(".npz"):
-        return JudgedBatch(Path(name))
-    if is_model(name):
+    of_adm = name.endswith(".npz")
+    if not of_adm and is_model(name):
         pipeline = FiTPipeline.from_pretrained(name, allow_download=allow_download)
         pipeline.transformer.cast(getattr(torch, settings.precision))
         return JudgedModel(pipeline.to(default_device()), settings, how)
+    if how != How():
+        raise UserError(f"{name} has pictures: settings of guidance, solver and positions are for models")
+    if of_adm:
+        return JudgedBatch(Path(name))
     columns = settings.image_column, settings.label_column, settings.caption_column
     with suppress(UserError):  # samples in a folder have no columns
         return JudgedCollection(Collection.open(name, settings.samples_split, *columns), settings)
@@ -131,10 +132,8 @@ def open_judged(name: str, settings: Evaluation, how: How, allow_download: bool)
 def is_model(name: str) -> bool:
     """Whether a name is that of a model, else of pictures."""
     path = Path(name)
-    if any((path / file).exists() for file in ("run.json", CARD, INDEX)):
-        return True
     if path.exists():
-        return False
+        return any((path / file).exists() for file in ("run.json", CARD, INDEX))
     return (SHIPPED / name).is_dir() or not any(mark in name for mark in ("*", ":", "."))
 
 
